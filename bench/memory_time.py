@@ -1,0 +1,132 @@
+"""Saved activations, peak memory and step time of every model and variant.
+
+    python -m bench.memory_time                                   # all models, float32
+    python -m bench.memory_time --model bert --rounds 15
+    python -m bench.memory_time --dtype bfloat16 --rounds 0       # memory alone
+    python -m bench.memory_time --quick                           # tiny sizes: does it run? keeps no rows
+
+Saved activations are counted in units of one [tokens, d] tensor for each layer: the difference between a model and
+the same model with one layer less, so that embeddings and loss do not count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from bench.harness import (
+    BASELINE,
+    MIB,
+    VARIANTS,
+    Row,
+    Step,
+    append,
+    circumstances,
+    interleave,
+    peak_bytes,
+    saved_bytes,
+    step_seconds,
+    summarise,
+)
+from bench.models import MODELS, TINY, Shape, make
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one size and precision."""
+
+    model: str
+    shape: Shape
+    dtype: torch.dtype
+    device: str
+    seed: int
+
+    def row(self, variant: str, metric: str, unit: str, **figures: Any) -> Row:
+        """Return a figure of one variant."""
+        return Row(
+            "memory_time",
+            self.model,
+            variant,
+            metric,
+            unit=unit,
+            shapes=str(self.shape),
+            dtype=str(self.dtype).removeprefix("torch."),
+            seed=self.seed,
+            **figures,
+            **circumstances(self.device),
+        )
+
+    def steps(self, variants: list[str]) -> dict[str, Step]:
+        """Return one compiled step for each variant, all with the same weights and the same batch."""
+        model, inputs = make(self.model, self.shape, self.dtype, self.device, self.seed)
+        steps = {}
+        for variant in variants:
+            steps[variant] = Step(model, inputs, VARIANTS[variant]())
+            print(f"{self.model} {self.dtype} {self.shape} {variant}: {steps[variant].first_call_seconds:.0f} s")
+        return steps
+
+    def unit_bytes(self) -> int:
+        """Return the bytes of one [tokens, d] tensor of the batch."""
+        _, inputs = make(self.model, replace(self.shape, layers=1), self.dtype, seed=self.seed)
+        return inputs["target"].nbytes
+
+
+def measure(case: Case, variants: list[str], rounds: int) -> list[Row]:
+    """Return all figures of one model; without rounds, no step times."""
+    steps = case.steps(variants)
+    kept = {variant: saved_bytes(step) for variant, step in steps.items()}
+    peaks = {variant: peak_bytes(step) for variant, step in steps.items()}
+    times = interleave({variant: partial(step_seconds, step) for variant, step in steps.items()}, rounds)
+    for step in steps.values():
+        step.check()
+    one_less = replace(case, shape=replace(case.shape, layers=case.shape.layers - 1)).steps(variants)
+    unit = case.unit_bytes()
+    units = {variant: (kept[variant] - saved_bytes(step)) / unit for variant, step in one_less.items()}
+
+    rows = []
+    for variant, step in steps.items():
+        ratio = units[variant] / units[BASELINE]
+        rows.append(case.row(variant, "saved units a layer", "[tokens, d]", value=units[variant], ratio=ratio))
+        ratio = kept[variant] / kept[BASELINE]
+        rows.append(case.row(variant, "saved", "MiB", value=kept[variant] / MIB, ratio=ratio))
+        ratio = peaks[variant] / peaks[BASELINE]
+        rows.append(case.row(variant, "peak", "MiB", value=peaks[variant] / MIB, ratio=ratio))
+        for report in step.reports:
+            value = float(report.saved_bytes_after)
+            rows.append(case.row(variant, "saved, as reported", "MiB", value=value / MIB, ratio=value / kept[BASELINE]))
+        if rounds:
+            rows.append(case.row(variant, "step time", "s", **summarise(times[variant], times[BASELINE])))
+    return rows
+
+
+def main(
+    model: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(MODELS)}; all by default.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="All by default; the baseline always runs.")] = None,
+    layers: int = Shape.layers,
+    d: int = Shape.d,
+    heads: int = Shape.heads,
+    batch: int = Shape.batch,
+    seq: int = Shape.seq,
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each variant, interleaved; 0 for memory alone.")] = 11,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes and two rounds; keep no rows.")] = False,
+) -> None:
+    """Measure saved activations, peak memory and step time; append rows to bench/results."""
+    shape = TINY if quick else Shape(layers, d, heads, batch, seq)
+    chosen = [name for name in VARIANTS if not variant or name in {*variant, BASELINE}]
+    for name in model or MODELS:
+        rows = measure(Case(name, shape, getattr(torch, dtype), device, seed), chosen, 2 if quick else rounds)
+        for row in rows:
+            print(row)
+        if not quick:
+            append(rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,164 @@
+"""Transformers with random weights in the shapes of BERT, GPT-2, Llama, T5 and ViT. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from math import isqrt
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedModel,
+    T5Config,
+    T5EncoderModel,
+    ViTConfig,
+    ViTModel,
+)
+
+VOCABULARY = 1024
+PATCH = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a model and of its batch; `heads` divides `d`."""
+
+    layers: int = 3
+    d: int = 768
+    heads: int = 12
+    batch: int = 16
+    seq: int = 128
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={size}" for name, size in asdict(self).items())
+
+
+TINY = Shape(layers=2, d=32, heads=2, batch=2, seq=16)
+
+
+class DistanceToTarget(nn.Module):
+    """Wrap an encoder so that its forward is the whole training objective: one graph, one scalar."""
+
+    def __init__(self, encoder: PreTrainedModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, target: Tensor, **inputs: Tensor) -> Tensor:
+        """Return the mean squared distance of the hidden states to `target`: [batch, tokens, d]."""
+        return F.mse_loss(self.encoder(**inputs).last_hidden_state, target)
+
+
+def make(
+    name: str, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Build model `name` in training mode and a random batch: `model(**inputs)` is a scalar loss.
+
+    `inputs["target"]` is one [batch, tokens, d] tensor: the unit in which saved activations are counted.
+    """
+    torch.manual_seed(seed)
+    model = DistanceToTarget(MODELS[name](shape)).to(device, dtype).train()
+    if name == "vit":
+        tokens = shape.seq + 1  # the class token
+        inputs = {"pixel_values": torch.randn(shape.batch, 3, *_image_size(shape.seq), dtype=dtype)}
+    else:
+        tokens = shape.seq
+        inputs = {"input_ids": torch.randint(VOCABULARY, (shape.batch, shape.seq))}
+    inputs["target"] = torch.randn(shape.batch, tokens, shape.d, dtype=dtype)
+    return model, {key: value.to(device) for key, value in inputs.items()}
+
+
+def _image_size(patches: int) -> tuple[int, int]:
+    """Return height and width in pixels of the squarest image that has exactly `patches` patches."""
+    rows = next(n for n in range(isqrt(patches), 0, -1) if patches % n == 0)
+    return rows * PATCH, patches // rows * PATCH
+
+
+def _bert(shape: Shape) -> PreTrainedModel:
+    """Post-norm encoder, GELU of width 4d, dropout 0.1, fused attention."""
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape.d,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.d,
+        max_position_embeddings=max(shape.seq, 512),
+        attn_implementation="sdpa",
+    )
+    return BertModel(config, add_pooling_layer=False)
+
+
+def _gpt2(shape: Shape) -> PreTrainedModel:
+    """Pre-norm decoder on Conv1D, approximated GELU of width 4d, dropout 0.1, fused attention."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=shape.d,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_positions=max(shape.seq, 512),
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return GPT2Model(config)
+
+
+def _llama(shape: Shape) -> PreTrainedModel:
+    """Pre-norm decoder, RMSNorm, SwiGLU of width 2.75d, rotary positions, no dropout, fused attention."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape.d,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=11 * shape.d // 4,
+        max_position_embeddings=max(shape.seq, 512),
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return LlamaModel(config)
+
+
+def _t5(shape: Shape) -> PreTrainedModel:
+    """Pre-norm encoder, RMSNorm, ReLU of width 4d, dropout 0.1, attention scores in memory."""
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=shape.d,
+        d_kv=shape.d // shape.heads,
+        d_ff=4 * shape.d,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    return T5EncoderModel(config)
+
+
+def _vit(shape: Shape) -> PreTrainedModel:
+    """Pre-norm encoder of image patches, GELU of width 4d, no dropout, fused attention."""
+    config = ViTConfig(
+        hidden_size=shape.d,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.d,
+        image_size=_image_size(shape.seq),
+        patch_size=PATCH,
+        attn_implementation="sdpa",
+    )
+    return ViTModel(config, add_pooling_layer=False)
+
+
+MODELS: dict[str, Callable[[Shape], PreTrainedModel]] = {
+    "bert": _bert,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "t5": _t5,
+    "vit": _vit,
+}

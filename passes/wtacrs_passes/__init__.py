@@ -1,0 +1,1 @@
+"""The compiler of wtacrs_fx: analysis, plan and rewrite of AOTAutograd's joint graph."""

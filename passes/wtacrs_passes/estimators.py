@@ -1,0 +1,140 @@
+"""Estimators of ``G = X^T dY`` from k rows: the mathematics in plain torch.
+
+Row i of the product has the weight ``a_i >= 0``, ``A = sum a_i``. An estimator returns k indices and
+k scales; the estimate is ``sum_j scales_j x_(i_j) dy_(i_j)^T``. All shapes are static in k and nothing
+reads a value back to the host. Every function works along the last dimension, for any leading batch.
+
+A row whose weight is NaN or infinite is a winner with scale 1, so what is not finite in it reaches the
+gradient; where an estimator cannot keep all such rows, every scale is NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def choose_rows(weights: Tensor, noise: Tensor, kept: int, estimator: str) -> tuple[Tensor, Tensor]:
+    """Choose and rescale rows.
+
+    Args:
+        weights: [..., rows], float, non-negative.
+        noise: [..., rows + 1], uniform in [0, 1).
+        kept: rows to choose, 1 <= kept <= rows.
+        estimator: a key of :data:`ESTIMATORS`.
+
+    Returns:
+        indices: [..., kept], int64; scales: [..., kept], float32.
+    """
+    weights = weights.double()
+    weights = torch.where(weights.isnan(), torch.inf, weights)
+    indices, scales = ESTIMATORS[estimator](weights, noise.double(), kept)
+    return indices, scales.float()
+
+
+def inclusion_probabilities(weights: Tensor, kept: int) -> Tensor:
+    """Return ``q_i = min(1, lambda a_i)`` with ``sum q = kept``.
+
+    The take-all set C = {q_i = 1} is the smallest set of largest weights for which the others stay
+    below one. Where fewer than `kept` weights are positive, those have q = 1 and the rest 0.
+
+    Args:
+        weights: [..., rows], float64, non-negative, infinite for rows that must be kept.
+
+    Returns:
+        [..., rows], float64; NaN where more than `kept` weights are infinite.
+    """
+    finite = torch.where(weights.isinf(), 0.0, weights)
+    ascending, order = weights.sort(-1)
+    tail = torch.gather(finite, -1, order).cumsum(-1)  # tail[m - 1]: sum of the m smallest
+    rest = torch.arange(weights.shape[-1], 0, -1, device=weights.device)  # m, the size of the tail
+    budget = kept - (weights.shape[-1] - rest)  # draws left for a tail of m rows
+    largest, total = ascending.flip(-1), tail.flip(-1)
+    fits = (largest * budget <= total) & (budget > 0) & largest.isfinite()
+    # The first tail that fits; where none does, the `kept` largest weights are all winners.
+    size = torch.where(fits.any(-1), fits.int().argmax(-1), kept).unsqueeze(-1)
+    total = torch.gather(total, -1, size.clamp(max=weights.shape[-1] - 1))
+    scale = torch.where(total > 0, (kept - size) / total, torch.inf)
+    probability = torch.where(weights > 0, weights * scale, 0.0).clamp(max=1.0)
+    probability = torch.where(weights.isinf(), 1.0, probability)
+    overfull = weights.isinf().sum(-1, keepdim=True) > kept
+    return torch.where(overfull, torch.nan, probability)
+
+
+def _wta_systematic(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Fixed-size sampling without replacement: systematic sampling in random order.
+
+    The intervals [S_(i-1), S_i) of lengths q_i, in random order, are hit by the points u, u+1, ...;
+    row i is hit with probability q_i, a winner exactly once (Madow 1949; Hajek 1964 for the order).
+    """
+    rows = weights.shape[-1]
+    probability = inclusion_probabilities(weights, kept)
+    order = noise[..., :rows].argsort(-1)
+    edges = torch.gather(probability, -1, order).cumsum(-1)
+    points = noise[..., rows : rows + 1] + torch.arange(kept, dtype=edges.dtype, device=edges.device)
+    position = torch.searchsorted(edges, points, right=True)
+    indices = torch.gather(order, -1, position.clamp(max=rows - 1))
+    chosen = torch.gather(probability, -1, indices)
+    hit = (position < rows) & (chosen > 0)
+    scales = torch.where(hit, 1.0 / chosen, 0.0)
+    return indices, torch.where(edges[..., -1:].isnan(), torch.nan, scales)
+
+
+def _wta_crs(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Winner-take-all column-row sampling (Liu et al. 2023, arXiv 2305.15265, section 3.2).
+
+    The c largest rows are kept as they are, with the c that minimises ``(1 - P_C) / (k - c)``; the
+    other k - c rows are drawn with replacement outside C.
+    """
+    descending, order = weights.sort(-1, descending=True)
+    finite = torch.where(descending.isinf(), 0.0, descending)
+    tail = finite.flip(-1).cumsum(-1).flip(-1)  # tail[c]: weight outside the c largest
+    size = torch.arange(kept, device=weights.device)
+    spread = tail[..., :kept] / (kept - size)
+    spread = torch.where(descending[..., :kept].isinf(), torch.inf, spread)
+    winners = spread.argmin(-1, keepdim=True)
+    outside = torch.gather(tail, -1, winners)
+    rank = torch.arange(weights.shape[-1], device=weights.device)
+    edges = torch.where(rank < winners, 0.0, finite).cumsum(-1)
+    drawn = torch.searchsorted(edges, noise[..., :kept] * edges[..., -1:], right=True).clamp(max=weights.shape[-1] - 1)
+    position = torch.where(size < winners, size, drawn)
+    weight = torch.gather(finite, -1, position)
+    scales = outside / ((kept - winners) * weight)
+    scales = torch.where((outside > 0) & (weight > 0), scales, 0.0)
+    scales = torch.where(size < winners, 1.0, scales)
+    overfull = weights.isinf().sum(-1, keepdim=True) >= kept
+    return torch.gather(order, -1, position), torch.where(overfull, torch.nan, scales)
+
+
+def _crs(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Column-row sampling with replacement, ``p_i = a_i / A`` (Drineas, Kannan, Mahoney 2006)."""
+    edges = weights.cumsum(-1)
+    total = edges[..., -1:]
+    indices = torch.searchsorted(edges, noise[..., :kept] * total, right=True).clamp(max=weights.shape[-1] - 1)
+    weight = torch.gather(weights, -1, indices)
+    scales = torch.where(weight > 0, total / (kept * weight), 0.0)
+    return indices, torch.where(total.isfinite(), scales, torch.nan)
+
+
+def _topk(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """The k largest rows with scale one: biased, kept because the literature compares with it."""
+    indices = weights.topk(kept, -1).indices
+    overfull = weights.isinf().sum(-1, keepdim=True) > kept
+    return indices, torch.where(overfull, torch.nan, 1.0).expand(indices.shape)
+
+
+ESTIMATORS = {"wta-systematic": _wta_systematic, "wta-crs": _wta_crs, "crs": _crs, "topk": _topk}
+
+
+def estimate_product(x: Tensor, dy: Tensor, kept: int, estimator: str, weights: Tensor, noise: Tensor) -> Tensor:
+    """Estimate ``x^T dy``: the reference that the compiled graph is tested against.
+
+    Args:
+        x: [rows, features_in]; dy: [rows, features_out]; weights: [rows];
+            noise: [rows + 1].
+
+    Returns:
+        [features_in, features_out]
+    """
+    indices, scales = choose_rows(weights, noise, kept, estimator)
+    return x[indices].T @ (dy[indices] * scales.to(dy.dtype).unsqueeze(-1))

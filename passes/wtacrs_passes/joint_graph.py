@@ -1,0 +1,281 @@
+"""The joint graph: primal and tangent cones, parameter gradients, edits that keep ``meta`` right."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .torch_api import detect_fake_mode, inductor_prims, py_sym_types
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.unsqueeze.default,
+    aten.alias.default,
+    aten.detach.default,
+}
+COPIES = {aten.clone.default, aten.contiguous.default}
+CASTS = {prims.convert_element_type.default, aten._to_copy.default}
+GATHERS = {aten.expand.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.gather.default}
+RANDOM = {inductor_prims.seed, inductor_prims.seeds, inductor_prims.random, inductor_prims.randint}
+
+
+@dataclasses.dataclass(frozen=True)
+class StaticInput:
+    """A parameter or buffer among the inputs of a compiled graph.
+
+    Args:
+        index: position among the flat inputs.
+        name: path as ``named_parameters()`` prints it.
+        is_parameter: False for a buffer.
+    """
+
+    index: int
+    name: str
+    is_parameter: bool
+
+
+def is_tangent(node: fx.Node) -> bool:
+    """Tell whether a node is an incoming gradient."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Tell whether a node computes each element from one element of each input."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags and not is_random(node)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Tell whether two equal calls of the node may return different values."""
+    tags = getattr(node.target, "tags", ())
+    return node.target in RANDOM or torch.Tag.nondeterministic_seeded in tags
+
+
+def is_recomputable(node: fx.Node) -> bool:
+    """Tell whether Inductor computes the node again in a fused kernel at the cost of reading its inputs."""
+    return (
+        is_pointwise(node)
+        or node.target in VIEWS | COPIES | CASTS | GATHERS
+        or (node.target is operator.getitem)
+    )
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """Return the output node."""
+    return next(iter(reversed(graph.nodes)))
+
+
+def outputs_with_descriptors(graph: fx.Graph) -> list[tuple[Any, Any]]:
+    """Return each output value (a node or None) with its AOTAutograd descriptor (or None)."""
+    output = output_of(graph)
+    values = torch.utils._pytree.arg_tree_leaves(*output.args)
+    descriptors = list(output.meta.get("desc") or [None] * len(values))
+    return list(zip(values, descriptors, strict=True))
+
+
+def static_inputs(graph: fx.Graph, table: Mapping[int, StaticInput]) -> dict[fx.Node, StaticInput]:
+    """Return the placeholders of a joint graph that are parameters or buffers.
+
+    Args:
+        table: parameters and buffers by position, for graphs that Dynamo lifted them into.
+    """
+    found = {}
+    for node in graph.find_nodes(op="placeholder"):
+        static = _static_input(node.meta.get("desc"), table)
+        if static is not None:
+            found[node] = static
+    return found
+
+
+def _static_input(descriptor: Any, table: Mapping[int, StaticInput]) -> StaticInput | None:
+    while hasattr(descriptor, "base"):  # inner tensor of a subclass, e.g. a DTensor's local shard
+        descriptor = descriptor.base
+    if hasattr(descriptor, "idx"):
+        return table.get(descriptor.idx)
+    if descriptor is not None and hasattr(descriptor, "target"):
+        return StaticInput(-1, descriptor.target, descriptor.is_param())
+    return None
+
+
+def parameter_gradients(graph: fx.Graph, table: Mapping[int, StaticInput]) -> dict[fx.Node, str]:
+    """Return the outputs that are gradients of parameters, with the parameters' names."""
+    gradients = {}
+    for value, descriptor in outputs_with_descriptors(graph):
+        while hasattr(descriptor, "base"):
+            descriptor = descriptor.base
+        if not isinstance(value, fx.Node) or not hasattr(descriptor, "grad_of"):
+            continue
+        static = _static_input(descriptor.grad_of, table)
+        if static is not None and static.is_parameter:
+            gradients[value] = static.name
+    return gradients
+
+
+def copy_joint(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy whose graph can be edited; sub-modules and constants are shared."""
+    graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
+    output = graph.output(graph.graph_copy(gm.graph, {}))
+    output.meta = copy.copy(output_of(gm.graph).meta)
+    graph.set_codegen(copy.copy(gm.graph._codegen))
+    copied = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    copied.meta = dict(gm.meta)
+    return copied
+
+
+def depends_on(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
+    """Return `sources` and everything computed from them."""
+    cone = set(sources)
+    for node in graph.nodes:
+        if node.op != "output" and any(arg in cone for arg in node.all_input_nodes):
+            cone.add(node)
+    return cone
+
+
+def needed_for(outputs: Iterable[fx.Node], skip: Callable[[fx.Node, fx.Node], bool]) -> set[fx.Node]:
+    """Return `outputs` and everything they are computed from, without the edges that `skip` names.
+
+    Args:
+        skip: ``(argument, user) -> bool``.
+    """
+    needed = set(outputs)
+    stack = list(needed)
+    while stack:
+        user = stack.pop()
+        for arg in user.all_input_nodes:
+            if arg not in needed and not skip(arg, user):
+                needed.add(arg)
+                stack.append(arg)
+    return needed
+
+
+def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Number the nodes so that equal numbers mean equal values (hash consing of pure operations)."""
+    numbers: dict[fx.Node, int] = {}
+    known: dict[Any, int] = {}
+    for node in graph.nodes:
+        key: Any = node
+        if node.op == "call_function" and not is_random(node) and not _mutates(node):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: _Number(numbers[arg]))
+            key = (node.target, repr(args), repr(kwargs))
+        elif node.op == "get_attr":
+            key = node.target
+        numbers[node] = known.setdefault(key, len(known))
+    return numbers
+
+
+class _Number:
+    """A value number that prints as itself and cannot be taken for an integer argument."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __repr__(self) -> str:
+        return f"%{self.number}"
+
+
+def _mutates(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return not isinstance(node.target, torch._ops.OpOverload) or bool(schema and schema.is_mutable)
+
+
+def module_path(node: fx.Node) -> str | None:
+    """Return the path of the module whose forward or backward the node belongs to."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = str(list(stack.values())[-1][0])
+    return path_from_source(path)
+
+
+def path_from_source(source: str) -> str:
+    """Turn Dynamo's name of a module or parameter into a path as ``named_modules()`` prints it.
+
+    >>> path_from_source("L['self']._modules['layers']._modules['0']._parameters['weight']")
+    'layers.0.weight'
+    >>> path_from_source("L['self'].layers.0")
+    'layers.0'
+    """
+    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", source)
+    path = re.sub(r"_(modules|parameters|buffers)\['([^']*)'\]", r"\2", path)
+    path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
+    return path.replace("._orig_mod", "").removeprefix("_orig_mod.").strip(".")
+
+
+def nbytes(value: Any) -> sympy.Expr:
+    """Return the size of a tensor in bytes; symbolic where a size is."""
+    if not isinstance(value, torch.Tensor):
+        return sympy.Integer(0)
+    return sympy_size(value.numel()) * value.element_size()
+
+
+def sympy_size(size: Any) -> sympy.Expr:
+    """Return an int or ``SymInt`` as a sympy expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+class Editor:
+    """Insert operations before a node of a joint graph; the only place that writes ``meta``.
+
+    Each new node gets a ``meta["val"]`` computed under the graph's own fake mode.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        values = [node.meta.get("val") for node in graph.nodes]
+        self.mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert ``target(*args, **kwargs)`` at the current insertion point."""
+        node = self.graph.call_function(target, args, kwargs)
+        values = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+        if self.mode is None:
+            node.meta["val"] = target(*values[0], **values[1])
+        else:
+            with self.mode:
+                node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def size(self, node: fx.Node, dim: int) -> Any:
+        """Return a size of `node`: an int, or a node where it is symbolic."""
+        size = node.meta["val"].shape[dim]
+        return self.call(aten.sym_size.int, node, dim) if isinstance(size, torch.SymInt) else size
+
+    def before(self, node: fx.Node) -> Any:
+        """Insert before `node` within a ``with`` block."""
+        return self.graph.inserting_before(node)
+
+
+def value_of(argument: Any) -> Any:
+    """Return the fake value of a node, or the argument itself."""
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
+
+
+def is_symbolic(value: Any) -> bool:
+    """Tell whether a value is a symbolic number."""
+    return isinstance(value, py_sym_types)
+
+
+def tensor_operands(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the inputs of a node whose values are tensors (or tuples of them)."""
+    for arg in node.all_input_nodes:
+        if not is_symbolic(arg.meta.get("val")):
+            yield arg

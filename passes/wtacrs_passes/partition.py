@@ -1,0 +1,162 @@
+"""Partition a rewritten joint graph: pin what the sites store, min-cut, unpin, verify.
+
+Nodes that only the backward pass needs belong to neither side for PyTorch's min-cut: it would save the
+rows and draw their indices again in the backward pass. So the stored nodes of each site are made outputs
+of the forward graph while min-cut runs, and are taken out again afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .joint_graph import Editor, aten, copy_joint, inductor_prims, output_of, outputs_with_descriptors
+from .sample_rows import NOISE, SampledSite
+from .torch_api import CheckpointPolicy
+
+Partitioned = tuple[fx.GraphModule, fx.GraphModule]
+Partitioner = Callable[[fx.GraphModule, int], Partitioned]
+"""``(joint graph, number of forward outputs) -> (forward graph, backward graph)``"""
+
+class PartitionError(RuntimeError):
+    """A partition on which gradients would be wrong or bytes would not be saved."""
+
+
+def lower_noise(graph: fx.Graph) -> None:
+    """Turn the sites' ``aten.rand`` into look-ups in Inductor's tensor of seeds, one seed each.
+
+    Inductor's own pass has run before; a second tensor of seeds with the same count would be merged
+    with the first by common-subexpression elimination, and sites would share numbers with dropout.
+    """
+    noises = [node for node in graph.find_nodes(op="call_function", target=aten.rand.default) if node.meta.get(NOISE)]
+    editor = Editor(graph)
+    for device in dict.fromkeys(node.kwargs["device"] for node in noises):
+        mine = [node for node in noises if node.kwargs["device"] == device]
+        old = [n for n in graph.find_nodes(op="call_function", target=inductor_prims.seeds) if n.args[1] == device]
+        first = old[0].args[0] if old else 0
+        anchor = old[0] if old else next(n for n in graph.nodes if n.op != "placeholder")
+        with editor.before(anchor):
+            seeds = editor.call(inductor_prims.seeds, first + len(mine), device)
+        for node in old[:1]:
+            node.replace_all_uses_with(seeds)
+            graph.erase_node(node)
+        for index, node in enumerate(mine, start=first):
+            with editor.before(node):
+                seed = editor.call(inductor_prims.lookup_seed, seeds, index)
+                lowered = editor.call(inductor_prims.random, node.args[0], seed, "rand")
+            lowered.meta[NOISE] = node.meta[NOISE]
+            node.replace_all_uses_with(lowered)
+            graph.erase_node(node)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """The two graphs, and for each site whether it stores rows of X."""
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    stores_rows: tuple[bool, ...]
+
+
+def partition(
+    gm: fx.GraphModule, sites: Sequence[SampledSite], num_fwd_outputs: int, partitioner: Partitioner
+) -> Partition:
+    """Partition `gm` so that every site keeps its promise; `gm` stays as it is.
+
+    A site whose full residual is saved for another reader anyway does not store its rows as well.
+
+    Raises:
+        PartitionError: rows would be drawn twice, or an encoded residual is still saved.
+    """
+    stores_rows = [site.site.encoding == "rows" for site in sites]
+    while True:
+        pins = [n for site, rows in zip(sites, stores_rows, strict=True) for n in pinned_nodes(site, rows)]
+        forward, backward = _partition_pinned(gm, list(dict.fromkeys(pins)), num_fwd_outputs, partitioner)
+        saved = {node.name for node in saved_tensors(forward, num_fwd_outputs)}
+        redundant = [
+            i
+            for i, site in enumerate(sites)
+            if stores_rows[i] and (site.stored_names & saved or not _draws_in(forward, site))
+        ]
+        if not redundant:
+            break
+        for i in redundant:
+            stores_rows[i] = False
+    for site, rows in zip(sites, stores_rows, strict=True):
+        _verify(site, rows, forward, backward, saved)
+    return Partition(forward, backward, tuple(stores_rows))
+
+
+def pinned_nodes(site: SampledSite, stores_rows: bool) -> list[fx.Node]:
+    """Return what must cross from forward to backward for the site's gradient to be right."""
+    return [node for node in site.stored if stores_rows or node is not site.rows]
+
+
+def saved_tensors(forward: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
+    """Return the tensors that cross to the backward pass, without the graph's inputs."""
+    values = [value for value, _ in outputs_with_descriptors(forward.graph)][num_fwd_outputs:]
+    nodes = dict.fromkeys(v for v in values if isinstance(v, fx.Node) and v.op != "placeholder")
+    return [node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+
+
+def _verify(
+    site: SampledSite,
+    stores_rows: bool,
+    forward: fx.GraphModule,
+    backward: fx.GraphModule,
+    saved: set[str],
+) -> None:
+    modules = ", ".join(product.module for product in site.site.products)
+    if _draws_in(forward, site) and _draws_in(backward, site):
+        raise PartitionError(
+            f"the rows of {modules} would be drawn again in the backward pass, so their gradient would be "
+            f"wrong; exclude these modules from the policy and report this graph"
+        )
+    if stores_rows and site.rows.name not in saved:
+        raise PartitionError(
+            f"the sampled rows of {modules} are not saved for the backward pass; exclude these modules "
+            f"from the policy and report this graph"
+        )
+
+
+def _draws_in(gm: fx.GraphModule, site: SampledSite) -> bool:
+    """Tell whether a graph draws the rows of `site` or the random numbers for them."""
+    noise = site.draw.args[1]
+    assert isinstance(noise, fx.Node)
+    drawn = {site.draw.name, noise.name}
+    return any(node.op == "call_function" and node.name in drawn for node in gm.graph.nodes)
+
+
+def _partition_pinned(
+    gm: fx.GraphModule, pins: Sequence[fx.Node], num_fwd_outputs: int, partitioner: Partitioner
+) -> Partitioned:
+    gm_copy = copy_joint(gm)
+    by_name = {node.name: node for node in gm_copy.graph.nodes}
+    pinned = [by_name[pin.name] for pin in pins]
+    for pin in pinned:
+        source = pin.args[0] if pin.target is operator.getitem else pin
+        assert isinstance(source, fx.Node)
+        source.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    _edit_outputs(gm_copy.graph, num_fwd_outputs, insert=pinned)
+    forward, backward = partitioner(gm_copy, num_fwd_outputs + len(pins))
+    _edit_outputs(forward.graph, num_fwd_outputs, remove=len(pins))
+    forward.graph.eliminate_dead_code()
+    forward.graph.lint()
+    forward.recompile()
+    return forward, backward
+
+
+def _edit_outputs(graph: fx.Graph, position: int, insert: Sequence[fx.Node] = (), remove: int = 0) -> None:
+    """Insert outputs at `position`, or remove so many from there; descriptors and traces follow."""
+    output = output_of(graph)
+    values = list(torch.utils._pytree.arg_tree_leaves(*output.args))
+    output.args = ((*values[:position], *insert, *values[position + remove :]),)
+    for key in ("desc", "output_stack_traces"):
+        if key in output.meta:
+            old = list(output.meta[key])
+            output.meta[key] = [*old[:position], *[None] * len(insert), *old[position + remove :]]

@@ -1,0 +1,118 @@
+"""The order of the passes over a joint graph, and the identity of what they do.
+
+    analyse -> plan -> sample rows -> lower noise -> [pin, min-cut, unpin, verify]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import fx
+
+from . import joint_graph as jg
+from .joint_graph import StaticInput
+from .partition import Partition, Partitioner, lower_noise, partition, saved_tensors
+from .plan import Plan, make_plan
+from .policy import Policy
+from .report import Report, make_report
+from .residuals import Analysis, analyse
+from .sample_rows import SampledSite, sample_rows
+from .torch_api import CustomPartitionerFn, min_cut_rematerialization_partition
+
+
+class NoTangentsError(ValueError):
+    """A graph without a backward part was given where a joint graph is needed."""
+
+
+@dataclasses.dataclass
+class Rewritten:
+    """What :func:`rewrite` found, decided and built."""
+
+    analysis: Analysis
+    plan: Plan
+    sites: list[SampledSite]
+
+
+def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[StaticInput]) -> Rewritten:
+    """Analyse, plan and rewrite a joint graph in place."""
+    if not any(jg.is_tangent(node) for node in gm.graph.find_nodes(op="placeholder")):
+        raise NoTangentsError(
+            "a joint forward-backward graph is needed, got one without tangents; capture it from a model "
+            "whose output requires grad, outside torch.no_grad() and torch.inference_mode()"
+        )
+    analysis = analyse(gm.graph, {static.index: static for static in table})
+    plan = make_plan(analysis, gm.graph, policy)
+    sites = sample_rows(gm.graph, plan)
+    gm.graph.lint()
+    gm.recompile()
+    return Rewritten(analysis, plan, sites)
+
+
+def rewrite_and_partition(
+    gm: fx.GraphModule,
+    policy: Policy,
+    table: Sequence[StaticInput],
+    num_fwd_outputs: int,
+    partitioner: Partitioner,
+    lower: Callable[[fx.Graph], None] | None = lower_noise,
+) -> tuple[Partition, Report]:
+    """Rewrite a copy of a joint graph and partition it; report the bytes beside those without the rewrite."""
+    before = Partition(*partitioner(jg.copy_joint(gm), num_fwd_outputs), ())
+    gm = jg.copy_joint(gm)
+    rewritten = rewrite(gm, policy, table)
+    if not rewritten.sites:
+        after = before
+    else:
+        if lower is not None:
+            lower(gm.graph)
+        after = partition(gm, rewritten.sites, num_fwd_outputs, partitioner)
+    saved = [saved_tensors(p.forward, num_fwd_outputs) for p in (before, after)]
+    return after, make_report(rewritten.analysis, rewritten.plan, rewritten.sites, after.stores_rows, *saved)
+
+
+class WtacrsPartitioner(CustomPartitionerFn):
+    """Inductor's hook: called with each joint graph after Inductor's own passes over it.
+
+    Args:
+        policy: what the user asked for.
+        table: parameters and buffers among the inputs.
+        receive: called with the report of each partitioned graph.
+    """
+
+    def __init__(
+        self, policy: Policy, table: tuple[StaticInput, ...], receive: Callable[[Report], None]
+    ) -> None:
+        self.policy = policy
+        self.table = table
+        self.receive = receive
+
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int, **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        def partitioner(graph: fx.GraphModule, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+            return min_cut_rematerialization_partition(graph, joint_inputs, num_fwd_outputs=outputs, **kwargs)
+
+        lower = None if torch._inductor.config.fallback_random else lower_noise
+        after, report = rewrite_and_partition(gm, self.policy, self.table, num_fwd_outputs, partitioner, lower)
+        self.receive(report)
+        return after.forward, after.backward
+
+    def uuid(self) -> Any:
+        """Identify the source of the passes, the whole policy and the parameters: the key of the caches."""
+        return (source_hash(), repr(self.policy), repr(self.table))
+
+
+@functools.cache
+def source_hash() -> str:
+    """Return a hash of the source of this package."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,106 @@
+"""Decide encoding and placement of each site. The plan is data; `sample_rows` carries it out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from .policy import Policy, Sampling
+from .residuals import Analysis, Product, available_in_backward
+
+Encoding = Literal["exact", "rows", "recompute"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One residual together with the weight-gradient products that share a draw of its rows.
+
+    Attributes:
+        products: at least one; all read the same X.
+        sampling: how rows are chosen.
+        placement: where rows are chosen.
+        encoding: how X reaches the backward pass: ``rows`` (only the k rows are stored) or ``exact``
+            (as the partitioner likes: stored for another reader, or recomputed).
+        kept: k, an int or ``SymInt``.
+    """
+
+    products: tuple[Product, ...]
+    sampling: Sampling
+    placement: Literal["forward", "backward"]
+    encoding: Encoding
+    kept: Any
+
+    @property
+    def rows(self) -> Any:
+        """The number of rows N."""
+        return self.products[0].rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is sampled, and what is left exact with the reason."""
+
+    sites: tuple[Site, ...]
+    exact: tuple[tuple[Product, str], ...]
+
+
+def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy) -> Plan:
+    """Choose sampling, placement and encoding for every weight-gradient product."""
+    wanted: list[tuple[Product, Sampling]] = []
+    exact: list[tuple[Product, str]] = []
+    for product in analysis.products:
+        sampling = policy.sampling(product.module)
+        reason = _reason_for_exact(product, sampling)
+        if reason is None:
+            assert sampling is not None
+            wanted.append((product, sampling))
+        else:
+            exact.append((product, reason))
+
+    at_hand = available_in_backward(analysis, graph, {product.node for product, _ in wanted})
+    sites: list[Site] = []
+    order = {product.node: i for i, product in enumerate(analysis.products)}
+    for product, sampling in wanted:
+        available = analysis.numbers[product.x] in at_hand
+        placement = sampling.placement
+        if placement == "auto":
+            placement = "backward" if available else "forward"
+        encoding: Encoding = "rows" if placement == "forward" and not available else "exact"
+        site = Site((product,), sampling, placement, encoding, sampling.kept(product.rows))
+        shared = next((i for i, other in enumerate(sites) if _share_a_draw(other, site, order)), None)
+        if shared is None:
+            sites.append(site)
+        else:
+            sites[shared] = dataclasses.replace(
+                sites[shared], products=(*sites[shared].products, product)
+            )
+    return Plan(tuple(sites), tuple(exact))
+
+
+def _reason_for_exact(product: Product, sampling: Sampling | None) -> str | None:
+    if sampling is None:
+        return "excluded by the policy"
+    if sampling.ratio == 1.0:
+        return "ratio 1.0"
+    rows = product.rows
+    if isinstance(rows, torch.SymInt):
+        return None  # k is bounded by the rows at run time
+    if sampling.kept(rows) >= rows:
+        return f"{rows} rows, no more than min_rows or ceil(ratio rows)"
+    return None
+
+
+def _share_a_draw(site: Site, other: Site, order: dict[fx.Node, int]) -> bool:
+    """Tell whether two sites read one residual and may be merged.
+
+    A draw in the backward pass waits for the gradients of all its products. It is shared by products
+    that follow each other (q, k, v; gate and up), not by those of different layers, whose gradients
+    would have to be held until the last.
+    """
+    last, first = site.products[-1], other.products[0]
+    same = last.residual == first.residual and site.sampling == other.sampling
+    adjacent = order[first.node] == order[last.node] + 1
+    return same and (site.placement == "forward" or adjacent)

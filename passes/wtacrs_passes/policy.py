@@ -1,0 +1,205 @@
+"""What the user asked for: a frozen, hashable, validated value."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from typing import Any, Literal, cast
+
+import torch
+
+Estimator = Literal["wta-systematic", "wta-crs", "crs", "topk"]
+Placement = Literal["auto", "forward", "backward"]
+
+ESTIMATORS: tuple[str, ...] = ("wta-systematic", "wta-crs", "crs", "topk")
+PLACEMENTS: tuple[str, ...] = ("auto", "forward", "backward")
+RESIDUALS: tuple[str, ...] = ("exact",)
+
+
+class PolicyError(ValueError):
+    """A policy that cannot be carried out; the message states rule, value and remedy."""
+
+
+def nearest(name: object, valid: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the valid name nearest to `name`, or an empty string."""
+    matches = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.4)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def _check_choice(field: str, value: object, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise PolicyError(
+            f"{field} must be one of {', '.join(valid)}, got {value!r}{nearest(value, valid)}"
+        )
+
+
+def _check_patterns(field: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise PolicyError(f"{field} must be a tuple of module patterns, got {value!r}; write ({value!r},)")
+    patterns = tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern:
+            raise PolicyError(
+                f"{field} must hold non-empty fnmatch patterns over module paths, got {pattern!r}"
+            )
+    return patterns
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the rows of one site are sampled.
+
+    Args:
+        ratio: share of the rows that are kept, in (0, 1]; 1.0 leaves the product exact, bit for bit.
+        min_rows: lower bound on the rows kept; a product with no more rows than this stays exact.
+        estimator: ``wta-systematic``, ``wta-crs`` (Liu et al. 2023), ``crs`` (Drineas et al. 2006):
+            unbiased; ``topk``: biased.
+        placement: ``forward`` draws from ``||x_i||`` in the forward pass, ``backward`` from
+            ``||x_i|| ||dy_i||`` in the backward pass; ``auto`` draws in the backward pass wherever
+            the full residual is at hand there anyway.
+        residuals: how everything but the sampled rows is stored; ``exact`` as Inductor would.
+        center: subtract the mean row before sampling and add its exact product.
+
+    Raises:
+        PolicyError: a value outside its range.
+    """
+
+    ratio: float = 0.3
+    min_rows: int = 32
+    estimator: Estimator = "wta-systematic"
+    placement: Placement = "auto"
+    residuals: Literal["exact"] = "exact"
+    center: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
+            raise PolicyError(f"ratio must be a number in (0, 1], got {self.ratio!r}")
+        if not (math.isfinite(self.ratio) and 0 < self.ratio <= 1):
+            raise PolicyError(f"ratio must be in (0, 1], got {self.ratio}; use 1.0 for exact gradients")
+        if isinstance(self.min_rows, bool) or not isinstance(self.min_rows, int) or self.min_rows < 1:
+            raise PolicyError(f"min_rows must be a whole number of rows, at least 1, got {self.min_rows!r}")
+        if not isinstance(self.center, bool):
+            raise PolicyError(f"center must be True or False, got {self.center!r}")
+        _check_choice("estimator", self.estimator, ESTIMATORS)
+        _check_choice("placement", self.placement, PLACEMENTS)
+        _check_choice("residuals", self.residuals, RESIDUALS)
+
+    @property
+    def share(self) -> Fraction:
+        """The ratio as the decimal fraction that was written: 0.3 is 3/10."""
+        return Fraction(repr(float(self.ratio)))
+
+    def kept(self, rows: Any) -> Any:
+        """Return k = min(rows, max(min_rows, ceil(ratio rows))); `rows` is an int or a ``SymInt``."""
+        wanted = (rows * self.share.numerator + self.share.denominator - 1) // self.share.denominator
+        return torch.sym_min(rows, torch.sym_max(self.min_rows, wanted))
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Rule:
+    """Override fields of the policy for the modules that a pattern matches.
+
+    Args:
+        pattern: fnmatch pattern over module paths as ``named_modules()`` prints them.
+        overrides: any of ratio, min_rows, estimator, placement, residuals, center.
+    """
+
+    pattern: str
+    overrides: tuple[tuple[str, Any], ...]
+
+    def __init__(self, pattern: str, **overrides: Any) -> None:
+        _check_patterns("Rule pattern", (pattern,))
+        valid = [field.name for field in dataclasses.fields(Sampling)]
+        for name in overrides:
+            if name not in valid:
+                raise PolicyError(
+                    f"Rule({pattern!r}) can override {', '.join(valid)}, got {name!r}{nearest(name, valid)}"
+                )
+        Sampling(**overrides)  # the values are checked where they are written
+        object.__setattr__(self, "pattern", pattern)
+        object.__setattr__(self, "overrides", tuple(sorted(overrides.items())))
+
+    def __repr__(self) -> str:
+        overrides = "".join(f", {name}={value!r}" for name, value in self.overrides)
+        return f"Rule({self.pattern!r}{overrides})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy(Sampling):
+    """The user's policy: a :class:`Sampling` for every module, and where it applies.
+
+    Args:
+        include: fnmatch patterns over module paths; only these are sampled.
+        exclude: fnmatch patterns over module paths that stay exact; wins over `include`.
+        rules: :class:`Rule` overrides; the first that matches a module wins.
+
+    Example:
+        >>> policy = Policy(ratio=0.1, exclude=("lm_head",), rules=(Rule("*.attention.*", ratio=0.3),))
+        >>> policy.sampling("encoder.layer.0.attention.query").ratio
+        0.3
+    """
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "include", _check_patterns("include", self.include))
+        object.__setattr__(self, "exclude", _check_patterns("exclude", self.exclude))
+        if isinstance(self.rules, Rule):
+            raise PolicyError(f"rules must be a tuple of Rule, got {self.rules!r}; write ({self.rules!r},)")
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise PolicyError(f"rules must be a tuple of Rule, got {rule!r}")
+
+    def sampling(self, module: str) -> Sampling | None:
+        """Return how the products of `module` (a path) are sampled, or None where they stay exact."""
+        if matches_any(module, self.exclude) or not matches_any(module, self.include):
+            return None
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
+        for rule in self.rules:
+            if fnmatch.fnmatchcase(module, rule.pattern):
+                return Sampling(**{**fields, **dict(rule.overrides)})
+        return Sampling(**fields)
+
+    def unmatched(self, modules: Iterable[str]) -> tuple[str, ...]:
+        """Return the patterns that match none of `modules` (paths)."""
+        paths = list(modules)
+        patterns = [*self.include, *self.exclude, *(rule.pattern for rule in self.rules)]
+        return tuple(p for p in patterns if p != "*" and not any(fnmatch.fnmatchcase(m, p) for m in paths))
+
+
+def matches_any(module: str, patterns: Iterable[str]) -> bool:
+    """Tell whether a module path matches one of the fnmatch patterns."""
+    return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
+
+
+def policy_from_options(options: Mapping[str, Any]) -> tuple[Policy, dict[str, Any]]:
+    """Split ``torch.compile`` options into a policy and the options that belong to Inductor.
+
+    Keys that start with ``wtacrs.`` are policy fields (``wtacrs.policy`` is a whole one, which
+    further fields then override); every other key is returned unchanged.
+
+    Raises:
+        PolicyError: an unknown field, or a value outside its range.
+    """
+    fields = {k.removeprefix("wtacrs."): v for k, v in options.items() if k.startswith("wtacrs.")}
+    rest = {k: v for k, v in options.items() if not k.startswith("wtacrs.")}
+    base = fields.pop("policy", Policy())
+    if not isinstance(base, Policy):
+        raise PolicyError(f"option 'wtacrs.policy' must be a wtacrs_fx.Policy, got {base!r}")
+    valid = [field.name for field in dataclasses.fields(Policy)]
+    for name in fields:
+        if name not in valid:
+            known = [f"wtacrs.{field}" for field in ("policy", *valid)]
+            raise PolicyError(
+                f"option 'wtacrs.{name}' is not a policy field{nearest(f'wtacrs.{name}', known)} "
+                f"(known: {', '.join(known)})"
+            )
+    return cast(Policy, dataclasses.replace(base, **fields)), rest

@@ -1,0 +1,225 @@
+"""What was rewritten, what it saves, what was left exact and why: plain data with a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import sympy
+from torch import fx
+
+from .joint_graph import nbytes, sympy_size
+from .plan import Plan
+from .residuals import Analysis, Product
+from .sample_rows import SampledSite
+
+Size = int | sympy.Expr
+"""A number of rows or bytes; an expression in the symbols of batch and sequence where those are dynamic."""
+
+
+def simplify(size: Any) -> Size:
+    """Return an int where the size is known."""
+    size = sympy.sympify(size)
+    return int(size) if size.is_Integer else size
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteReport:
+    """One weight-gradient product, or a parameter that has none.
+
+    Attributes:
+        module: path of the module; parameter: name of its weight.
+        rows: N; kept: k.
+        estimator, placement: how and where rows are chosen; empty where the product is exact.
+        encoding: how X reaches the backward pass: ``exact`` (stored in full), ``recompute`` (derived
+            there from what is stored for others) or ``rows`` (k rows are stored).
+        bytes_before: bytes of X among the tensors that Inductor would have saved.
+        bytes_after: bytes stored for this product now; a residual that several products share is
+            counted at the first.
+        reason: why the product is exact; empty where it is sampled.
+    """
+
+    module: str
+    parameter: str
+    rows: Size
+    kept: Size
+    estimator: str
+    placement: str
+    encoding: str
+    bytes_before: Size
+    bytes_after: Size
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one compiled graph became.
+
+    Attributes:
+        sites: one entry for each weight-gradient product and each matrix parameter without one.
+        saved_bytes_before: bytes of tensors that cross from forward to backward under Inductor's own
+            partition, without parameters, buffers and inputs.
+        saved_bytes_after: the same after the rewrite.
+        from_cache: the code came from a cache of compiled code.
+    """
+
+    sites: tuple[SiteReport, ...]
+    saved_bytes_before: Size
+    saved_bytes_after: Size
+    from_cache: bool = False
+
+    @property
+    def sampled(self) -> tuple[SiteReport, ...]:
+        """The sites whose rows are sampled."""
+        return tuple(site for site in self.sites if not site.reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and strings; symbolic sizes as strings."""
+        sites = [{k: _plain(v) for k, v in dataclasses.asdict(site).items()} for site in self.sites]
+        return {
+            "sites": sites,
+            "saved_bytes_before": _plain(self.saved_bytes_before),
+            "saved_bytes_after": _plain(self.saved_bytes_after),
+            "from_cache": self.from_cache,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Invert :meth:`to_dict`."""
+        sizes = ("rows", "kept", "bytes_before", "bytes_after")
+        sites = tuple(
+            SiteReport(**{k: _parse(v) if k in sizes else v for k, v in site.items()})
+            for site in data["sites"]
+        )
+        before, after = _parse(data["saved_bytes_before"]), _parse(data["saved_bytes_after"])
+        return cls(sites, before, after, data["from_cache"])
+
+    def to_json(self) -> str:
+        """Return :meth:`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def __str__(self) -> str:
+        header = ("module", "parameter", "rows", "kept", "estimator", "placement", "encoding", "before", "after", "")
+        lines = [
+            (
+                site.module,
+                site.parameter.rpartition(".")[2],
+                str(site.rows),
+                str(site.kept),
+                site.estimator,
+                site.placement,
+                site.encoding,
+                format_bytes(site.bytes_before),
+                format_bytes(site.bytes_after),
+                site.reason,
+            )
+            for site in self.sites
+        ]
+        total = f"saved for backward: {format_bytes(self.saved_bytes_before)} -> {format_bytes(self.saved_bytes_after)}"
+        if isinstance(self.saved_bytes_before, int) and self.saved_bytes_before:
+            assert isinstance(self.saved_bytes_after, int)
+            total += f" ({self.saved_bytes_after / self.saved_bytes_before:.2f} of Inductor's)"
+        cached = "; code from the cache" if self.from_cache else ""
+        count = f"{len(self.sampled)} of {len(self.sites)} weight gradients sampled{cached}"
+        return "\n".join([*_align([header, *lines]), total, count])
+
+
+def format_bytes(size: Size) -> str:
+    """Return a size as ``12.3 MiB``; a symbolic one as an expression in bytes."""
+    if not isinstance(size, int):
+        return f"{size} B"
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _align(table: Sequence[Sequence[str]]) -> Iterable[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, sympy.Expr) else value
+
+
+def _parse(value: int | str) -> Size:
+    if isinstance(value, int):
+        return value
+    functions = {"Max": sympy.Max, "Min": sympy.Min}
+    parsed = sympy.sympify(value, locals=functions, evaluate=True)
+    symbols = {s: sympy.Symbol(s.name, integer=True, positive=True) for s in parsed.free_symbols}
+    return simplify(parsed.subs(symbols))
+
+
+def make_report(
+    analysis: Analysis,
+    plan: Plan,
+    sites: Sequence[SampledSite],
+    stores_rows: Sequence[bool],
+    before: Sequence[fx.Node],
+    after: Sequence[fx.Node],
+) -> Report:
+    """Gather what became of each weight gradient.
+
+    Args:
+        sites: what was carried out of the plan; `stores_rows` as the partition has it.
+        before: the tensors saved without the rewrite; `after`: with it.
+    """
+    ledger = _Ledger(before, after)
+    found: dict[fx.Node, SiteReport] = {}
+    for sampled, rows in zip(sites, stores_rows, strict=True):
+        stored = sum(nbytes(n.meta["val"]) for n in sampled.stored if rows or n is not sampled.rows)
+        site = sampled.site
+        for product in site.products:
+            encoding = "rows" if rows else ledger.encoding(product)
+            size_before, size_after = ledger.take(product)
+            found[product.node] = SiteReport(
+                module=product.module,
+                parameter=product.parameter,
+                rows=simplify(sympy_size(product.rows)),
+                kept=simplify(sympy_size(site.kept)),
+                estimator=site.sampling.estimator,
+                placement=site.placement,
+                encoding=encoding,
+                bytes_before=simplify(size_before),
+                bytes_after=simplify(size_after + stored),
+            )
+            stored = 0
+    for product, reason in plan.exact:
+        size_before, size_after = ledger.take(product)
+        rows_ = simplify(sympy_size(product.rows))
+        found[product.node] = SiteReport(
+            product.module, product.parameter, rows_, rows_, "", "", ledger.encoding(product),
+            simplify(size_before), simplify(size_after), reason,
+        )  # fmt: skip
+    reports = [found[product.node] for product in analysis.products]
+    for name, reason in analysis.unsampled:
+        reports.append(SiteReport(name.rpartition(".")[0], name, 0, 0, "", "", "exact", 0, 0, reason))
+    totals = [simplify(sum(nbytes(node.meta["val"]) for node in saved)) for saved in (before, after)]
+    return Report(tuple(reports), *totals)
+
+
+class _Ledger:
+    """The bytes of residuals among the saved tensors, each counted once."""
+
+    def __init__(self, before: Sequence[fx.Node], after: Sequence[fx.Node]) -> None:
+        self._saved = [{node.name: node for node in saved} for saved in (before, after)]
+        self._names = {node.name for node in after}
+
+    def encoding(self, product: Product) -> str:
+        """Tell whether X is stored in full or recomputed from what is stored for others."""
+        return "exact" if product.stored_names & self._names else "recompute"
+
+    def take(self, product: Product) -> tuple[sympy.Expr, sympy.Expr]:
+        """Return the bytes of X before and after, zero where another product has taken them."""
+        sizes = []
+        for saved in self._saved:
+            names = [name for name in saved if name in product.stored_names]
+            sizes.append(sum((nbytes(saved.pop(name).meta["val"]) for name in names), sympy.Integer(0)))
+        return sizes[0], sizes[1]

@@ -1,0 +1,223 @@
+"""Rewrite weight-gradient products to read k sampled, rescaled rows.
+
+Before::
+
+    dW = mm(permute(dY), X)
+
+After, with placement ``forward`` (the first three lines run in the forward pass)::
+
+    weights = norm(X)
+    indices, scales = choose_rows(weights, rand(...), k)
+    rows = index(X, indices)                                  # stored instead of X
+    dW = mm(permute(index(dY, indices) * scales), rows) + 0 * sum(dY)
+
+After, with placement ``backward`` (only the first line runs in the forward pass)::
+
+    norm_x = norm(X)
+    indices, scales = choose_rows(norm_x * norm(dY), rand(...), k)
+    dW = mm(permute(index(dY, indices) * scales), index(X, indices))
+
+Products that share X share the draw; their weights are ``||x_i|| sqrt(sum_j ||dy_ij||^2)``.
+In the forward placement ``0 * sum(dY)`` carries NaN and Inf of rows that were not drawn into dW.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import ops
+from .joint_graph import Editor, aten, prims
+from .plan import Plan, Site
+from .residuals import Product, rows_first
+from .torch_api import stable_topological_sort
+
+NOISE = "wtacrs_noise"
+"""Key of ``node.meta`` on the random numbers of a site: they are lowered after Inductor's own."""
+
+# Squares of smaller norms lose precision in float32, of larger ones overflow; the maximum stands in.
+_SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-30, 1e38
+
+
+@dataclasses.dataclass
+class SampledSite:
+    """A carried-out site: the nodes that the partitioner pins and the verifier looks for.
+
+    Attributes:
+        draw: the ``choose_rows`` node.
+        stored: nodes that must cross from forward to backward.
+        rows: the gathered (and centred) rows of X; among `stored` where the encoding is ``rows``.
+        stored_names: names of the nodes that hold the full X if they are saved.
+    """
+
+    site: Site
+    draw: fx.Node
+    stored: list[fx.Node]
+    rows: fx.Node
+    stored_names: frozenset[str]
+
+
+def sample_rows(graph: fx.Graph, plan: Plan) -> list[SampledSite]:
+    """Carry out the plan in place; return what was built for each site."""
+    if not plan.sites:
+        return []
+    editor = Editor(graph)
+    sampled = [_sample_site(editor, site) for site in plan.sites]
+    graph.eliminate_dead_code()
+    stable_topological_sort(graph)
+    return sampled
+
+
+def _sample_site(editor: Editor, site: Site) -> SampledSite:
+    last = site.products[-1].node
+    with editor.before(last):
+        x = _operand(editor, site.products[0], tangent=False)
+        dys = [_operand(editor, product, tangent=True) for product in site.products]
+        stored: list[fx.Node] = []
+
+        mean = _mean_row(editor, x) if site.sampling.center else None
+        norms = _row_norms(editor, [x if mean is None else _subtract(editor, x, mean)])
+        weights = norms
+        if site.placement == "backward":
+            weights = editor.call(aten.mul.Tensor, _double(editor, norms), _double(editor, _row_norms(editor, dys)))
+            stored.append(norms)
+        if mean is not None:
+            stored.append(mean)
+
+        draw, indices, scales = _draw(editor, site, weights)
+        rows = _gather(editor, x, indices)
+        if mean is not None:
+            rows = _subtract(editor, rows, mean)
+        if site.placement == "forward":
+            stored += [indices, scales]
+        if site.encoding == "rows":
+            stored.append(rows)
+
+        for product, dy in zip(site.products, dys, strict=True):
+            kept_dy = _scale(editor, _gather(editor, dy, indices), scales)
+            estimate = _product(editor, product, rows, kept_dy)
+            if mean is not None or site.placement == "forward":
+                estimate = _add_outer(editor, product, estimate, dy, mean)
+            product.node.replace_all_uses_with(estimate)
+            estimate.meta = {**product.node.meta, "val": estimate.meta["val"]}
+    return SampledSite(site, draw, stored, rows, site.products[0].stored_names)
+
+
+def _operand(editor: Editor, product: Product, tangent: bool) -> fx.Node:
+    side = product.tangent_side if tangent else 1 - product.tangent_side
+    operand, transpose = rows_first(product.node, side)
+    return _transpose(editor, operand) if transpose else operand
+
+
+def _transpose(editor: Editor, node: fx.Node) -> fx.Node:
+    dims = list(range(node.meta["val"].dim()))
+    return editor.call(aten.permute.default, node, [*dims[:-2], dims[-1], dims[-2]])
+
+
+def _accumulate(editor: Editor, node: fx.Node) -> fx.Node:
+    """Cast to the precision of sums and norms: float32, or float64 where the operand has it."""
+    dtype = node.meta["val"].dtype
+    if dtype in (torch.float32, torch.float64):
+        return node
+    return editor.call(prims.convert_element_type.default, node, torch.float32)
+
+
+def _double(editor: Editor, node: fx.Node) -> fx.Node:
+    return editor.call(prims.convert_element_type.default, node, torch.float64)
+
+
+def _cast_like(editor: Editor, node: fx.Node, like: fx.Node) -> fx.Node:
+    dtype = like.meta["val"].dtype
+    if node.meta["val"].dtype == dtype:
+        return node
+    return editor.call(prims.convert_element_type.default, node, dtype)
+
+
+def _row_norms(editor: Editor, operands: list[fx.Node]) -> fx.Node:
+    """Return the joint norms of the rows: ``[..., rows]``, zero only where every element is zero."""
+    squares, largest = None, None
+    for operand in operands:
+        wide = _accumulate(editor, operand)
+        square = editor.call(aten.sum.dim_IntList, editor.call(aten.mul.Tensor, wide, wide), [-1])
+        peak = editor.call(aten.amax.default, editor.call(aten.abs.default, wide), [-1])
+        squares = square if squares is None else editor.call(aten.add.Tensor, squares, square)
+        largest = peak if largest is None else editor.call(aten.maximum.default, largest, peak)
+    assert squares is not None
+    small = editor.call(aten.lt.Scalar, squares, _SMALLEST_SQUARE)
+    large = editor.call(aten.gt.Scalar, squares, _LARGEST_SQUARE)
+    unsafe = editor.call(aten.logical_or.default, small, large)
+    return editor.call(aten.where.self, unsafe, largest, editor.call(aten.sqrt.default, squares))
+
+
+def _mean_row(editor: Editor, x: fx.Node) -> fx.Node:
+    return editor.call(aten.mean.dim, _accumulate(editor, x), [-2], True)
+
+
+def _subtract(editor: Editor, x: fx.Node, mean: fx.Node) -> fx.Node:
+    difference = editor.call(aten.sub.Tensor, _accumulate(editor, x), mean)
+    return _cast_like(editor, difference, x)
+
+
+def _draw(editor: Editor, site: Site, weights: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    batch = [editor.size(weights, d) for d in range(weights.meta["val"].dim() - 1)]
+    rows = editor.size(weights, -1)
+    kept = _kept(editor, site, rows)
+    size = editor.call(operator.add, rows, 1) if isinstance(rows, fx.Node) else rows + 1
+    device = weights.meta["val"].device
+    noise = editor.call(
+        aten.rand.default, [*batch, size], dtype=torch.float32, device=device, pin_memory=False
+    )
+    noise.meta[NOISE] = True
+    draw = editor.call(ops.choose_rows, weights, noise, kept, site.sampling.estimator)
+    return draw, editor.call(operator.getitem, draw, 0), editor.call(operator.getitem, draw, 1)
+
+
+def _kept(editor: Editor, site: Site, rows: Any) -> Any:
+    """Write k = min(rows, max(min_rows, ceil(ratio rows))) into the graph where rows is symbolic."""
+    if not isinstance(rows, fx.Node):
+        return site.kept
+    share = site.sampling.share
+    wanted = editor.call(operator.mul, rows, share.numerator)
+    wanted = editor.call(operator.add, wanted, share.denominator - 1)
+    wanted = editor.call(operator.floordiv, wanted, share.denominator)
+    wanted = editor.call(torch.sym_max, wanted, site.sampling.min_rows)
+    return editor.call(torch.sym_min, wanted, rows)
+
+
+def _gather(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
+    """Gather rows: ``[..., rows, features]`` by ``[..., kept]``."""
+    if node.meta["val"].dim() == 2:
+        return editor.call(aten.index.Tensor, node, [indices])
+    kept, features = editor.size(indices, -1), editor.size(node, -1)
+    column = editor.call(aten.unsqueeze.default, indices, -1)
+    wide = editor.call(aten.expand.default, column, [editor.size(node, 0), kept, features])
+    return editor.call(aten.gather.default, node, 1, wide)
+
+
+def _scale(editor: Editor, rows: fx.Node, scales: fx.Node) -> fx.Node:
+    column = editor.call(aten.unsqueeze.default, scales, -1)
+    scaled = editor.call(aten.mul.Tensor, _accumulate(editor, rows), column)
+    return _cast_like(editor, scaled, rows)
+
+
+def _product(editor: Editor, product: Product, x: fx.Node, dy: fx.Node) -> fx.Node:
+    left, right = (dy, x) if product.tangent_side == 0 else (x, dy)
+    target = product.node.target
+    assert callable(target)
+    return editor.call(target, _transpose(editor, left), right)
+
+
+def _add_outer(editor: Editor, product: Product, estimate: fx.Node, dy: fx.Node, mean: fx.Node | None) -> fx.Node:
+    """Add ``mean^T sum_i dy_i``; without a mean, zero times it, so that NaN and Inf are not hidden."""
+    total = editor.call(aten.sum.dim_IntList, _accumulate(editor, dy), [-2], True)
+    if product.tangent_side == 0:
+        total = _transpose(editor, total)
+    elif mean is not None:
+        mean = _transpose(editor, mean)
+    term = editor.call(aten.mul.Tensor, total, 0.0 if mean is None else mean)
+    wide = editor.call(aten.add.Tensor, _accumulate(editor, estimate), term)
+    return _cast_like(editor, wide, estimate)

@@ -1,0 +1,74 @@
+"""Every private import from torch, and what differs between its releases (2.11 to 2.15)."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import detect_fake_mode
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor import inductor_prims
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.pattern_matcher import stable_topological_sort
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch.fx.experimental.proxy_tensor import py_sym_types
+from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = [
+    "CheckpointPolicy",
+    "CustomPartitionerFn",
+    "aot_export_joint_with_descriptors",
+    "cache_dir",
+    "compile_fx",
+    "detect_fake_mode",
+    "inductor_prims",
+    "min_cut_rematerialization_partition",
+    "py_sym_types",
+    "run_joint_graph_passes",
+    "select_decompositions",
+    "stable_topological_sort",
+]
+
+
+def compile_fx(
+    gm: fx.GraphModule, inputs: Any, config_patches: dict[str, Any], name: str | None
+) -> Callable[..., Any]:
+    """Compile with Inductor; `name` (a region name, torch >= 2.13) is dropped where unknown."""
+    from torch._inductor import compile_fx as inductor
+
+    region = {"compile_region_name": name} if name is not None and _takes_region_name() else {}
+    compiled: Callable[..., Any] = inductor.compile_fx(gm, inputs, config_patches=config_patches, **region)
+    return compiled
+
+
+@functools.cache
+def _takes_region_name() -> bool:
+    from torch._inductor import compile_fx as inductor
+
+    return "compile_region_name" in inspect.signature(inductor.compile_fx).parameters
+
+
+def select_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Return the decompositions with which Inductor traces the joint graph."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def run_joint_graph_passes(gm: fx.GraphModule) -> fx.GraphModule:
+    """Run Inductor's passes over a joint graph (attention fusion, random numbers, ...)."""
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes
+    from torch._inductor.virtualized import V
+
+    with V.set_fake_mode(detect_fake_mode(_values(gm))):
+        return _recursive_joint_graph_passes(gm, skip_invoke_subgraph=True)
+
+
+def _values(gm: fx.GraphModule) -> list[Any]:
+    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    return [value for value in values if isinstance(value, torch.Tensor)]

@@ -1,0 +1,219 @@
+"""The ``torch.compile`` backend; registered by the entry point ``torch_dynamo_backends``."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch._functorch.config
+import torch._inductor.config
+from torch import fx
+from wtacrs_passes import torch_api
+from wtacrs_passes.joint_graph import StaticInput, path_from_source
+from wtacrs_passes.pipeline import WtacrsPartitioner, source_hash
+from wtacrs_passes.policy import Policy, PolicyError, nearest, policy_from_options
+from wtacrs_passes.report import Report
+
+_REPORTS: list[Report] = []
+
+
+class PatternWarning(UserWarning):
+    """A pattern of the policy has matched no module in any graph compiled with it so far."""
+
+
+def reports() -> list[Report]:
+    """Return a report for each training graph that this process compiled with the backend, in order.
+
+    Graphs whose code came from Inductor's caches are included, with ``from_cache=True``.
+    """
+    return list(_REPORTS)
+
+
+class Backend:
+    """A backend object with its own policy, for ``torch.compile(model, backend=...)``.
+
+    Args:
+        policy: what is sampled, and how.
+        mode: as in ``torch.compile``.
+        inductor_options: configuration of Inductor.
+
+    Raises:
+        PolicyError: an option that Inductor does not know, or one that this backend sets itself.
+    """
+
+    def __init__(self, policy: Policy, mode: str | None, inductor_options: Mapping[str, Any]) -> None:
+        if not isinstance(policy, Policy):
+            raise PolicyError(f"policy must be a wtacrs_fx.Policy, got {policy!r}")
+        self.policy = policy
+        self.config = _inductor_config(mode, inductor_options)
+        self._unmatched = set(policy.unmatched(()))
+        self.__name__ = "wtacrs"
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        name: str | None = None,
+    ) -> Callable[..., Any]:
+        """Compile a Dynamo graph with Inductor and the rewritten joint graph."""
+        if mode or options:
+            raise PolicyError(
+                f"a backend object has its options already, got mode={mode!r}, options={options!r}; "
+                f"give them to wtacrs_fx.backend(policy, ...) or use backend='wtacrs'"
+            )
+        table = static_inputs(gm)
+        path = _report_path(gm, example_inputs, self.config, self.policy, table)
+        received: list[Report] = []
+        partitioner = WtacrsPartitioner(self.policy, table, received.append)
+        config = {**self.config, "custom_partitioner_fn": partitioner}
+        compiled = torch_api.compile_fx(gm, example_inputs, config, name)
+        if not received and not path.exists() and _is_training(example_inputs):
+            # The code came from a cache that is older than the file of its report.
+            config["force_disable_caches"] = True
+            compiled = torch_api.compile_fx(gm, example_inputs, config, name)
+        report = _keep(path, received) if _is_training(example_inputs) else None
+        if report is not None:
+            _REPORTS.append(report)
+            self._warn_unmatched(report)
+        return compiled
+
+    def _warn_unmatched(self, report: Report) -> None:
+        modules = sorted({site.module for site in report.sites})
+        self._unmatched &= set(self.policy.unmatched(modules))
+        for pattern in sorted(self._unmatched):
+            warnings.warn(
+                f"the pattern {pattern!r} of the policy matches no module with a weight gradient"
+                f"{nearest(pattern, modules)} (modules of this graph: {', '.join(modules)})",
+                PatternWarning,
+                stacklevel=2,
+            )
+
+
+def backend(policy: Policy | None = None, *, mode: str | None = None, **inductor_options: Any) -> Backend:
+    """Return a backend object for ``torch.compile(model, backend=...)``.
+
+    Args:
+        policy: what is sampled, and how; ``Policy()`` where it is None.
+        mode: as in ``torch.compile``: ``"max-autotune"``, ``"reduce-overhead"``, ...
+        inductor_options: configuration of Inductor, such as ``max_autotune=True``.
+
+    Raises:
+        PolicyError: an option that Inductor does not know, or one that this backend sets itself.
+    """
+    return Backend(Policy() if policy is None else policy, mode, inductor_options)
+
+
+def wtacrs(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Callable[..., Any]:
+    """Compile for ``torch.compile(model, backend="wtacrs", mode=..., options={"wtacrs.ratio": 0.3, ...})``.
+
+    Options whose keys start with ``wtacrs.`` are fields of :class:`Policy`, ``wtacrs.policy`` is a whole
+    one; the others are Inductor's.
+
+    Raises:
+        PolicyError: an unknown option or a value outside its range.
+    """
+    key = (mode, repr(sorted((options or {}).items())))
+    if key not in _BACKENDS:
+        policy, rest = policy_from_options(options or {})
+        _BACKENDS[key] = Backend(policy, mode, rest)
+    return _BACKENDS[key](gm, example_inputs, name=name)
+
+
+_BACKENDS: dict[tuple[str | None, str], Backend] = {}
+
+
+def _inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    known = torch._inductor.config.get_config_copy()
+    if mode and mode != "default":
+        modes = [*torch._inductor.list_mode_options(), "default"]
+        if mode not in modes:
+            raise PolicyError(f"mode must be one of {', '.join(modes)}, got {mode!r}{nearest(mode, modes)}")
+        options = {**torch._inductor.list_mode_options(mode), **options}
+    config = {name.replace("-", "_"): value for name, value in options.items()}
+    for name in config:
+        if name == "custom_partitioner_fn":
+            raise PolicyError("option 'custom_partitioner_fn' is set by the wtacrs backend; leave it out")
+        if name not in known:
+            fields = [f"wtacrs.{field.name}" for field in dataclasses.fields(Policy)]
+            raise PolicyError(
+                f"option {name!r} is unknown to Inductor{nearest(name, [*known, *fields])} "
+                f"Policy fields are written 'wtacrs.<field>'"
+            )
+    return config
+
+
+def static_inputs(gm: fx.GraphModule) -> tuple[StaticInput, ...]:
+    """Return the parameters and buffers that Dynamo lifted into the inputs of a graph."""
+    found = []
+    for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        argument = node.meta.get("grapharg")
+        source = getattr(argument, "source", None)
+        if source is None:
+            continue
+        is_parameter = isinstance(argument.example, torch.nn.Parameter)
+        name = source.name() if callable(source.name) else source.name
+        if is_parameter or "_buffers[" in name:
+            found.append(StaticInput(index, path_from_source(name), is_parameter))
+    return tuple(found)
+
+
+def _is_training(example_inputs: Sequence[Any]) -> bool:
+    tensors = (x for x in example_inputs if isinstance(x, torch.Tensor))
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _keep(path: pathlib.Path, received: Sequence[Report]) -> Report | None:
+    """Write a report beside Inductor's caches, or read what an earlier process wrote there.
+
+    A graph that trains nothing is kept as ``null``.
+    """
+    if received or not path.exists():
+        report = received[-1] if received else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report.to_dict() if report else None))
+        return report
+    data = json.loads(path.read_text())
+    return Report.from_dict({**data, "from_cache": True}) if data else None
+
+
+def _report_path(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Mapping[str, Any],
+    policy: Policy,
+    table: Sequence[StaticInput],
+) -> pathlib.Path:
+    inputs = [
+        (tuple(x.shape), x.dtype, x.stride(), x.device, x.requires_grad) if isinstance(x, torch.Tensor) else x
+        for x in example_inputs
+    ]
+    parts = (
+        gm.code,
+        inputs,
+        sorted(config.items()),
+        policy,
+        table,
+        source_hash(),
+        torch.__version__,
+        torch._functorch.config.get_hash(),
+        torch._inductor.config.get_hash(),
+        torch.is_autocast_enabled(),
+    )
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return pathlib.Path(torch_api.cache_dir()) / "wtacrs_reports" / f"{key}.json"
