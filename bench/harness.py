@@ -1,4 +1,4 @@
-"""Measure training steps of several variants of one model side by side, and keep the figures as rows of evidence."""
+"""Measure training steps of several variants of one model side by side; keep the figures as rows."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-import wtacrs_fx
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx
+
+import wtacrs_fx
 from wtacrs_fx import Policy
 from wtacrs_passes.policy import Placement
 
@@ -67,9 +69,9 @@ VARIANTS: dict[str, Callable[[], Backend | None]] = {
 class Step:
     """One variant's forward and backward pass over one batch, on its own copy of the model, compiled at once.
 
-    Dynamo keeps what it compiled under the code object of `forward`, which all copies share, and tells variants
-    apart by their backend object alone. Hence a new object for each step (`_compile` is a bound method), a count
-    of the graphs that it compiled, and no `torch._dynamo.reset()` while steps are in use.
+    Dynamo keeps what it compiled under the code object of `forward`, which all copies share, and tells
+    variants apart by their backend object alone. Hence a new object for each step (`_compile` is a bound
+    method), a count of the graphs that it compiled, and no `torch._dynamo.reset()` while steps are in use.
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Tensor], backend: Backend | None) -> None:
@@ -78,7 +80,10 @@ class Step:
         self.inputs = inputs
         self._backend = backend
         self._graphs = 0
-        self._call = self.model if backend is None else torch.compile(self.model, backend=self._compile, fullgraph=True)
+        compiled = backend is not None
+        self._call = (
+            torch.compile(self.model, backend=self._compile, fullgraph=True) if compiled else self.model
+        )
         earlier = len(wtacrs_fx.reports())
         began = time.perf_counter()
         self()
@@ -103,14 +108,16 @@ class Step:
         """Raise if this step ran another variant's code or was compiled again while it was measured."""
         expected = int(self._backend is not None)
         if self._graphs != expected:
-            raise RuntimeError(f"a variant must compile {expected} graph(s), this one compiled {self._graphs}")
+            raise RuntimeError(
+                f"a variant must compile {expected} graph(s), this one compiled {self._graphs}"
+            )
 
 
 # Measures of one step
 
 
 def saved_bytes(step: Step) -> int:
-    """Return the bytes that one forward pass keeps for its backward pass, less parameters, buffers and inputs.
+    """Return the bytes that a forward pass keeps for its backward pass, less parameters, buffers and inputs.
 
     Counted as storages, each once, in eager and in compiled code alike: all that autograd is given to keep.
     """
@@ -143,7 +150,9 @@ def peak_bytes(step: Step) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
     held = peak = 0
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -220,26 +229,31 @@ class Row:
 
 
 def summarise(values: Sequence[float], baseline: Sequence[float] | None = None) -> dict[str, Any]:
-    """Return the fields of a `Row` that describe repeated measures, `baseline` being Inductor's of the same rounds."""
-    p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
+    """Return the fields of a `Row` that describe repeated measures.
+
+    Args:
+        values: one a round; baseline: Inductor's of the same rounds.
+    """
+    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(levels).tolist()
     ratio = statistics.median(v / b for v, b in zip(values, baseline, strict=True)) if baseline else None
-    return dict(value=p50, ratio=ratio, p20=p20, p50=p50, p80=p80, rounds=len(values))
+    return {"value": p50, "ratio": ratio, "p20": p20, "p50": p50, "p80": p80, "rounds": len(values)}
 
 
 def circumstances(device: str = "cpu") -> dict[str, Any]:
-    """Return the fields of a `Row` that describe the machine, the software and the call; no path, no host name."""
+    """Return the fields of a `Row` that describe machine, software and call; no path, no host name."""
     name = Path(sys.argv[0]).stem
-    return dict(
-        device=device,
-        processor=torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        cores=len(os.sched_getaffinity(0)),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        transformers=transformers.__version__,
-        commit=_commit(),
-        command=shlex.join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    return {
+        "device": device,
+        "processor": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": _commit(),
+        "command": shlex.join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _cpu_name() -> str:
@@ -248,6 +262,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
+@cache
 def _commit() -> str:
     """Return the abbreviated commit, with `+dirty` if anything but results differs from it."""
 
@@ -282,7 +297,8 @@ def read(benchmark: str, folder: Path = RESULTS) -> list[Row]:
 
 def _parse(record: dict[str, str]) -> Row:
     numbers: dict[str, Any] = {
-        name: float(record[name]) if record[name] else None for name in ("value", "ratio", "p20", "p50", "p80")
+        name: float(record[name]) if record[name] else None
+        for name in ("value", "ratio", "p20", "p50", "p80")
     }
     counts = {name: int(record[name]) for name in ("rounds", "seed", "cores")}
     return Row(**{**record, **numbers, **counts})

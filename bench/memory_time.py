@@ -5,8 +5,8 @@
     python -m bench.memory_time --dtype bfloat16 --rounds 0       # memory alone
     python -m bench.memory_time --quick                           # tiny sizes: does it run? keeps no rows
 
-Saved activations are counted in units of one [tokens, d] tensor for each layer: the difference between a model and
-the same model with one layer less, so that embeddings and loss do not count.
+Saved activations are counted in units of one [tokens, d] tensor for each layer: the difference between a
+model and the same model with one layer less, so that embeddings and loss do not count.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Case:
         steps = {}
         for variant in variants:
             steps[variant] = Step(model, inputs, VARIANTS[variant]())
-            print(f"{self.model} {self.dtype} {self.shape} {variant}: {steps[variant].first_call_seconds:.0f} s")
+            print(
+                f"{self.model} {self.dtype} {self.shape} {variant}: {steps[variant].first_call_seconds:.0f} s"
+            )
         return steps
 
     def unit_bytes(self) -> int:
@@ -90,22 +92,32 @@ def measure(case: Case, variants: list[str], rounds: int) -> list[Row]:
     rows = []
     for variant, step in steps.items():
         ratio = units[variant] / units[BASELINE]
-        rows.append(case.row(variant, "saved units a layer", "[tokens, d]", value=units[variant], ratio=ratio))
+        rows.append(
+            case.row(variant, "saved units a layer", "[tokens, d]", value=units[variant], ratio=ratio)
+        )
         ratio = kept[variant] / kept[BASELINE]
         rows.append(case.row(variant, "saved", "MiB", value=kept[variant] / MIB, ratio=ratio))
         ratio = peaks[variant] / peaks[BASELINE]
         rows.append(case.row(variant, "peak", "MiB", value=peaks[variant] / MIB, ratio=ratio))
         for report in step.reports:
             value = float(report.saved_bytes_after)
-            rows.append(case.row(variant, "saved, as reported", "MiB", value=value / MIB, ratio=value / kept[BASELINE]))
+            rows.append(
+                case.row(
+                    variant, "saved, as reported", "MiB", value=value / MIB, ratio=value / kept[BASELINE]
+                )
+            )
         if rounds:
             rows.append(case.row(variant, "step time", "s", **summarise(times[variant], times[BASELINE])))
     return rows
 
 
 def main(
-    model: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(MODELS)}; all by default.")] = None,
-    variant: Annotated[list[str] | None, typer.Option(help="All by default; the baseline always runs.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"Any of {', '.join(MODELS)}; all by default.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="All by default; the baseline always runs.")
+    ] = None,
     layers: int = Shape.layers,
     d: int = Shape.d,
     heads: int = Shape.heads,
@@ -114,7 +126,9 @@ def main(
     dtype: str = "float32",
     device: str = "cpu",
     seed: int = 0,
-    rounds: Annotated[int, typer.Option(help="Timed steps of each variant, interleaved; 0 for memory alone.")] = 11,
+    rounds: Annotated[
+        int, typer.Option(help="Timed steps of each variant, interleaved; 0 for memory alone.")
+    ] = 11,
     quick: Annotated[bool, typer.Option(help="Tiny sizes and two rounds; keep no rows.")] = False,
 ) -> None:
     """Measure saved activations, peak memory and step time; append rows to bench/results."""

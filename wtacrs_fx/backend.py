@@ -70,7 +70,7 @@ class Backend:
                 f"a backend object has its options already, got mode={mode!r}, options={options!r}; "
                 f"give them to wtacrs_fx.backend(policy, ...) or use backend='wtacrs'"
             )
-        table = static_inputs(gm)
+        table = lifted_inputs(gm)
         path = _report_path(gm, example_inputs, self.config, self.policy, table)
         received: list[Report] = []
         partitioner = WtacrsPartitioner(self.policy, table, received.append)
@@ -158,7 +158,7 @@ def _inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     return config
 
 
-def static_inputs(gm: fx.GraphModule) -> tuple[StaticInput, ...]:
+def lifted_inputs(gm: fx.GraphModule) -> tuple[StaticInput, ...]:
     """Return the parameters and buffers that Dynamo lifted into the inputs of a graph."""
     found = []
     for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -13,28 +12,57 @@ from wtacrs_passes.pipeline import NoTangentsError, rewrite, rewrite_and_partiti
 from wtacrs_passes.policy import Policy
 from wtacrs_passes.report import Report
 
+from .backend import lifted_inputs
+
+
+STATIC_INPUTS = "wtacrs_static_inputs"
+"""Key of ``graph_module.meta``: the parameters and buffers among the primals, by position."""
+
+
+class _Captured(Exception):
+    """Leaves Dynamo once the joint graph is there, before anything is computed."""
+
 
 def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     """Return the joint forward-backward graph of ``model(*args, **kwargs)``.
 
-    The graph is AOTAutograd's, with the decompositions of Inductor. Nothing is computed: a model on the
-    ``meta`` device and inputs there are enough. It is called with ``(primals, tangents)``, two flat
-    lists: parameters, buffers and inputs; one gradient for each differentiable output.
+    The graph is the one that ``torch.compile`` makes: Dynamo's trace through AOTAutograd with the
+    decompositions of Inductor. Nothing is computed: a model and inputs on the ``meta`` device are enough.
+    It is called with ``(primals, tangents)``, two flat lists: parameters, buffers and inputs in the order
+    of first use; one gradient for each differentiable output.
 
     Raises:
         NoTangentsError: no output of the model requires grad.
+        torch._dynamo.exc.Unsupported: the model breaks into several graphs.
     """
-    with contextlib.ExitStack() as stack:
-        joint = torch_api.aot_export_joint_with_descriptors(
-            stack, model, args, kwargs, decompositions=torch_api.select_decompositions()
-        )
-        graph_module: fx.GraphModule = joint.graph_module
-    if not any(is_tangent(node) for node in graph_module.graph.find_nodes(op="placeholder")):
+    captured: list[fx.GraphModule] = []
+
+    def keep_joint(gm: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        captured.append(copy_joint(gm))
+        return torch_api.default_partition(gm, inputs, **options)
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        table = lifted_inputs(gm)
+        torch_api.trace_joint(gm, inputs, keep_joint)
+        for joint in captured:
+            joint.meta[STATIC_INPUTS] = table
+        raise _Captured
+
+    # A wrapper of its own, so that Dynamo neither reuses nor keeps code compiled for the model.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    try:
+        torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, _Captured):
+            raise
+    if not captured:
         raise NoTangentsError(
             f"no output of {type(model).__name__} requires grad, so there is no backward graph to capture; "
             f"call it outside torch.no_grad() with trainable parameters"
         )
-    return graph_module
+    return captured[0]
 
 
 def transform(graph_module: fx.GraphModule, policy: Policy | None = None) -> fx.GraphModule:
@@ -48,7 +76,7 @@ def transform(graph_module: fx.GraphModule, policy: Policy | None = None) -> fx.
     """
     policy = Policy() if policy is None else policy
     rewritten = copy_joint(graph_module)
-    rewrite(rewritten, policy, ())
+    rewrite(rewritten, policy, graph_module.meta.get(STATIC_INPUTS, ()))
     rewritten.report = _report(graph_module, policy)  # type: ignore[assignment]
     return rewritten
 
@@ -69,7 +97,8 @@ def explain(model: nn.Module, *args: Any, policy: Policy | None = None, **kwargs
 def _report(graph_module: fx.GraphModule, policy: Policy) -> Report:
     gm = torch_api.run_joint_graph_passes(copy_joint(graph_module))
     primals = [node for node in gm.graph.find_nodes(op="placeholder") if not is_tangent(node)]
-    statics = static_inputs(gm.graph, {})
+    table = graph_module.meta.get(STATIC_INPUTS, ())
+    statics = static_inputs(gm.graph, {static.index: static for static in table})
     indices = [index for index, node in enumerate(primals) if node in statics]
     forward_outputs = sum(not _is_gradient(desc) for _, desc in outputs_with_descriptors(gm.graph))
 
@@ -78,7 +107,7 @@ def _report(graph_module: fx.GraphModule, policy: Policy) -> Report:
             graph, None, num_fwd_outputs=outputs, static_lifetime_input_indices=indices
         )
 
-    return rewrite_and_partition(gm, policy, (), forward_outputs, partitioner)[1]
+    return rewrite_and_partition(gm, policy, table, forward_outputs, partitioner)[1]
 
 
 def _is_gradient(descriptor: Any) -> bool:

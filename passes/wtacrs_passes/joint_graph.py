@@ -182,6 +182,20 @@ def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
     return numbers
 
 
+def same_content(node: fx.Node) -> set[fx.Node]:
+    """Return the nodes that hold what `node` holds: what it is a view, copy or cast of, and those of that."""
+    forms = VIEWS | COPIES | CASTS
+    while node.target in forms and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    found, stack = {node}, [node]
+    while stack:
+        for user in stack.pop().users:
+            if user.target in forms and user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
 class _Number:
     """A value number that prints as itself and cannot be taken for an integer argument."""
 

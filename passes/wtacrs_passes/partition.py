@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .joint_graph import Editor, aten, copy_joint, inductor_prims, output_of, outputs_with_descriptors
+from .joint_graph import VIEWS, Editor, aten, copy_joint, inductor_prims, output_of, outputs_with_descriptors
 from .sample_rows import NOISE, SampledSite
 from .torch_api import CheckpointPolicy
 
@@ -117,7 +117,7 @@ def _verify(
             f"the rows of {modules} would be drawn again in the backward pass, so their gradient would be "
             f"wrong; exclude these modules from the policy and report this graph"
         )
-    if stores_rows and site.rows.name not in saved:
+    if stores_rows and not _rows_names(site) & saved:
         raise PartitionError(
             f"the sampled rows of {modules} are not saved for the backward pass; exclude these modules "
             f"from the policy and report this graph"
@@ -130,6 +130,16 @@ def _draws_in(gm: fx.GraphModule, site: SampledSite) -> bool:
     assert isinstance(noise, fx.Node)
     drawn = {site.draw.name, noise.name}
     return any(node.op == "call_function" and node.name in drawn for node in gm.graph.nodes)
+
+
+def _rows_names(site: SampledSite) -> set[str]:
+    """Return the names under which the rows may be saved: themselves, or a view of them."""
+    names, stack = set(), [site.rows]
+    while stack:
+        node = stack.pop()
+        names.add(node.name)
+        stack += [user for user in node.users if user.target in VIEWS]
+    return names
 
 
 def _partition_pinned(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from .joint_graph import StaticInput, aten
 
 PRODUCTS = {aten.mm.default, aten.bmm.default}
 
+_STATISTIC = Fraction(1, 16)
 _SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.sum.dim_IntList, aten.sum.default}
 _SCALINGS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar} | PRODUCTS
 _LINEAR = jg.VIEWS | jg.COPIES | jg.CASTS | _SUMS | {aten.expand.default, aten.slice.Tensor, aten.select.int}
@@ -30,7 +33,7 @@ class Product:
         module: path of the module that reads the parameter there.
         x: X, ``[..., rows, features]``, or its transpose where `node` reads it that way.
         residual: equal for products that share X.
-        stored_names: names of the nodes that hold X if they are saved: X and what it is a view or cast of.
+        stored_names: names of the nodes that hold X if they are saved: X, its views, copies and casts.
         rows: the number of rows, an int or ``SymInt``.
     """
 
@@ -118,10 +121,7 @@ def _product(
     node: fx.Node, side: int, parameter: str, numbers: dict[fx.Node, int], names: dict[int, set[str]]
 ) -> Product:
     x, transpose = rows_first(node, 1 - side)
-    stored, source = set(names[numbers[x]]), x
-    while source.target in jg.VIEWS | jg.COPIES | jg.CASTS and isinstance(source.args[0], fx.Node):
-        source = source.args[0]
-        stored |= names[numbers[source]]
+    forms = jg.same_content(x)
     left = node.args[0]
     assert isinstance(left, fx.Node)
     return Product(
@@ -131,7 +131,7 @@ def _product(
         module=jg.module_path(node) or parameter.rpartition(".")[0],
         x=x,
         residual=-numbers[x] - 1 if transpose else numbers[x],
-        stored_names=frozenset(stored),
+        stored_names=frozenset(name for form in forms for name in names[numbers[form]]),
         rows=left.meta["val"].shape[-1],
     )
 
@@ -175,7 +175,7 @@ def _reaches(
 
 def _reason_without_product(gradient: fx.Node) -> str:
     node = gradient
-    while node.target in _LINEAR and node.all_input_nodes:
+    while node.target in _LINEAR | {operator.getitem} and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return f"gradient computed by {node.target}, not by a matrix product over rows"
 
@@ -187,7 +187,7 @@ def available_in_backward(analysis: Analysis, graph: fx.Graph, sampled: set[fx.N
     than a product in `sampled`, for its X). Where such a reader is computed from primals alone, at no fewer
     bytes than it reads (the derivative of an activation function), its operands are stored rather than
     itself; smaller ones (masks, statistics) are stored themselves. What pointwise operations and views
-    recompute from values at hand is at hand as well.
+    recompute from values at hand, and from statistics of a few bytes a row, is at hand as well.
     """
     numbers, tangent = analysis.numbers, analysis.tangent
     forward = jg.needed_for([n for n in _outputs(graph) if n not in tangent], lambda arg, user: False)
@@ -206,7 +206,9 @@ def available_in_backward(analysis: Analysis, graph: fx.Graph, sampled: set[fx.N
             at_hand.update(numbers[arg] for arg in jg.tensor_operands(node))
     for node in primal:
         operands = list(jg.tensor_operands(node))
-        if operands and jg.is_recomputable(node) and all(numbers[arg] in at_hand for arg in operands):
+        if not operands or not jg.is_recomputable(node):
+            continue
+        if all(numbers[arg] in at_hand or _is_statistic(arg, node) for arg in operands):
             at_hand.add(numbers[node])
     return at_hand
 
@@ -222,3 +224,12 @@ def _keeps_bytes(node: fx.Node) -> bool:
     operands = [arg.meta["val"] for arg in jg.tensor_operands(node)]
     sizes = [value.element_size() for value in operands if isinstance(value, torch.Tensor)]
     return node.meta["val"].element_size() >= max(sizes, default=0)
+
+
+def _is_statistic(operand: fx.Node, node: fx.Node) -> bool:
+    """Tell whether an operand has so few elements, beside the result, that storing it costs nothing."""
+    values = operand.meta.get("val"), node.meta.get("val")
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return False
+    share = jg.sympy_size(values[0].numel()) / jg.sympy_size(values[1].numel())
+    return bool(share.is_number and share <= _STATISTIC)

@@ -67,8 +67,8 @@ def sample_rows(graph: fx.Graph, plan: Plan) -> list[SampledSite]:
         return []
     editor = Editor(graph)
     sampled = [_sample_site(editor, site) for site in plan.sites]
-    graph.eliminate_dead_code()
     stable_topological_sort(graph)
+    graph.eliminate_dead_code()
     return sampled
 
 

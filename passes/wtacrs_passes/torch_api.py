@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.utils import detect_fake_mode
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.pattern_matcher import stable_topological_sort
@@ -22,16 +22,16 @@ from torch.utils.checkpoint import CheckpointPolicy
 __all__ = [
     "CheckpointPolicy",
     "CustomPartitionerFn",
-    "aot_export_joint_with_descriptors",
     "cache_dir",
     "compile_fx",
+    "default_partition",
     "detect_fake_mode",
     "inductor_prims",
     "min_cut_rematerialization_partition",
     "py_sym_types",
     "run_joint_graph_passes",
-    "select_decompositions",
     "stable_topological_sort",
+    "trace_joint",
 ]
 
 
@@ -53,22 +53,32 @@ def _takes_region_name() -> bool:
     return "compile_region_name" in inspect.signature(inductor.compile_fx).parameters
 
 
-def select_decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return the decompositions with which Inductor traces the joint graph."""
+def trace_joint(gm: fx.GraphModule, inputs: Any, partition: Callable[..., Any]) -> None:
+    """Trace the joint graph of a Dynamo graph with Inductor's decompositions; hand it to `partition`."""
     from torch._inductor.decomposition import select_decomp_table
 
-    return select_decomp_table()
+    def run_as_is(graph: fx.GraphModule, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    aot_module_simplified(
+        gm,
+        inputs,
+        fw_compiler=run_as_is,
+        bw_compiler=run_as_is,
+        partition_fn=partition,
+        decompositions=select_decomp_table(),
+        keep_inference_input_mutations=True,
+    )
 
 
 def run_joint_graph_passes(gm: fx.GraphModule) -> fx.GraphModule:
     """Run Inductor's passes over a joint graph (attention fusion, random numbers, ...)."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import _recursive_joint_graph_passes
     from torch._inductor.virtualized import V
 
-    with V.set_fake_mode(detect_fake_mode(_values(gm))):
-        return _recursive_joint_graph_passes(gm, skip_invoke_subgraph=True)
-
-
-def _values(gm: fx.GraphModule) -> list[Any]:
     values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
-    return [value for value in values if isinstance(value, torch.Tensor)]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    folds = not any(tensor.is_meta for tensor in tensors)  # on meta every value looks like a constant
+    with V.set_fake_mode(detect_fake_mode(tensors)), config.patch(joint_graph_constant_folding=folds):
+        return _recursive_joint_graph_passes(gm, skip_invoke_subgraph=True)

@@ -1,0 +1,89 @@
+"""Compile time of wtacrs over that of Inductor: first forward and backward, with caches off.
+
+    python -m bench.compile_time
+
+Every measurement has a process and a cache folder of its own; the variants alternate.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import torch
+import typer
+
+from bench.harness import BASELINE, VARIANTS, Row, Step, append, circumstances, interleave, summarise
+from bench.models import MODELS, TINY, Shape, make
+
+SAMPLED = ("wtacrs 0.3 forward", "wtacrs 0.3 backward")
+
+
+def worker(name: str, variant: str, shape: Shape) -> float:
+    """Return the seconds of the first step, in a process that has already compiled something else."""
+    warm_up = torch.nn.Linear(8, 8)
+    torch.compile(warm_up)(torch.ones(2, 8)).sum().backward()
+    return Step(*make(name, shape), VARIANTS[variant]()).first_call_seconds
+
+
+def in_new_process(name: str, variant: str, shape: Shape) -> float:
+    """Run :func:`worker` with empty caches and return what it measured."""
+    code = f"from bench.compile_time import *; print(worker({name!r}, {variant!r}, {shape!r}))"
+    with TemporaryDirectory() as cache:
+        caches_off = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_CACHE_DIR": cache}
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **caches_off},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    return float(found.stdout.splitlines()[-1])
+
+
+def measure(name: str, shape: Shape, rounds: int) -> list[Row]:
+    """Return the compile time of every variant."""
+    times = interleave({v: partial(in_new_process, name, v, shape) for v in (BASELINE, *SAMPLED)}, rounds)
+    return [
+        Row(
+            "compile_time",
+            name,
+            variant,
+            "compile time",
+            unit="s",
+            shapes=str(shape),
+            **summarise(values, times[BASELINE]),
+            **circumstances(),
+        )
+        for variant, values in times.items()
+    ]
+
+
+def main(
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"Any of {', '.join(MODELS)}; bert and llama by default.")
+    ] = None,
+    layers: int = Shape.layers,
+    d: int = Shape.d,
+    heads: int = Shape.heads,
+    batch: int = Shape.batch,
+    seq: int = Shape.seq,
+    rounds: int = 5,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes and one round; keep no rows.")] = False,
+) -> None:
+    """Measure compile time; append rows to bench/results."""
+    shape = TINY if quick else Shape(layers, d, heads, batch, seq)
+    for name in model or ("bert", "llama"):
+        rows = measure(name, shape, 1 if quick else rounds)
+        for row in rows:
+            print(row)
+        if not quick:
+            append(rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

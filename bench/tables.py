@@ -1,0 +1,170 @@
+"""Print the tables of bench/results and write them into README.md.
+
+    python -m bench.tables              # print all
+    python -m bench.tables --write      # rewrite the marked blocks of README.md
+
+A block stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; NAME is a key of `TABLES` or
+`targets`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.harness import RESULTS, VARIANTS, Row, read
+from bench.models import Shape
+from bench.targets import TARGETS
+
+README = RESULTS.parents[1] / "README.md"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Which rows of a benchmark are shown, and where."""
+
+    benchmark: str
+    corner: str
+    shown: Callable[[Row], bool]
+    line: Callable[[Row], str]
+    column: Callable[[Row], str]
+    cell: Callable[[Row], str]
+    columns: tuple[str, ...] = ()  # the order; as measured where empty
+
+    def render(self, folder: Path = RESULTS) -> str:
+        """Return a markdown table of the latest row of each cell, and where it was measured."""
+        latest: dict[tuple[str, str], Row] = {}
+        for row in filter(self.shown, read(self.benchmark, folder)):
+            latest[self.line(row), self.column(row)] = row
+        if not latest:
+            return f"No results yet: `python -m bench.{self.benchmark}`."
+        lines = list(dict.fromkeys(line for line, _ in latest))
+        columns = [name for name in self.columns if any(column == name for _, column in latest)]
+        columns = columns or list(dict.fromkeys(column for _, column in latest))
+        cells = [
+            [
+                line,
+                *(self.cell(latest[line, column]) if (line, column) in latest else "" for column in columns),
+            ]
+            for line in lines
+        ]
+        return f"{markdown([self.corner, *columns], cells)}\n\n{_origin(list(latest.values()))}"
+
+
+def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table, its first column to the left and the others to the right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, rule, *cells])
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    def all_of(values: Sequence[str]) -> str:
+        return "; ".join(dict.fromkeys(values))
+
+    machine = all_of([f"{row.processor}, {row.cores} cores" for row in rows])
+    software = all_of([f"torch {row.torch}, transformers {row.transformers}" for row in rows])
+    commit = all_of([row.commit for row in rows])
+    shapes = all_of([f"{row.shapes}, {row.dtype}" for row in rows])
+    return f"{shapes}. {machine}; {software}; commit {commit}; {max(row.date for row in rows)[:10]}."
+
+
+def _of_models(metric: str, dtype: str, cell: Callable[[Row], str]) -> Table:
+    def shown(row: Row) -> bool:
+        return (row.metric, row.dtype, row.shapes, row.device) == (metric, dtype, str(Shape()), "cpu")
+
+    return Table("memory_time", "model", shown, _model, _variant, cell, tuple(VARIANTS))
+
+
+def _model(row: Row) -> str:
+    return row.model
+
+
+def _variant(row: Row) -> str:
+    return row.variant
+
+
+def _any(row: Row) -> bool:
+    return True
+
+
+def _value(row: Row) -> str:
+    return f"{row.value:.3g}"
+
+
+def _one_digit(row: Row) -> str:
+    return f"{row.value:.1f}"
+
+
+def _ratio(row: Row) -> str:
+    return f"{row.ratio:.2f}"
+
+
+def _both(row: Row) -> str:
+    return f"{row.value:.3g} {row.unit} ({row.ratio:.2f})"
+
+
+TABLES: dict[str, Table] = {
+    "memory": _of_models("saved units a layer", "bfloat16", _one_digit),
+    "memory-float32": _of_models("saved units a layer", "float32", _one_digit),
+    "peak": _of_models("peak", "float32", _both),
+    "time": _of_models("step time", "float32", _ratio),
+    "gradient-variance": Table(
+        "gradient_variance",
+        "stage, estimator",
+        _any,
+        lambda row: f"{row.model}, {row.variant}",
+        lambda row: row.metric.removeprefix("relative variance, "),
+        _value,
+    ),
+    "synthetic-variance": Table(
+        "synthetic_variance", "rows", lambda row: row.metric == "variance / wta-crs", _model, _variant, _value
+    ),
+    "compile-time": Table(
+        "compile_time", "model", lambda row: row.shapes == str(Shape()), _model, _variant, _both
+    ),
+}
+
+
+def targets(folder: Path = RESULTS) -> str:
+    """Return a markdown table of what was to be reached and what was measured."""
+    cells = []
+    for target in TARGETS:
+        measured = target.measured(folder)
+        shown = "not measured" if measured is None else f"{measured:.3g}"
+        met = "" if measured is None else "yes" if measured <= target.bound else "**no**"
+        cells.append([target.what, f"{target.bound:g}", shown, met])
+    return markdown(["what", "at most", "measured", "reached"], cells)
+
+
+def render(name: str, folder: Path = RESULTS) -> str:
+    """Return the table `name`."""
+    if name != "targets" and name not in TABLES:
+        raise KeyError(f"a bench block must be one of {', '.join([*TABLES, 'targets'])}, got {name}")
+    return targets(folder) if name == "targets" else TABLES[name].render(folder)
+
+
+def rewrite(text: str, folder: Path = RESULTS) -> str:
+    """Return `text` with the table of every marked block renewed."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{render(match[2], folder)}\n{match[3]}"
+
+    return re.sub(r"(<!-- bench:([\w-]+) -->).*?(<!-- /bench:\2 -->)", block, text, flags=re.DOTALL)
+
+
+def main(write: Annotated[bool, typer.Option(help="Rewrite the blocks of README.md.")] = False) -> None:
+    """Print every table, or write the marked ones into README.md."""
+    if write:
+        README.write_text(rewrite(README.read_text()))
+        return
+    for name in (*TABLES, "targets"):
+        print(f"\n## {name}\n\n{render(name)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

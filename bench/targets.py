@@ -1,0 +1,84 @@
+"""The figures that the project set out to reach, each beside the latest measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.harness import RESULTS, Row, read
+from bench.models import Shape
+
+
+@dataclass(frozen=True)
+class Target:
+    """An upper bound on the value of a row, or on its ratio to Inductor."""
+
+    what: str
+    benchmark: str
+    model: str
+    variant: str
+    metric: str
+    bound: float
+    is_ratio: bool = False
+    dtype: str = "float32"
+    shapes: str | None = None  # None accepts any
+
+    def measured(self, folder: Path = RESULTS) -> float | None:
+        """Return the latest figure; None if there is none."""
+        found = [row for row in read(self.benchmark, folder) if self._describes(row)]
+        if not found:
+            return None
+        return found[-1].ratio if self.is_ratio else found[-1].value
+
+    def _describes(self, row: Row) -> bool:
+        asked = (self.model, self.variant, self.metric, self.dtype, self.shapes or row.shapes, "cpu")
+        return asked == (row.model, row.variant, row.metric, row.dtype, row.shapes, row.device)
+
+
+def _time(model: str, ratio: float, bound: float) -> Target:
+    what = f"step time / Inductor, {model}, ratio {ratio}, backward"
+    variant = f"wtacrs {ratio} backward"
+    return Target(what, "memory_time", model, variant, "step time", bound, is_ratio=True, shapes=str(Shape()))
+
+
+def _memory(model: str, placement: str, bound: float) -> Target:
+    what = f"saved units a layer, bf16, {model}, ratio 0.3, {placement}"
+    variant, metric = f"wtacrs 0.3 {placement}", "saved units a layer"
+    return Target(what, "memory_time", model, variant, metric, bound, dtype="bfloat16", shapes=str(Shape()))
+
+
+def _synthetic(case: str, bound: float) -> Target:
+    what, variant, metric = f"variance / wta-crs, {case} rows", "wta-systematic", "variance / wta-crs"
+    return Target(what, "synthetic_variance", case, variant, metric, bound, dtype="float64")
+
+
+def _gradient(placement: str) -> Target:
+    what = f"relative variance of dW, real model, ratio 0.3, {placement}"
+    variant, metric = "wta-systematic 0.3", f"relative variance, {placement}"
+    return Target(what, "gradient_variance", "MiniLM, step 120", variant, metric, 0.01)
+
+
+def _compile(model: str, placement: str) -> Target:
+    what, variant = f"compile time / Inductor, {model}, {placement}", f"wtacrs 0.3 {placement}"
+    return Target(
+        what, "compile_time", model, variant, "compile time", 1.25, is_ratio=True, shapes=str(Shape())
+    )
+
+
+PLACEMENTS = ("forward", "backward")
+TARGETS = (
+    _time("bert", 0.3, 0.88),
+    _time("llama", 0.3, 0.83),
+    _time("bert", 0.1, 0.80),
+    _time("llama", 0.1, 0.76),
+    *(_memory("bert", placement, 11.1) for placement in PLACEMENTS),
+    *(_memory("llama", placement, 11.6) for placement in PLACEMENTS),
+    *(_memory("gpt2", placement, 11.1) for placement in PLACEMENTS),
+    _gradient("backward"),
+    _gradient("backward, compiled"),
+    _synthetic("flat", 0.75),
+    _synthetic("log-normal", 0.75),
+    _synthetic("coherent", 0.75),
+    _synthetic("padded", 0.4),
+    *(_compile(model, placement) for model in ("bert", "llama") for placement in PLACEMENTS),
+)

@@ -1,0 +1,117 @@
+"""Small models, one compiled function for each policy, and the statistical test of unbiasedness."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import wtacrs_fx
+from wtacrs_fx import Policy
+
+torch.set_num_threads(2)
+torch._dynamo.config.recompile_limit = 64
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: [batch, tokens, d] to the same."""
+
+    def __init__(self, d: int = 32, heads: int = 2, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm_1, self.norm_2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.q, self.k, self.v, self.out = (nn.Linear(d, d) for _ in range(4))
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm_1(x)
+        q, k, v = (f(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        attention = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + F.dropout(self.out(attention), self.dropout, self.training)
+        return x + F.dropout(self.down(F.gelu(self.up(self.norm_2(x)))), self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """Tokens [batch, tokens] to a scalar loss."""
+
+    def __init__(self, d: int = 32, layers: int = 1, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, d)
+        self.layers = nn.ModuleList(Block(d, dropout=dropout) for _ in range(layers))
+        self.head = nn.Linear(d, 50)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return F.cross_entropy(self.head(x).flatten(0, 1), tokens.roll(1, 1).flatten())
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Tensor]:
+    """Run one forward and backward pass; return the gradients."""
+    model.zero_grad()
+    call(*inputs).backward()
+    return gradients(model)
+
+
+@pytest.fixture(scope="session")
+def transformer() -> tuple[Transformer, Tensor]:
+    """A model without dropout and its batch of 4 x 32 tokens."""
+    torch.manual_seed(0)
+    return Transformer(), torch.randint(50, (4, 32))
+
+
+@pytest.fixture(scope="session")
+def compiled(transformer: tuple[Transformer, Tensor]) -> Callable[[Policy | str], tuple]:
+    """Compile the transformer once for each policy: ``(model, compiled, tokens, report)``."""
+    model, tokens = transformer
+
+    @functools.cache
+    def compile_with(policy: Policy | str) -> tuple:
+        mine = copy.deepcopy(model)
+        backend = wtacrs_fx.backend(policy) if isinstance(policy, Policy) else policy
+        call = torch.compile(mine, backend=backend)
+        step(mine, call, tokens)
+        report = wtacrs_fx.reports()[-1] if isinstance(policy, Policy) else None
+        return mine, call, tokens, report
+
+    return compile_with
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
+
+
+ALPHA = 1e-4
+"""Significance of each statistical test: the chance that it fails although nothing is biased."""
+
+
+def z_scores(samples: Tensor, exact: Tensor, directions: int = 16) -> Tensor:
+    """Return the z scores of the sample mean against `exact` along random directions.
+
+    Args:
+        samples: [runs, n]; exact: [n].
+    """
+    generator = torch.Generator().manual_seed(1)
+    signs = torch.randint(0, 2, (exact.numel(), directions), generator=generator).double() * 2 - 1
+    error = (samples.double() - exact.double()) @ signs
+    return error.mean(0) / (error.std(0) / len(samples) ** 0.5).clamp(min=1e-30)
+
+
+def is_unbiased(samples: Tensor, exact: Tensor) -> bool:
+    """Test the mean of `samples` [runs, n] against `exact` [n] at significance ALPHA (Bonferroni)."""
+    scores = z_scores(samples, exact)
+    limit = statistics.NormalDist().inv_cdf(1 - ALPHA / (2 * len(scores)))
+    return bool(scores.abs().max() < limit)

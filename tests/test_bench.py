@@ -1,0 +1,187 @@
+"""The benchmarks measure what they say: models, saved bytes, evidence and tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.harness import (
+    Row,
+    Step,
+    append,
+    circumstances,
+    inductor,
+    interleave,
+    peak_bytes,
+    read,
+    saved_bytes,
+    step_seconds,
+    summarise,
+)
+from bench.models import MODELS, TINY, Shape, make
+from bench.tables import TABLES, render, rewrite
+from bench.targets import TARGETS
+from bench.variance import exact_variance, gram, squared_errors
+
+
+class Mlp(nn.Module):
+    """Linear 8 -> 16, sine, linear 16 -> 4, mean of squares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).sin()).square().mean()
+
+
+ROWS = 32
+FLOAT = 4  # bytes
+
+
+@pytest.fixture
+def mlp() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return Mlp(), {"x": torch.randn(ROWS, 8)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_gives_finite_loss_and_gradients(name: str) -> None:
+    model, inputs = make(name, TINY)
+    loss = model(**inputs)
+    loss.backward()
+    assert loss.shape == ()
+    assert loss.isfinite()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+    assert inputs["target"].shape[::2] == (TINY.batch, TINY.d)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_has_the_asked_depth(name: str) -> None:
+    def linears(layers: int) -> int:
+        model, _ = make(name, Shape(layers, d=32, heads=2, batch=1, seq=4))
+        return sum(parameter.ndim == 2 for parameter in model.parameters())
+
+    assert linears(3) - linears(2) == linears(2) - linears(1) >= 4
+
+
+def test_saved_bytes_of_eager_mlp(mlp: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    # up(x) for the sine, sin(up(x)) for the second product, down(...) for the square; x and weights are owned
+    assert saved_bytes(Step(*mlp, None)) == ROWS * (16 + 16 + 4) * FLOAT
+
+
+def test_saved_bytes_of_compiled_mlp(mlp: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    compiled = Step(*mlp, inductor())
+    # up(x), from which the sine is recomputed or not, and down(...); nothing else can be needed
+    least, most = ROWS * (16 + 4) * FLOAT, ROWS * (16 + 16 + 4) * FLOAT
+    assert least <= saved_bytes(compiled) <= most
+    assert peak_bytes(compiled) >= saved_bytes(compiled)
+    assert step_seconds(compiled) > 0
+    compiled.check()  # measuring did not compile again
+
+
+def test_each_step_compiles_its_own_graph(mlp: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    seen: list[str] = []
+
+    def count(name: str) -> Step:
+        return Step(*mlp, lambda graph, inputs: seen.append(name) or graph)
+
+    steps = [count("first"), count("second")]
+    for step in steps:
+        step()
+        step.check()
+    assert seen == ["first", "second"]
+    steps[0]._graphs += 1
+    with pytest.raises(RuntimeError, match="must compile 1 graph"):
+        steps[0].check()
+
+
+def test_peak_is_at_least_the_gradients_and_sees_a_large_temporary() -> None:
+    class Large(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                torch.ones(2**20)
+            return super().forward(x)
+
+    inputs = {"x": torch.randn(ROWS, 8)}
+    small = peak_bytes(Step(Mlp(), inputs, None))
+    assert sum(p.nbytes for p in Mlp().parameters()) <= small < 2**20
+    assert 2**22 <= peak_bytes(Step(Large(), inputs, None)) < 2**22 + small
+
+
+def test_rounds_are_interleaved_and_start_at_another_variant_each_time() -> None:
+    order: list[str] = []
+    measures = {name: lambda name=name: float(len(order.append(name) or order)) for name in "abc"}
+    values = interleave(measures, 2)
+    assert "".join(order) == "abcbca"
+    assert values == {"a": [1.0, 6.0], "b": [2.0, 4.0], "c": [3.0, 5.0]}
+
+
+def test_ratio_is_the_median_of_the_rounds_ratios() -> None:
+    found = summarise([2.0, 30.0, 4.0], baseline=[1.0, 10.0, 8.0])
+    assert found["ratio"] == 2.0
+    assert found["value"] == found["p50"] == 4.0
+
+
+def test_gram_gives_the_error_and_the_closed_forms_hold() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, dy = torch.randn(2, 40, 6, dtype=torch.float64, generator=generator)
+    dy[:3] *= 8  # some winners
+    weights, products = x.norm(dim=-1) * dy.norm(dim=-1), gram(x, dy)
+    assert products.sum().item() == pytest.approx((x.T @ dy).square().sum().item())
+    top = weights.topk(10).indices
+    expected = (x.T @ dy - x[top].T @ dy[top]).square().sum().item()
+    error = squared_errors(products, weights, 10, "topk", 1, generator)
+    assert error.item() == pytest.approx(expected)
+    for estimator in ("crs", "wta-crs"):
+        errors = squared_errors(products, weights, 10, estimator, 20_000, generator)
+        deviation = errors.std().item() / 20_000**0.5
+        assert abs(errors.mean().item() - exact_variance(products, weights, 10, estimator)) < 4 * deviation
+
+
+def _row(value: float, **fields: object) -> Row:
+    asked = {"ratio": 0.5, "shapes": str(Shape()), "dtype": "bfloat16", **circumstances(), **fields}
+    return Row("memory_time", "bert", "wtacrs 0.3 forward", "saved units a layer", value, "1", **asked)
+
+
+def test_rows_survive_the_file(tmp_path: Path) -> None:
+    rows = [_row(11.04), _row(10.5, ratio=None, rounds=7, p20=1.0, p50=2.0, p80=3.0, seed=3)]
+    append(rows[:1], tmp_path)
+    append(rows[1:], tmp_path)
+    assert read("memory_time", tmp_path) == rows
+    assert read("absent", tmp_path) == []
+
+
+def test_rows_name_no_path() -> None:
+    assert not [text for text in circumstances().values() if str(text).startswith("/")]
+
+
+def test_table_shows_the_latest_row_and_the_block_is_rewritten(tmp_path: Path) -> None:
+    other_size = _row(99.0, shapes=str(TINY))
+    append([_row(12.0), _row(11.04), other_size], tmp_path)
+    table = render("memory", tmp_path)
+    assert "| bert | 11.0 |" in table
+    assert "99" not in table
+    before = "a\n<!-- bench:memory -->\nold\n<!-- /bench:memory -->\nb"
+    after = rewrite(before, tmp_path)
+    assert after == f"a\n<!-- bench:memory -->\n{table}\n<!-- /bench:memory -->\nb"
+    assert rewrite(after, tmp_path) == after
+    with pytest.raises(KeyError, match="must be one of"):
+        rewrite("<!-- bench:nothing --><!-- /bench:nothing -->", tmp_path)
+
+
+def test_targets_find_their_row(tmp_path: Path) -> None:
+    append([_row(11.04)], tmp_path)
+    met = [target.what for target in TARGETS if target.measured(tmp_path) is not None]
+    assert met == ["saved units a layer, bf16, bert, ratio 0.3, forward"]
+    assert "| 11 | yes |" in render("targets", tmp_path)
+
+
+def test_every_table_renders_without_results(tmp_path: Path) -> None:
+    for name in TABLES:
+        assert "No results yet" in render(name, tmp_path)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import is_unbiased
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from wtacrs_passes.estimators import ESTIMATORS, choose_rows, estimate_product, inclusion_probabilities
+
+UNBIASED = ["wta-systematic", "wta-crs", "crs"]
+ROWS, KEPT, RUNS = 60, 18, 4000
+
+
+def draw(weights: Tensor, kept: int, estimator: str, runs: int = RUNS) -> tuple[Tensor, Tensor]:
+    noise = torch.rand(runs, weights.shape[-1] + 1)
+    return choose_rows(weights.expand(runs, -1), noise, kept, estimator)
+
+
+def product_samples(x: Tensor, dy: Tensor, weights: Tensor, estimator: str) -> Tensor:
+    """Return estimates of x^T dy: [runs, features_in * features_out]."""
+    indices, scales = draw(weights, KEPT, estimator)
+    return torch.einsum("rki,rko,rk->rio", x[indices], dy[indices], scales).flatten(1)
+
+
+def operands(kind: str) -> tuple[Tensor, Tensor]:
+    x, dy = torch.randn(ROWS, 3), torch.randn(ROWS, 2)
+    if kind == "log-normal":
+        x = x * torch.randn(ROWS, 1).mul(1.5).exp()
+    if kind == "padded":
+        dy[ROWS // 2 :] = 0
+    if kind == "one winner":
+        x[7] *= 1000
+    if kind == "coherent":
+        x, dy = x + 5, dy + 5
+    return x, dy
+
+
+KINDS = ["flat", "log-normal", "padded", "one winner", "coherent"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("estimator", UNBIASED)
+@pytest.mark.parametrize("placement", ["forward", "backward"])
+def test_unbiased(estimator: str, kind: str, placement: str) -> None:
+    x, dy = operands(kind)
+    weights = x.norm(dim=1) * (dy.norm(dim=1) if placement == "backward" else 1)
+    assert is_unbiased(product_samples(x, dy, weights, estimator), (x.T @ dy).flatten())
+
+
+def test_the_statistical_test_can_fail() -> None:
+    x, dy = operands("log-normal")
+    weights = x.norm(dim=1) * dy.norm(dim=1)
+    exact = (x.T @ dy).flatten()
+    assert not is_unbiased(product_samples(x, dy, weights, "topk"), exact)
+    assert not is_unbiased(product_samples(x, dy, weights, "wta-systematic") * 1.02, exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_systematic_keeps_distinct_rows_with_the_stated_probabilities(kind: str) -> None:
+    x, dy = operands(kind)
+    weights = (x.norm(dim=1) * dy.norm(dim=1)).double()
+    probability = inclusion_probabilities(weights, KEPT)
+    positive = int((weights > 0).sum())
+    assert probability.sum().item() == pytest.approx(min(KEPT, positive))
+    indices, scales = draw(weights, KEPT, "wta-systematic")
+    hits = torch.zeros(RUNS, ROWS).scatter_add(1, indices, (scales > 0).float())
+    assert hits.max() == 1  # no row twice
+    assert torch.equal(hits.sum(1), torch.full((RUNS,), float(min(KEPT, positive))))
+    assert is_unbiased(hits, probability)
+    winners = probability == 1
+    assert (hits[:, winners] == 1).all()
+    torch.testing.assert_close(scales, torch.where(scales > 0, 1 / probability[indices], 0).float())
+
+
+def test_probabilities_solve_their_equation() -> None:
+    weights = torch.tensor([10.0, 5, 1, 1, 1, 1]).double()
+    # k = 3: 10 and 5 are taken, one draw is left for four equal rows
+    torch.testing.assert_close(inclusion_probabilities(weights, 3), torch.tensor([1, 1, 0.25, 0.25, 0.25, 0.25]).double())
+
+
+def test_systematic_variance_is_below_the_paper_s_draw() -> None:
+    for kind in KINDS:
+        x, dy = operands(kind)
+        weights = x.norm(dim=1) * dy.norm(dim=1)
+        exact = (x.T @ dy).flatten()
+        ours, paper = (
+            (product_samples(x, dy, weights, e) - exact).square().sum(1).mean() for e in ("wta-systematic", "wta-crs")
+        )
+        assert ours <= paper + 1e-9, kind
+
+
+def test_crs_variance_matches_its_closed_form() -> None:
+    x, dy = operands("log-normal")
+    weights = x.norm(dim=1) * dy.norm(dim=1)
+    exact = (x.T @ dy).flatten()
+    errors = (product_samples(x, dy, weights, "crs") - exact).square().sum(1)
+    expected = (weights.sum() ** 2 - exact.square().sum()) / KEPT
+    spread = errors.std() / RUNS**0.5
+    assert abs(errors.mean() - expected) < 4.5 * spread  # two-sided p < 1e-5
+
+
+@pytest.mark.parametrize("estimator", [*UNBIASED, "topk"])
+def test_all_weights_zero_gives_zero(estimator: str) -> None:
+    x, dy = torch.zeros(ROWS, 3), torch.randn(ROWS, 2)
+    noise = torch.rand(ROWS + 1)
+    product = estimate_product(x, dy, KEPT, estimator, torch.zeros(ROWS), noise)
+    assert torch.equal(product, torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("estimator", UNBIASED)
+def test_rows_of_weight_zero_are_never_drawn(estimator: str) -> None:
+    weights = torch.rand(ROWS)
+    weights[::2] = 0
+    indices, scales = draw(weights, KEPT, estimator)
+    assert (scales[weights[indices] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("estimator", [*UNBIASED, "topk"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_reach_the_product(estimator: str, bad: float) -> None:
+    for count in (1, KEPT - 1, KEPT, KEPT + 1, ROWS):
+        x, dy = operands("flat")
+        x[:count, 0] = bad
+        weights = x.norm(dim=1) * dy.norm(dim=1)
+        product = estimate_product(x, dy, KEPT, estimator, weights, torch.rand(ROWS + 1))
+        assert not product[0].isfinite().any(), count
+        if estimator == "wta-systematic" and count <= KEPT:
+            assert torch.equal(product.isnan(), (x.T @ dy).isnan())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 50),
+    share=st.floats(0.01, 1.0),
+    estimator=st.sampled_from(sorted(ESTIMATORS)),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([1e-30, 1.0, 1e30]),
+)
+def test_any_size(rows: int, share: float, estimator: str, seed: int, scale: float) -> None:
+    torch.manual_seed(seed)
+    kept = max(1, int(rows * share))
+    weights = torch.rand(2, rows).double() * scale
+    indices, scales = choose_rows(weights, torch.rand(2, rows + 1), kept, estimator)
+    assert indices.shape == scales.shape == (2, kept)
+    assert indices.dtype == torch.int64 and scales.dtype == torch.float32
+    assert ((0 <= indices) & (indices < rows)).all()
+    assert scales.isfinite().all()
+    if kept == rows and estimator == "wta-systematic":
+        torch.testing.assert_close(scales, torch.ones_like(scales))
+        assert torch.equal(indices.sort(-1).values, torch.arange(rows).expand(2, -1))
+
+
+def test_extreme_spread_of_weights_keeps_the_tail_unbiased() -> None:
+    weights = torch.cat([torch.tensor([1e30, 1e20]), torch.rand(ROWS - 2)]).double()
+    probability = inclusion_probabilities(weights, KEPT)
+    assert (probability[:2] == 1).all()
+    assert probability.sum().item() == pytest.approx(KEPT)

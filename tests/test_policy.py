@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from wtacrs_passes.policy import Policy, PolicyError, Rule, policy_from_options
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    assert Policy() == Policy(
+        ratio=0.3,
+        min_rows=32,
+        estimator="wta-systematic",
+        placement="auto",
+        residuals="exact",
+        center=False,
+        include=("*",),
+        exclude=(),
+        rules=(),
+    )
+
+
+def test_policy_is_a_value() -> None:
+    policy = Policy(ratio=0.1, include=["a.*"], rules=[Rule("b", ratio=1.0)])  # type: ignore[arg-type]
+    assert policy.include == ("a.*",)
+    assert hash(policy) == hash(pickle.loads(pickle.dumps(policy)))
+    assert eval(repr(policy)) == policy
+    with pytest.raises(AttributeError):
+        policy.ratio = 0.5  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.5, float("nan"), float("inf"), "0.3", True])
+def test_ratio_out_of_range(ratio: object) -> None:
+    with pytest.raises(PolicyError, match=r"ratio must be .*\(0, 1\]"):
+        Policy(ratio=ratio)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"estimator": "wta_crs"}, "did you mean 'wta-crs'"),
+        ({"placement": "backwards"}, "did you mean 'backward'"),
+        ({"residuals": "int8"}, "residuals must be one of exact"),
+        ({"min_rows": 0}, "min_rows must be a whole number"),
+        ({"center": 1}, "center must be True or False"),
+        ({"include": "layers.*"}, "must be a tuple of module patterns"),
+        ({"exclude": ("",)}, "non-empty fnmatch patterns"),
+        ({"rules": (("a", 1),)}, "must be a tuple of Rule"),
+        ({"rules": Rule("a")}, "must be a tuple of Rule"),
+    ],
+)
+def test_bad_field(fields: dict, message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        Policy(**fields)
+
+
+def test_bad_rule() -> None:
+    with pytest.raises(PolicyError, match="did you mean 'ratio'"):
+        Rule("a", ration=0.1)
+    with pytest.raises(PolicyError, match="ratio must be in"):
+        Rule("a", ratio=2.0)
+
+
+def test_first_matching_rule_wins_and_exclude_wins_over_include() -> None:
+    policy = Policy(exclude=("head",), rules=(Rule("layers.0.*", ratio=0.1), Rule("layers.*", estimator="crs")))
+    first, second = policy.sampling("layers.0.q"), policy.sampling("layers.1.q")
+    assert first is not None and (first.ratio, first.estimator) == (0.1, "wta-systematic")
+    assert second is not None and (second.ratio, second.estimator) == (0.3, "crs")
+    assert policy.sampling("head") is None
+    assert Policy(include=("layers.*",)).sampling("embed") is None
+
+
+def test_unmatched_patterns_are_named() -> None:
+    policy = Policy(exclude=("heda",), rules=(Rule("layers.*", ratio=0.1),))
+    assert policy.unmatched(["head", "layers.0.q"]) == ("heda",)
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(10, 10), (32, 32), (100, 32), (1000, 300), (1001, 301)])
+def test_kept_rows(rows: int, kept: int) -> None:
+    assert Policy().kept(rows) == kept
+
+
+def test_ratio_is_the_decimal_that_was_written() -> None:
+    assert Policy(ratio=0.1, min_rows=1).kept(10) == 1  # ceil(0.1 * 10) in binary floats may be 2
+    assert Policy(ratio=0.7, min_rows=1).kept(10) == 7
+
+
+def test_options_are_split() -> None:
+    policy, rest = policy_from_options({"wtacrs.ratio": 0.1, "wtacrs.estimator": "crs", "max_autotune": True})
+    assert policy == Policy(ratio=0.1, estimator="crs")
+    assert rest == {"max_autotune": True}
+    base = Policy(center=True)
+    assert policy_from_options({"wtacrs.policy": base, "wtacrs.ratio": 0.5})[0] == Policy(ratio=0.5, center=True)
+
+
+def test_bad_options() -> None:
+    with pytest.raises(PolicyError, match="did you mean 'wtacrs.ratio'"):
+        policy_from_options({"wtacrs.ration": 0.1})
+    with pytest.raises(PolicyError, match="must be a wtacrs_fx.Policy"):
+        policy_from_options({"wtacrs.policy": 0.3})
