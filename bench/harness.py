@@ -276,6 +276,7 @@ def _commit() -> str:
 
 def append(rows: Iterable[Row], folder: Path = RESULTS) -> None:
     """Add each row to the file of its benchmark, `<benchmark>.csv`."""
+    folder.mkdir(exist_ok=True)  # git keeps no empty folder
     for row in rows:
         path = folder / f"{row.benchmark}.csv"
         is_new = not path.exists()

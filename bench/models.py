@@ -45,7 +45,7 @@ class Shape:
         return " ".join(f"{name}={size}" for name, size in asdict(self).items())
 
 
-TINY = Shape(layers=2, d=32, heads=2, batch=2, seq=16)
+TINY = Shape(layers=2, d=64, heads=2, batch=4, seq=32)
 
 
 class DistanceToTarget(nn.Module):

@@ -25,7 +25,7 @@ def demo(
     ] = None,
     steps: Annotated[
         int, typer.Option(min=2, help="Training steps; the first compiles and is not timed.")
-    ] = 40,
+    ] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens a text.")] = 128,
     ratio: Annotated[float, typer.Option(help="Share of the rows that wtacrs keeps, in (0, 1].")] = 0.3,

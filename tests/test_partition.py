@@ -1,0 +1,110 @@
+"""Pinning and verification: no memory budget and no sabotage may yield wrong gradients silently."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import Transformer, is_unbiased, step
+from torch import fx
+
+import wtacrs_fx
+from wtacrs_fx import PartitionError, Policy
+from wtacrs_passes import joint_graph, partition
+from wtacrs_passes.joint_graph import inductor_prims
+
+FORWARD = Policy(min_rows=8, placement="forward")
+
+
+class Plain(torch.nn.Module):
+    """X is read by nothing but the product: only its rows are stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(16, 64, bias=False), torch.nn.Linear(64, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x)).square().mean()
+
+
+X = torch.randn(128, 16)
+
+
+def test_rows_are_stored_instead_of_the_residual() -> None:
+    report = wtacrs_fx.explain(Plain(), X, policy=FORWARD)
+    second = next(site for site in report.sites if site.module == "second")
+    assert (second.encoding, second.bytes_before) == ("rows", 128 * 64 * 4)
+    assert second.bytes_after == 39 * 64 * 4 + 39 * (8 + 4)  # rows, indices, scales
+
+
+def test_without_the_pin_the_partition_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "pinned_nodes", lambda site, stores_rows: [])
+    with pytest.raises(PartitionError, match="second"):
+        wtacrs_fx.explain(Plain(), X, policy=FORWARD)
+
+
+def test_the_backend_refuses_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "pinned_nodes", lambda site, stores_rows: [])
+    with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Exception, match="second"):
+        torch.compile(Plain(), backend=wtacrs_fx.backend(FORWARD))(X)
+
+
+def test_rows_of_a_residual_that_is_saved_anyway_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the plan errs about what the backward pass has at hand, the partition corrects it."""
+    from wtacrs_passes import plan
+
+    monkeypatch.setattr(plan, "available_in_backward", lambda *_: set())
+    report = wtacrs_fx.explain(Transformer(), torch.randint(50, (4, 32)), policy=FORWARD)
+    out = next(site for site in report.sites if site.module == "layers.0.out")
+    assert out.encoding == "exact"  # attention saves its output
+
+
+@pytest.mark.parametrize("placement", ["forward", "backward"])
+@pytest.mark.parametrize("budget", [0.9, 0.5, 0.1, 0.0])
+def test_the_partition_holds_at_any_memory_budget(budget: float, placement: str) -> None:
+    policy = Policy(min_rows=8, placement=placement)
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        wtacrs_fx.explain(Transformer(), torch.randint(50, (4, 32)), policy=policy)
+        wtacrs_fx.explain(Plain(), X, policy=policy)
+
+
+def test_gradients_stay_unbiased_where_matrix_products_are_recomputed() -> None:
+    torch.manual_seed(0)
+    model = Plain()
+    other = copy.deepcopy(model)
+    exact = step(other, other, X)
+    call = torch.compile(model, backend=wtacrs_fx.backend(FORWARD))
+    with torch._functorch.config.patch(activation_memory_budget=0.1):
+        step(model, call, X)
+    runs = [step(model, call, X) for _ in range(300)]
+    for name, gradient in exact.items():
+        assert is_unbiased(torch.stack([run[name].flatten() for run in runs]), gradient.flatten()), name
+
+
+def lowered() -> fx.GraphModule:
+    from wtacrs_passes.pipeline import rewrite
+    from wtacrs_passes.torch_api import run_joint_graph_passes
+
+    joint = wtacrs_fx.capture(Transformer(dropout=0.1), torch.randint(50, (4, 32)))
+    gm = run_joint_graph_passes(joint_graph.copy_joint(joint))
+    rewrite(gm, FORWARD, joint.meta["wtacrs_static_inputs"])
+    partition.lower_noise(gm.graph)
+    return gm
+
+
+def test_every_draw_has_a_seed_of_its_own() -> None:
+    gm = lowered()
+    [seeds] = gm.graph.find_nodes(op="call_function", target=inductor_prims.seeds)
+    lookups = gm.graph.find_nodes(op="call_function", target=inductor_prims.lookup_seed)
+    indices = [node.args[1] for node in lookups]
+    assert len(indices) == len(set(indices)) == seeds.args[0] == 2 + 5  # two dropouts, five draws
+    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.rand.default)
+
+
+def test_numbers_of_draws_are_not_merged() -> None:
+    numbers: Callable = joint_graph.value_numbers
+    gm = lowered()
+    random = gm.graph.find_nodes(op="call_function", target=inductor_prims.random)
+    assert len({numbers(gm.graph)[node] for node in random}) == len(random)
