@@ -39,7 +39,9 @@ def saved_bytes(model: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) 
 
 
 def test_ratio_one_is_bit_identical_to_inductor(compiled: Callable) -> None:
-    ours, theirs = (step(model, call, tokens) for model, call, tokens, _ in (compiled(EXACT), compiled("inductor")))
+    ours, theirs = (
+        step(model, call, tokens) for model, call, tokens, _ in (compiled(EXACT), compiled("inductor"))
+    )
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -66,7 +68,9 @@ def test_exact_norms_beat_activation_norms(compiled: Callable) -> None:
         runs = [step(model, call, tokens) for _ in range(50)]
         names = [site.parameter for site in report.sampled]
         return sum(
-            float(sum((run[n] - exact[n]).square().sum() for run in runs) / len(runs) / exact[n].square().sum())
+            float(
+                sum((run[n] - exact[n]).square().sum() for run in runs) / len(runs) / exact[n].square().sum()
+            )
             for n in names
         ) / len(names)
 
@@ -78,7 +82,9 @@ def test_bytes_of_the_report_are_those_kept_at_run_time(compiled: Callable, poli
     model, call, tokens, report = compiled(policy)
     assert saved_bytes(model, call, tokens) == pytest.approx(report.saved_bytes_after, rel=0.02)
     baseline, compiled_baseline, _, _ = compiled("inductor")
-    assert saved_bytes(baseline, compiled_baseline, tokens) == pytest.approx(report.saved_bytes_before, rel=0.02)
+    assert saved_bytes(baseline, compiled_baseline, tokens) == pytest.approx(
+        report.saved_bytes_before, rel=0.02
+    )
     assert report.saved_bytes_after < 0.75 * report.saved_bytes_before
 
 
@@ -129,7 +135,7 @@ def dropped() -> tuple[Transformer, Callable, Callable, Tensor]:
 
 
 def test_dropout_masks_are_those_of_inductor(dropped: tuple) -> None:
-    model, ours, theirs, tokens = dropped
+    _, ours, theirs, tokens = dropped
     torch.manual_seed(1)
     loss = ours(tokens)
     torch.manual_seed(1)
@@ -226,14 +232,21 @@ def test_several_graphs() -> None:
     model.zero_grad()
     model(x).backward()
     for name in ("first.weight", "second.weight"):
-        assert is_unbiased(torch.stack([s[name].flatten() for s in samples]), gradients(model)[name].flatten())
+        assert is_unbiased(
+            torch.stack([s[name].flatten() for s in samples]), gradients(model)[name].flatten()
+        )
     modules = [{site.module for site in report.sampled} for report in wtacrs_fx.reports()[before:]]
     assert modules == [{"first"}, {"second"}]
 
 
 def test_options_of_torch_compile() -> None:
     model, x = nn.Linear(16, 16), torch.randn(128, 16)
-    options = {"wtacrs.ratio": 0.5, "wtacrs.estimator": "wta-crs", "wtacrs.placement": "forward", "epilogue_fusion": True}
+    options = {
+        "wtacrs.ratio": 0.5,
+        "wtacrs.estimator": "wta-crs",
+        "wtacrs.placement": "forward",
+        "epilogue_fusion": True,
+    }
     step(model, torch.compile(lambda x: model(x).sum(), backend="wtacrs", options=options), x)
     site = wtacrs_fx.reports()[-1].sites[0]
     assert (site.kept, site.estimator, site.placement) == (64, "wta-crs", "forward")
@@ -262,14 +275,20 @@ def test_bad_arguments_of_backend() -> None:
     with pytest.raises(PolicyError, match="must be a wtacrs_fx.Policy"):
         wtacrs_fx.backend("inductor")  # type: ignore[arg-type]
     with pytest.raises(Exception, match="has its options already"):
-        torch.compile(nn.Linear(4, 4), backend=wtacrs_fx.backend(), options={"wtacrs.ratio": 0.1})(torch.ones(64, 4))
+        torch.compile(nn.Linear(4, 4), backend=wtacrs_fx.backend(), options={"wtacrs.ratio": 0.1})(
+            torch.ones(64, 4)
+        )
 
 
 def test_pattern_that_matches_nothing_warns_by_name() -> None:
     policy = Policy(exclude=("heda",), rules=(Rule("0", ratio=0.5),))
     model = nn.Sequential(nn.Linear(16, 16))
     with pytest.warns(PatternWarning, match="'heda'") as caught:
-        step(model, torch.compile(lambda x: model(x).sum(), backend=wtacrs_fx.backend(policy)), torch.randn(128, 16))
+        step(
+            model,
+            torch.compile(lambda x: model(x).sum(), backend=wtacrs_fx.backend(policy)),
+            torch.randn(128, 16),
+        )
     assert len(caught) == 1  # the rule did match
 
 
@@ -277,14 +296,17 @@ def test_default_policy_does_not_warn() -> None:
     model = nn.Sequential(nn.Linear(16, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error", PatternWarning)
-        step(model, torch.compile(lambda x: model(x).sum(), backend=wtacrs_fx.backend()), torch.randn(128, 16))
+        step(
+            model, torch.compile(lambda x: model(x).sum(), backend=wtacrs_fx.backend()), torch.randn(128, 16)
+        )
 
 
 CACHED = """
 import torch, wtacrs_fx
 torch.manual_seed(0)
 model, x = torch.nn.Linear(16, 12), torch.randn(128, 16)
-call = torch.compile(lambda x: model(x).square().mean(), backend=wtacrs_fx.backend(wtacrs_fx.Policy(ratio={ratio})))
+backend = wtacrs_fx.backend(wtacrs_fx.Policy(ratio={ratio}))
+call = torch.compile(lambda x: model(x).square().mean(), backend=backend)
 call(x).backward()
 [report] = wtacrs_fx.reports()
 from torch._dynamo.utils import counters
@@ -296,7 +318,9 @@ def test_reports_of_cached_code(tmp_path) -> None:  # type: ignore[no-untyped-de
     def run(ratio: float) -> list[str]:
         environment = {**__import__("os").environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
         command = [sys.executable, "-W", "ignore", "-c", CACHED.format(ratio=ratio)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
 
     assert run(0.5) == ["64", "False", "0"]
     assert run(0.5) == ["64", "True", "1"]

@@ -77,7 +77,9 @@ def test_systematic_keeps_distinct_rows_with_the_stated_probabilities(kind: str)
 def test_probabilities_solve_their_equation() -> None:
     weights = torch.tensor([10.0, 5, 1, 1, 1, 1]).double()
     # k = 3: 10 and 5 are taken, one draw is left for four equal rows
-    torch.testing.assert_close(inclusion_probabilities(weights, 3), torch.tensor([1, 1, 0.25, 0.25, 0.25, 0.25]).double())
+    torch.testing.assert_close(
+        inclusion_probabilities(weights, 3), torch.tensor([1, 1, 0.25, 0.25, 0.25, 0.25]).double()
+    )
 
 
 def test_systematic_variance_is_below_the_paper_s_draw() -> None:
@@ -86,7 +88,8 @@ def test_systematic_variance_is_below_the_paper_s_draw() -> None:
         weights = x.norm(dim=1) * dy.norm(dim=1)
         exact = (x.T @ dy).flatten()
         ours, paper = (
-            (product_samples(x, dy, weights, e) - exact).square().sum(1).mean() for e in ("wta-systematic", "wta-crs")
+            (product_samples(x, dy, weights, e) - exact).square().sum(1).mean()
+            for e in ("wta-systematic", "wta-crs")
         )
         assert ours <= paper + 1e-9, kind
 
@@ -145,7 +148,7 @@ def test_any_size(rows: int, share: float, estimator: str, seed: int, scale: flo
     indices, scales = choose_rows(weights, torch.rand(2, rows + 1), kept, estimator)
     assert indices.shape == scales.shape == (2, kept)
     assert indices.dtype == torch.int64 and scales.dtype == torch.float32
-    assert ((0 <= indices) & (indices < rows)).all()
+    assert ((indices >= 0) & (indices < rows)).all()
     assert scales.isfinite().all()
     if kept == rows and estimator == "wta-systematic":
         torch.testing.assert_close(scales, torch.ones_like(scales))

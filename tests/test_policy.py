@@ -63,7 +63,9 @@ def test_bad_rule() -> None:
 
 
 def test_first_matching_rule_wins_and_exclude_wins_over_include() -> None:
-    policy = Policy(exclude=("head",), rules=(Rule("layers.0.*", ratio=0.1), Rule("layers.*", estimator="crs")))
+    policy = Policy(
+        exclude=("head",), rules=(Rule("layers.0.*", ratio=0.1), Rule("layers.*", estimator="crs"))
+    )
     first, second = policy.sampling("layers.0.q"), policy.sampling("layers.1.q")
     assert first is not None and (first.ratio, first.estimator) == (0.1, "wta-systematic")
     assert second is not None and (second.ratio, second.estimator) == (0.3, "crs")
@@ -91,7 +93,9 @@ def test_options_are_split() -> None:
     assert policy == Policy(ratio=0.1, estimator="crs")
     assert rest == {"max_autotune": True}
     base = Policy(center=True)
-    assert policy_from_options({"wtacrs.policy": base, "wtacrs.ratio": 0.5})[0] == Policy(ratio=0.5, center=True)
+    assert policy_from_options({"wtacrs.policy": base, "wtacrs.ratio": 0.5})[0] == Policy(
+        ratio=0.5, center=True
+    )
 
 
 def test_bad_options() -> None:

@@ -71,7 +71,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "linear": (lambda: Function(lambda m, x: F.linear(x, m.w).square().mean(), w=(6, 8)), X, 1),
     "conv1d": (lambda: nn.Sequential(Conv1D(6, 8), nn.Tanh()), X, 1),
     "einsum": (lambda: Function(lambda m, x: torch.einsum("bsd,do->bso", x, m.w).tanh(), w=(8, 6)), X, 1),
-    "einsum heads": (lambda: Function(lambda m, x: torch.einsum("bsd,hdo->bhso", x, m.w).tanh(), w=(2, 8, 3)), X, 1),
+    "einsum heads": (
+        lambda: Function(lambda m, x: torch.einsum("bsd,hdo->bhso", x, m.w).tanh(), w=(2, 8, 3)),
+        X,
+        1,
+    ),
     "bmm experts": (lambda: Function(lambda m, x: torch.bmm(x, m.w).tanh(), w=(4, 8, 6)), X, 1),
     "tied": (Tied, torch.randint(20, (4, 16), generator=torch.Generator().manual_seed(0)), 1),
     "twice": (Twice, X, 2),
@@ -160,7 +164,9 @@ def test_linears_on_one_residual_share_a_draw_and_a_subset() -> None:
 
 
 def test_sites_do_not_share_random_numbers() -> None:
-    rewritten = wtacrs_fx.transform(wtacrs_fx.capture(Transformer(layers=2), torch.randint(50, (4, 32))), SMALL)
+    rewritten = wtacrs_fx.transform(
+        wtacrs_fx.capture(Transformer(layers=2), torch.randint(50, (4, 32))), SMALL
+    )
     noises = [n for n in rewritten.graph.nodes if n.meta.get(NOISE)]
     assert len(noises) == draws(rewritten) == 9
     assert len({n.args[1] for n in rewritten.graph.find_nodes(op="call_function", target=choose_rows)}) == 9

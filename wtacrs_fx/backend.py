@@ -14,6 +14,7 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 from torch import fx
+
 from wtacrs_passes import torch_api
 from wtacrs_passes.joint_graph import StaticInput, path_from_source
 from wtacrs_passes.pipeline import WtacrsPartitioner, source_hash

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+
 from wtacrs_passes import torch_api
 from wtacrs_passes.joint_graph import copy_joint, is_tangent, outputs_with_descriptors, static_inputs
 from wtacrs_passes.pipeline import NoTangentsError, rewrite, rewrite_and_partition
@@ -13,7 +14,6 @@ from wtacrs_passes.policy import Policy
 from wtacrs_passes.report import Report
 
 from .backend import lifted_inputs
-
 
 STATIC_INPUTS = "wtacrs_static_inputs"
 """Key of ``graph_module.meta``: the parameters and buffers among the primals, by position."""

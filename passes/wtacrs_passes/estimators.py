@@ -96,7 +96,9 @@ def _wta_crs(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]
     outside = torch.gather(tail, -1, winners)
     rank = torch.arange(weights.shape[-1], device=weights.device)
     edges = torch.where(rank < winners, 0.0, finite).cumsum(-1)
-    drawn = torch.searchsorted(edges, noise[..., :kept] * edges[..., -1:], right=True).clamp(max=weights.shape[-1] - 1)
+    drawn = torch.searchsorted(edges, noise[..., :kept] * edges[..., -1:], right=True).clamp(
+        max=weights.shape[-1] - 1
+    )
     position = torch.where(size < winners, size, drawn)
     weight = torch.gather(finite, -1, position)
     scales = outside / ((kept - winners) * weight)
@@ -110,7 +112,9 @@ def _crs(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Column-row sampling with replacement, ``p_i = a_i / A`` (Drineas, Kannan, Mahoney 2006)."""
     edges = weights.cumsum(-1)
     total = edges[..., -1:]
-    indices = torch.searchsorted(edges, noise[..., :kept] * total, right=True).clamp(max=weights.shape[-1] - 1)
+    indices = torch.searchsorted(edges, noise[..., :kept] * total, right=True).clamp(
+        max=weights.shape[-1] - 1
+    )
     weight = torch.gather(weights, -1, indices)
     scales = torch.where(weight > 0, total / (kept * weight), 0.0)
     return indices, torch.where(total.isfinite(), scales, torch.nan)
@@ -126,7 +130,9 @@ def _topk(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 ESTIMATORS = {"wta-systematic": _wta_systematic, "wta-crs": _wta_crs, "crs": _crs, "topk": _topk}
 
 
-def estimate_product(x: Tensor, dy: Tensor, kept: int, estimator: str, weights: Tensor, noise: Tensor) -> Tensor:
+def estimate_product(
+    x: Tensor, dy: Tensor, kept: int, estimator: str, weights: Tensor, noise: Tensor
+) -> Tensor:
     """Estimate ``x^T dy``: the reference that the compiled graph is tested against.
 
     Args:

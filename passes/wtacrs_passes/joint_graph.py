@@ -7,6 +7,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import sympy
@@ -81,7 +82,8 @@ def is_recomputable(node: fx.Node) -> bool:
 
 def output_of(graph: fx.Graph) -> fx.Node:
     """Return the output node."""
-    return next(iter(reversed(graph.nodes)))
+    output: fx.Node = graph.find_nodes(op="output")[0]
+    return output
 
 
 def outputs_with_descriptors(graph: fx.Graph) -> list[tuple[Any, Any]]:
@@ -174,7 +176,7 @@ def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
     for node in graph.nodes:
         key: Any = node
         if node.op == "call_function" and not is_random(node) and not _mutates(node):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: _Number(numbers[arg]))
+            args, kwargs = fx.map_arg((node.args, node.kwargs), partial(_number, numbers))
             key = (node.target, repr(args), repr(kwargs))
         elif node.op == "get_attr":
             key = node.target
@@ -196,14 +198,9 @@ def same_content(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-class _Number:
-    """A value number that prints as itself and cannot be taken for an integer argument."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __repr__(self) -> str:
-        return f"%{self.number}"
+def _number(numbers: Mapping[fx.Node, int], arg: fx.Node) -> str:
+    """Return a value number that cannot be taken for an integer argument."""
+    return f"%{numbers[arg]}"
 
 
 def _mutates(node: fx.Node) -> bool:

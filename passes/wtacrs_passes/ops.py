@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import estimators
 
-_LIBRARY = torch.library.Library("wtacrs", "DEF")
-_LIBRARY.define(
+_LIBRARY = torch.library.Library("wtacrs", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "choose_rows(Tensor weights, Tensor noise, SymInt kept, str estimator) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -26,8 +26,10 @@ def _choose_rows_fake(weights: Tensor, noise: Tensor, kept: int, estimator: str)
     )
 
 
-_LIBRARY.impl("choose_rows", _choose_rows, "CompositeExplicitAutograd")
+_LIBRARY.impl(  # type: ignore[no-untyped-call]
+    "choose_rows", _choose_rows, "CompositeExplicitAutograd"
+)
 torch.library.register_fake("wtacrs::choose_rows", _choose_rows_fake, lib=_LIBRARY)
 
 choose_rows = torch.ops.wtacrs.choose_rows.default
-"""``(weights [..., rows], noise, kept, estimator) -> (indices [..., kept] int64, scales [..., kept] float32)``"""
+"""``(weights, noise, kept, estimator) -> (indices, scales)``, as :func:`estimators.choose_rows`."""

@@ -10,18 +10,18 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import fx
 
-from .joint_graph import VIEWS, Editor, aten, copy_joint, inductor_prims, output_of, outputs_with_descriptors
+from .joint_graph import VIEWS, Editor, aten, copy_joint, output_of, outputs_with_descriptors
 from .sample_rows import NOISE, SampledSite
-from .torch_api import CheckpointPolicy
+from .torch_api import CheckpointPolicy, inductor_prims
 
 Partitioned = tuple[fx.GraphModule, fx.GraphModule]
 Partitioner = Callable[[fx.GraphModule, int], Partitioned]
 """``(joint graph, number of forward outputs) -> (forward graph, backward graph)``"""
+
 
 class PartitionError(RuntimeError):
     """A partition on which gradients would be wrong or bytes would not be saved."""
@@ -33,11 +33,19 @@ def lower_noise(graph: fx.Graph) -> None:
     Inductor's own pass has run before; a second tensor of seeds with the same count would be merged
     with the first by common-subexpression elimination, and sites would share numbers with dropout.
     """
-    noises = [node for node in graph.find_nodes(op="call_function", target=aten.rand.default) if node.meta.get(NOISE)]
+    noises = [
+        node
+        for node in graph.find_nodes(op="call_function", target=aten.rand.default)
+        if node.meta.get(NOISE)
+    ]
     editor = Editor(graph)
     for device in dict.fromkeys(node.kwargs["device"] for node in noises):
         mine = [node for node in noises if node.kwargs["device"] == device]
-        old = [n for n in graph.find_nodes(op="call_function", target=inductor_prims.seeds) if n.args[1] == device]
+        old = [
+            n
+            for n in graph.find_nodes(op="call_function", target=inductor_prims.seeds)
+            if n.args[1] == device
+        ]
         first = old[0].args[0] if old else 0
         anchor = old[0] if old else next(n for n in graph.nodes if n.op != "placeholder")
         with editor.before(anchor):

@@ -1,6 +1,6 @@
 """The order of the passes over a joint graph, and the identity of what they do.
 
-    analyse -> plan -> sample rows -> lower noise -> [pin, min-cut, unpin, verify]
+analyse -> plan -> sample rows -> lower noise -> [pin, min-cut, unpin, verify]
 """
 
 from __future__ import annotations
@@ -94,13 +94,18 @@ class WtacrsPartitioner(CustomPartitionerFn):
         self.receive = receive
 
     def __call__(
-        self, gm: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int, **kwargs: Any
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Return the forward and the backward graph of the rewritten `gm`."""
+        num_fwd_outputs: int = kwargs.pop("num_fwd_outputs")
+
         def partitioner(graph: fx.GraphModule, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
             return min_cut_rematerialization_partition(graph, joint_inputs, num_fwd_outputs=outputs, **kwargs)
 
         lower = None if torch._inductor.config.fallback_random else lower_noise
-        after, report = rewrite_and_partition(gm, self.policy, self.table, num_fwd_outputs, partitioner, lower)
+        after, report = rewrite_and_partition(
+            gm, self.policy, self.table, num_fwd_outputs, partitioner, lower
+        )
         self.receive(report)
         return after.forward, after.backward
 

@@ -74,9 +74,7 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy) -> Plan:
         if shared is None:
             sites.append(site)
         else:
-            sites[shared] = dataclasses.replace(
-                sites[shared], products=(*sites[shared].products, product)
-            )
+            sites[shared] = dataclasses.replace(sites[shared], products=(*sites[shared].products, product))
     return Plan(tuple(sites), tuple(exact))
 
 

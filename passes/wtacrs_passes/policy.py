@@ -8,7 +8,7 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -32,9 +32,7 @@ def nearest(name: object, valid: Iterable[str]) -> str:
 
 def _check_choice(field: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
-        raise PolicyError(
-            f"{field} must be one of {', '.join(valid)}, got {value!r}{nearest(value, valid)}"
-        )
+        raise PolicyError(f"{field} must be one of {', '.join(valid)}, got {value!r}{nearest(value, valid)}")
 
 
 def _check_patterns(field: str, value: object) -> tuple[str, ...]:
@@ -96,7 +94,8 @@ class Sampling:
     def kept(self, rows: Any) -> Any:
         """Return k = min(rows, max(min_rows, ceil(ratio rows))); `rows` is an int or a ``SymInt``."""
         wanted = (rows * self.share.numerator + self.share.denominator - 1) // self.share.denominator
-        return torch.sym_min(rows, torch.sym_max(self.min_rows, wanted))
+        wanted = torch.sym_max(self.min_rows, wanted)  # type: ignore[no-untyped-call]
+        return torch.sym_min(rows, wanted)  # type: ignore[no-untyped-call]
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -202,4 +201,4 @@ def policy_from_options(options: Mapping[str, Any]) -> tuple[Policy, dict[str, A
                 f"option 'wtacrs.{name}' is not a policy field{nearest(f'wtacrs.{name}', known)} "
                 f"(known: {', '.join(known)})"
             )
-    return cast(Policy, dataclasses.replace(base, **fields)), rest
+    return dataclasses.replace(base, **fields), rest

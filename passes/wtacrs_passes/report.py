@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 from torch import fx
@@ -15,7 +15,7 @@ from .plan import Plan
 from .residuals import Analysis, Product
 from .sample_rows import SampledSite
 
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 """A number of rows or bytes; an expression in the symbols of batch and sequence where those are dynamic."""
 
 
@@ -89,10 +89,10 @@ class Report:
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """Invert :meth:`to_dict`."""
         sizes = ("rows", "kept", "bytes_before", "bytes_after")
-        sites = tuple(
-            SiteReport(**{k: _parse(v) if k in sizes else v for k, v in site.items()})
-            for site in data["sites"]
-        )
+        parsed: list[dict[str, Any]] = [
+            {k: _parse(v) if k in sizes else v for k, v in site.items()} for site in data["sites"]
+        ]
+        sites = tuple(SiteReport(**site) for site in parsed)
         before, after = _parse(data["saved_bytes_before"]), _parse(data["saved_bytes_after"])
         return cls(sites, before, after, data["from_cache"])
 
@@ -101,7 +101,18 @@ class Report:
         return json.dumps(self.to_dict(), indent=1)
 
     def __str__(self) -> str:
-        header = ("module", "parameter", "rows", "kept", "estimator", "placement", "encoding", "before", "after", "")
+        header = (
+            "module",
+            "parameter",
+            "rows",
+            "kept",
+            "estimator",
+            "placement",
+            "encoding",
+            "before",
+            "after",
+            "",
+        )
         lines = [
             (
                 site.module,
@@ -117,10 +128,10 @@ class Report:
             )
             for site in self.sites
         ]
-        total = f"saved for backward: {format_bytes(self.saved_bytes_before)} -> {format_bytes(self.saved_bytes_after)}"
-        if isinstance(self.saved_bytes_before, int) and self.saved_bytes_before:
-            assert isinstance(self.saved_bytes_after, int)
-            total += f" ({self.saved_bytes_after / self.saved_bytes_before:.2f} of Inductor's)"
+        before, after = self.saved_bytes_before, self.saved_bytes_after
+        total = f"saved for backward: {format_bytes(before)} -> {format_bytes(after)}"
+        if isinstance(before, int) and isinstance(after, int) and before:
+            total += f" ({after / before:.2f} of Inductor's)"
         cached = "; code from the cache" if self.from_cache else ""
         count = f"{len(self.sampled)} of {len(self.sites)} weight gradients sampled{cached}"
         return "\n".join([*_align([header, *lines]), total, count])
@@ -201,8 +212,8 @@ def make_report(
     reports = [found[product.node] for product in analysis.products]
     for name, reason in analysis.unsampled:
         reports.append(SiteReport(name.rpartition(".")[0], name, 0, 0, "", "", "exact", 0, 0, reason))
-    totals = [simplify(sum(nbytes(node.meta["val"]) for node in saved)) for saved in (before, after)]
-    return Report(tuple(reports), *totals)
+    total_before, total_after = (simplify(sum(nbytes(n.meta["val"]) for n in s)) for s in (before, after))
+    return Report(tuple(reports), total_before, total_after)
 
 
 class _Ledger:

@@ -201,7 +201,9 @@ def available_in_backward(analysis: Analysis, graph: fx.Graph, sampled: set[fx.N
             at_hand.update(numbers[arg] for arg in jg.tensor_operands(node) if arg not in tangent)
     primal = [n for n in graph.nodes if n.op == "call_function" and n not in tangent]
     for node in reversed(primal):
-        serves_operands = node.target in jg.VIEWS | jg.COPIES | jg.CASTS if node in forward else node in backward
+        serves_operands = (
+            node.target in jg.VIEWS | jg.COPIES | jg.CASTS if node in forward else node in backward
+        )
         if numbers[node] in at_hand and serves_operands and _keeps_bytes(node):
             at_hand.update(numbers[arg] for arg in jg.tensor_operands(node))
     for node in primal:
@@ -223,13 +225,13 @@ def _keeps_bytes(node: fx.Node) -> bool:
         return False
     operands = [arg.meta["val"] for arg in jg.tensor_operands(node)]
     sizes = [value.element_size() for value in operands if isinstance(value, torch.Tensor)]
-    return node.meta["val"].element_size() >= max(sizes, default=0)
+    return bool(node.meta["val"].element_size() >= max(sizes, default=0))
 
 
 def _is_statistic(operand: fx.Node, node: fx.Node) -> bool:
     """Tell whether an operand has so few elements, beside the result, that storing it costs nothing."""
-    values = operand.meta.get("val"), node.meta.get("val")
-    if not all(isinstance(value, torch.Tensor) for value in values):
+    value, result = operand.meta.get("val"), node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not isinstance(result, torch.Tensor) or result.numel() == 0:
         return False
-    share = jg.sympy_size(values[0].numel()) / jg.sympy_size(values[1].numel())
+    share = jg.sympy_size(value.numel()) / jg.sympy_size(result.numel())
     return bool(share.is_number and share <= _STATISTIC)

@@ -83,7 +83,9 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
         norms = _row_norms(editor, [x if mean is None else _subtract(editor, x, mean)])
         weights = norms
         if site.placement == "backward":
-            weights = editor.call(aten.mul.Tensor, _double(editor, norms), _double(editor, _row_norms(editor, dys)))
+            weights = editor.call(
+                aten.mul.Tensor, _double(editor, norms), _double(editor, _row_norms(editor, dys))
+            )
             stored.append(norms)
         if mean is not None:
             stored.append(mean)
@@ -211,7 +213,9 @@ def _product(editor: Editor, product: Product, x: fx.Node, dy: fx.Node) -> fx.No
     return editor.call(target, _transpose(editor, left), right)
 
 
-def _add_outer(editor: Editor, product: Product, estimate: fx.Node, dy: fx.Node, mean: fx.Node | None) -> fx.Node:
+def _add_outer(
+    editor: Editor, product: Product, estimate: fx.Node, dy: fx.Node, mean: fx.Node | None
+) -> fx.Node:
     """Add ``mean^T sum_i dy_i``; without a mean, zero times it, so that NaN and Inf are not hidden."""
     total = editor.call(aten.sum.dim_IntList, _accumulate(editor, dy), [-2], True)
     if product.tangent_side == 0:

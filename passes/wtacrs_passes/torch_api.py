@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.utils import detect_fake_mode
-from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.compilers import nop
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch._guards import detect_fake_mode
 from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.pattern_matcher import stable_topological_sort
@@ -41,9 +42,11 @@ def compile_fx(
     """Compile with Inductor; `name` (a region name, torch >= 2.13) is dropped where unknown."""
     from torch._inductor import compile_fx as inductor
 
-    region = {"compile_region_name": name} if name is not None and _takes_region_name() else {}
-    compiled: Callable[..., Any] = inductor.compile_fx(gm, inputs, config_patches=config_patches, **region)
-    return compiled
+    options: dict[str, Any] = {"config_patches": config_patches}
+    if name is not None and _takes_region_name():
+        options["compile_region_name"] = name
+    compiled: Any = inductor.compile_fx(gm, inputs, **options)
+    return compiled  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -57,14 +60,11 @@ def trace_joint(gm: fx.GraphModule, inputs: Any, partition: Callable[..., Any]) 
     """Trace the joint graph of a Dynamo graph with Inductor's decompositions; hand it to `partition`."""
     from torch._inductor.decomposition import select_decomp_table
 
-    def run_as_is(graph: fx.GraphModule, _: Any) -> Any:
-        return make_boxed_func(graph.forward)
-
     aot_module_simplified(
         gm,
         inputs,
-        fw_compiler=run_as_is,
-        bw_compiler=run_as_is,
+        fw_compiler=nop,
+        bw_compiler=nop,
         partition_fn=partition,
         decompositions=select_decomp_table(),
         keep_inference_input_mutations=True,
