@@ -37,6 +37,10 @@ Batch = tuple[Tensor, Tensor, Tensor]
 Forward = Callable[..., tuple[Tensor, Tensor]]
 
 
+_ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
+"""Names of the dropout inside attention in the configurations of transformers' encoders."""
+
+
 class InputError(ValueError):
     """What the user gave cannot be used; the message says the rule, the value and the remedy."""
 
@@ -72,6 +76,9 @@ class Settings:
 def load_encoder(model: str | None = None) -> tuple[Any, nn.Module]:
     """Load a pretrained encoder and its tokenizer; None loads the packaged MiniLM, without any network.
 
+    Dropout inside attention is switched off, for every variant: with it the CPU has no fused attention and
+    would store the attention scores, which no GPU does.
+
     Raises:
         InputError: `model` is neither a folder with a transformers encoder nor a Hub id that can be read.
     """
@@ -82,8 +89,12 @@ def load_encoder(model: str | None = None) -> tuple[Any, nn.Module]:
     local = Path(source).is_dir()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
+        config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
+        for name in _ATTENTION_DROPOUT:
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
         encoder = transformers.AutoModel.from_pretrained(
-            source, local_files_only=local, attn_implementation="sdpa"
+            source, config=config, local_files_only=local, attn_implementation="sdpa"
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
