@@ -89,28 +89,21 @@ def analyse(graph: fx.Graph, table: Mapping[int, StaticInput]) -> Analysis:
     activation = jg.depends_on(graph, {n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)})
     gradients = jg.parameter_gradients(graph, table)
     numbers = jg.value_numbers(graph)
-
     names = _names_by_number(numbers)
 
-    products, covered, refused = [], set(), {}
+    products, covered = [], set()
     for node in graph.nodes:
-        if node.target not in PRODUCTS or node not in tangent:
-            continue
         sides = [arg in tangent for arg in node.args]
-        reached, reason = _reaches(node, gradients, activation)
-        if all(sides):
-            reason = reason or "both operands depend on gradients"
-        elif node.args[sides.index(False)] not in activation:
+        if node.target not in PRODUCTS or sum(sides) != 1:
+            continue
+        if node.args[sides.index(False)] not in activation:
             continue  # a product with a weight: the gradient of an activation
-        if reason:
-            refused.update(dict.fromkeys(reached, reason))
-            continue
-        if not reached:
-            continue
-        products.append(_product(node, sides.index(True), reached[0], numbers, names))
-        covered.update(reached)
+        reached = _reaches(node, gradients, activation)
+        if reached:
+            products.append(_product(node, sides.index(True), reached[0], numbers, names))
+            covered.update(reached)
     unsampled = tuple(
-        (name, refused.get(name) or _reason_without_product(node))
+        (name, _reason_without_product(node))
         for node, name in gradients.items()
         if name not in covered and node.meta["val"].dim() > 1
     )
@@ -143,13 +136,11 @@ def _names_by_number(numbers: dict[fx.Node, int]) -> dict[int, set[str]]:
     return names
 
 
-def _reaches(
-    product: fx.Node, gradients: Mapping[fx.Node, str], activation: set[fx.Node]
-) -> tuple[list[str], str | None]:
-    """Follow a product to the gradients that are linear in it.
+def _reaches(product: fx.Node, gradients: Mapping[fx.Node, str], activation: set[fx.Node]) -> list[str]:
+    """Return the parameters whose gradients are linear in a product, if it reaches nothing else.
 
-    Returns the parameters' names, and a reason where it also reaches something else. The gradient of an
-    activation is read by further activations, so it is told apart by that.
+    What reaches the gradient of an input, or meets another activation on its way, is the gradient of an
+    activation itself: its error would spread to other layers.
     """
     reached: list[str] = []
     stack, seen = [product], {product}
@@ -160,17 +151,17 @@ def _reaches(
         for user in node.users:
             if user.op == "output":
                 if node not in gradients:
-                    return [], "the product is the gradient of an input"
+                    return []
                 continue
             if user in seen:
                 continue
             others = [a for a in jg.tensor_operands(user) if a is not node]
             scaled = user.target in _SCALINGS and not any(a in activation for a in others)
             if user.target not in _LINEAR and not scaled:
-                return [], f"the product is read by {user.target}"
+                return []
             seen.add(user)
             stack.append(user)
-    return sorted(reached), None
+    return sorted(reached)
 
 
 def _reason_without_product(gradient: fx.Node) -> str:

@@ -1,0 +1,68 @@
+"""The backend on a CUDA device: the same promises, and that nothing waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import Transformer, is_unbiased, step
+from torch import Tensor
+
+import wtacrs_fx
+from wtacrs_fx import Policy
+from wtacrs_passes.estimators import ESTIMATORS, choose_rows
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(scope="module", params=["forward", "backward"])
+def on_cuda(request: pytest.FixtureRequest) -> tuple[Transformer, Callable, Tensor]:
+    torch.manual_seed(0)
+    model, tokens = Transformer().cuda(), torch.randint(50, (4, 32), device="cuda")
+    policy = Policy(min_rows=8, placement=request.param)
+    return model, torch.compile(model, backend=wtacrs_fx.backend(policy)), tokens
+
+
+def test_gradients_are_unbiased(on_cuda: tuple) -> None:
+    model, call, tokens = on_cuda
+    exact = step(model, model, tokens)
+    runs = [step(model, call, tokens) for _ in range(300)]
+    for name in ("layers.0.q.weight", "layers.0.down.weight", "head.weight"):
+        samples = torch.stack([run[name].flatten() for run in runs]).cpu()
+        assert is_unbiased(samples, exact[name].flatten().cpu()), name
+
+
+def test_a_step_never_waits_for_the_device(on_cuda: tuple) -> None:
+    model, call, tokens = on_cuda
+    step(model, call, tokens)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(model, call, tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_chooser_agrees_with_the_cpu(estimator: str) -> None:
+    weights, noise = torch.rand(3, 500), torch.rand(3, 501)
+    expected = choose_rows(weights, noise, 100, estimator)
+    found = choose_rows(weights.cuda(), noise.cuda(), 100, estimator)
+    if estimator == "topk":
+        expected, found = (tuple(t.sort(-1).values for t in pair) for pair in (expected, found))
+    torch.testing.assert_close(found[0].cpu(), expected[0])
+    torch.testing.assert_close(found[1].cpu(), expected[1])
+
+
+def test_cuda_graphs_draw_anew_in_each_replay() -> None:
+    model, tokens = Transformer().cuda(), torch.randint(50, (4, 32), device="cuda")
+    call = torch.compile(model, backend=wtacrs_fx.backend(Policy(min_rows=8), mode="reduce-overhead"))
+    exact = step(model, model, tokens)["head.weight"].flatten().cpu()
+    for _ in range(3):
+        step(model, call, tokens)
+    runs = torch.stack([step(model, call, tokens)["head.weight"].flatten().cpu() for _ in range(200)])
+    assert is_unbiased(runs, exact)
+    assert runs.std(0).max() > 0
