@@ -28,7 +28,7 @@ def test_symbolic_sizes_are_formulas() -> None:
     assert "s0*s1" in str(report)
     json.dumps(report.to_dict())
     back = Report.from_dict(report.to_dict()).sites[0]
-    values = {s: v for s, v in zip(sorted(back.kept.free_symbols, key=str), (4, 32), strict=True)}
+    values = dict(zip(sorted(back.kept.free_symbols, key=str), (4, 32), strict=True))
     assert back.kept.subs(values) == 39
 
 
