@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -18,7 +18,8 @@ PRODUCTS = {aten.mm.default, aten.bmm.default}
 
 _STATISTIC = Fraction(1, 16)
 _SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.sum.dim_IntList, aten.sum.default}
-_SCALINGS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar} | PRODUCTS
+_MULTIPLICATIONS = {aten.mul.Tensor, aten.mul.Scalar} | PRODUCTS
+_QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
 _LINEAR = jg.VIEWS | jg.COPIES | jg.CASTS | _SUMS | {aten.expand.default, aten.slice.Tensor, aten.select.int}
 
 
@@ -91,6 +92,9 @@ def analyse(graph: fx.Graph, table: Mapping[int, StaticInput]) -> Analysis:
     numbers = jg.value_numbers(graph)
     names = _names_by_number(numbers)
 
+    def constant(operand: Any) -> bool:
+        return operand not in activation and operand not in tangent
+
     products, covered = [], set()
     for node in graph.nodes:
         sides = [arg in tangent for arg in node.args]
@@ -98,7 +102,7 @@ def analyse(graph: fx.Graph, table: Mapping[int, StaticInput]) -> Analysis:
             continue
         if node.args[sides.index(False)] not in activation:
             continue  # a product with a weight: the gradient of an activation
-        reached = _reaches(node, gradients, activation)
+        reached = _reaches(node, gradients, constant)
         if reached:
             products.append(_product(node, sides.index(True), reached[0], numbers, names))
             covered.update(reached)
@@ -136,7 +140,9 @@ def _names_by_number(numbers: dict[fx.Node, int]) -> dict[int, set[str]]:
     return names
 
 
-def _reaches(product: fx.Node, gradients: Mapping[fx.Node, str], activation: set[fx.Node]) -> list[str]:
+def _reaches(
+    product: fx.Node, gradients: Mapping[fx.Node, str], constant: Callable[[Any], bool]
+) -> list[str]:
     """Return the parameters whose gradients are linear in a product, if it reaches nothing else.
 
     What reaches the gradient of an input, or meets another activation on its way, is the gradient of an
@@ -155,13 +161,21 @@ def _reaches(product: fx.Node, gradients: Mapping[fx.Node, str], activation: set
                 continue
             if user in seen:
                 continue
-            others = [a for a in jg.tensor_operands(user) if a is not node]
-            scaled = user.target in _SCALINGS and not any(a in activation for a in others)
-            if user.target not in _LINEAR and not scaled:
+            if user.target not in _LINEAR and not _scales(user, node, constant):
                 return []
             seen.add(user)
             stack.append(user)
     return sorted(reached)
+
+
+def _scales(user: fx.Node, node: fx.Node, constant: Callable[[Any], bool]) -> bool:
+    """Tell whether `user` multiplies or divides `node` by something that only parameters determine."""
+    if user.target in _QUOTIENTS:
+        return user.args[0] is node and constant(user.args[1])
+    if user.target in _MULTIPLICATIONS:
+        left, right = user.args[:2]
+        return constant(right) if left is node else constant(left)
+    return False
 
 
 def _reason_without_product(gradient: fx.Node) -> str:
