@@ -328,3 +328,23 @@ def test_reports_of_cached_code(tmp_path) -> None:  # type: ignore[no-untyped-de
     for path in tmp_path.glob("wtacrs_reports/*"):
         path.unlink()
     assert run(0.5)[0] == "64"  # made again where the cache has outlived its report
+
+
+def test_activation_checkpointing() -> None:
+    """The checkpointed block is recomputed in the backward pass; its rows are drawn once all the same."""
+
+    class Checkpointed(Transformer):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = torch.utils.checkpoint.checkpoint(self.layers[0], self.embed(tokens), use_reentrant=False)
+            return self.head(x).square().mean()
+
+    model, tokens = Checkpointed(), torch.randint(50, (4, 32))
+    model.zero_grad()
+    model(tokens).backward()
+    exact = gradients(model)
+    call = torch.compile(model, backend=wtacrs_fx.backend(FORWARD))
+    runs = [step(model, call, tokens) for _ in range(200)]
+    for name in ("layers.0.q.weight", "layers.0.up.weight", "head.weight"):
+        samples = torch.stack([run[name].flatten() for run in runs])
+        assert samples.std(0).max() > 0
+        assert is_unbiased(samples, exact[name].flatten()), name

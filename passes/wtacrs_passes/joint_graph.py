@@ -59,6 +59,11 @@ def is_tangent(node: fx.Node) -> bool:
     return node.op == "placeholder" and "tangents" in str(node.target)
 
 
+def has_tangents(graph: fx.Graph) -> bool:
+    """Tell whether a graph has a backward part."""
+    return any(is_tangent(node) for node in graph.find_nodes(op="placeholder"))
+
+
 def is_pointwise(node: fx.Node) -> bool:
     """Tell whether a node computes each element from one element of each input."""
     tags = getattr(node.target, "tags", ())

@@ -42,7 +42,7 @@ class Rewritten:
 
 def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[StaticInput]) -> Rewritten:
     """Analyse, plan and rewrite a joint graph in place."""
-    if not any(jg.is_tangent(node) for node in gm.graph.find_nodes(op="placeholder")):
+    if not jg.has_tangents(gm.graph):
         raise NoTangentsError(
             "a joint forward-backward graph is needed, got one without tangents; capture it from a model "
             "whose output requires grad, outside torch.no_grad() and torch.inference_mode()"
@@ -102,6 +102,8 @@ class WtacrsPartitioner(CustomPartitionerFn):
         def partitioner(graph: fx.GraphModule, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
             return min_cut_rematerialization_partition(graph, joint_inputs, num_fwd_outputs=outputs, **kwargs)
 
+        if not jg.has_tangents(gm.graph):
+            return partitioner(gm, num_fwd_outputs)  # nothing is trained here
         lower = None if torch._inductor.config.fallback_random else lower_noise
         after, report = rewrite_and_partition(
             gm, self.policy, self.table, num_fwd_outputs, partitioner, lower
