@@ -13,7 +13,8 @@ from torch import fx
 import wtacrs_fx
 from wtacrs_fx import PartitionError, Policy
 from wtacrs_passes import joint_graph, partition
-from wtacrs_passes.joint_graph import inductor_prims
+from wtacrs_passes.ops import choose_rows
+from wtacrs_passes.torch_api import inductor_prims
 
 FORWARD = Policy(min_rows=8, placement="forward")
 
@@ -94,12 +95,14 @@ def lowered() -> fx.GraphModule:
     return gm
 
 
-def test_every_draw_has_a_seed_of_its_own() -> None:
+def test_draws_share_neither_seeds_with_dropout_nor_numbers_with_each_other() -> None:
     gm = lowered()
     [seeds] = gm.graph.find_nodes(op="call_function", target=inductor_prims.seeds)
     lookups = gm.graph.find_nodes(op="call_function", target=inductor_prims.lookup_seed)
     indices = [node.args[1] for node in lookups]
-    assert len(indices) == len(set(indices)) == seeds.args[0] == 2 + 5  # two dropouts, five draws
+    assert len(indices) == len(set(indices)) == seeds.args[0] == 2 + 1  # two dropouts, five draws
+    noises = [node.args[1].args for node in gm.graph.find_nodes(op="call_function", target=choose_rows)]
+    assert len(set(noises)) == 5
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.rand.default)
 
 

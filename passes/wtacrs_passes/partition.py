@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,43 +24,65 @@ Partitioner = Callable[[fx.GraphModule, int], Partitioned]
 """``(joint graph, number of forward outputs) -> (forward graph, backward graph)``"""
 
 
+_SITES_PER_TENSOR = 32  # bounds how long the random numbers of a deep model are held
+
+
 class PartitionError(RuntimeError):
     """A partition on which gradients would be wrong or bytes would not be saved."""
 
 
 def lower_noise(graph: fx.Graph) -> None:
-    """Turn the sites' ``aten.rand`` into look-ups in Inductor's tensor of seeds, one seed each.
+    """Turn the sites' ``aten.rand`` into slices of few random tensors, each with a seed of Inductor's.
 
-    Inductor's own pass has run before; a second tensor of seeds with the same count would be merged
-    with the first by common-subexpression elimination, and sites would share numbers with dropout.
+    Before, for each site::
+
+        noise = rand([rows + 1])
+
+    After, for all sites of one placement and shape::
+
+        noises = random([sites, rows + 1], lookup_seed(seeds, index), "rand")
+        noise = select(noises, 0, site)
+
+    One tensor is one kernel to compile and to launch. The seeds extend the tensor that Inductor has made
+    for dropout: a second one of equal count would be merged with it by common-subexpression elimination.
     """
-    noises = [
-        node
-        for node in graph.find_nodes(op="call_function", target=aten.rand.default)
-        if node.meta.get(NOISE)
-    ]
+    groups: dict[Any, list[list[fx.Node]]] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.rand.default):
+        if NOISE in node.meta:
+            value = node.meta["val"]
+            chunks = groups.setdefault((node.meta[NOISE], value.device, str(value.shape)), [[]])
+            if len(chunks[-1]) == _SITES_PER_TENSOR:
+                chunks.append([])
+            chunks[-1].append(node)
+    by_device: dict[torch.device, list[list[fx.Node]]] = {}
+    for (_, device, _), chunks in groups.items():
+        by_device.setdefault(device, []).extend(chunks)
     editor = Editor(graph)
-    for device in dict.fromkeys(node.kwargs["device"] for node in noises):
-        mine = [node for node in noises if node.kwargs["device"] == device]
-        old = [
-            n
-            for n in graph.find_nodes(op="call_function", target=inductor_prims.seeds)
-            if n.args[1] == device
-        ]
-        first = old[0].args[0] if old else 0
-        anchor = old[0] if old else next(n for n in graph.nodes if n.op != "placeholder")
-        with editor.before(anchor):
-            seeds = editor.call(inductor_prims.seeds, first + len(mine), device)
-        for node in old[:1]:
-            node.replace_all_uses_with(seeds)
-            graph.erase_node(node)
-        for index, node in enumerate(mine, start=first):
-            with editor.before(node):
+    for device, chunks in by_device.items():
+        seeds, first = _extend_seeds(editor, device, len(chunks))
+        for index, nodes in enumerate(chunks, start=first):
+            with editor.before(nodes[0]):
                 seed = editor.call(inductor_prims.lookup_seed, seeds, index)
-                lowered = editor.call(inductor_prims.random, node.args[0], seed, "rand")
-            lowered.meta[NOISE] = node.meta[NOISE]
-            node.replace_all_uses_with(lowered)
-            graph.erase_node(node)
+                size = [len(nodes), *nodes[0].args[0]]  # type: ignore[misc]
+                noises = editor.call(inductor_prims.random, size, seed, "rand")
+            for site, node in enumerate(nodes):
+                with editor.before(node):
+                    node.replace_all_uses_with(editor.call(aten.select.int, noises, 0, site))
+                graph.erase_node(node)
+
+
+def _extend_seeds(editor: Editor, device: torch.device, count: int) -> tuple[fx.Node, int]:
+    """Return a tensor of Inductor's seeds with `count` new ones, and the index of the first of these."""
+    graph = editor.graph
+    seeds = graph.find_nodes(op="call_function", target=inductor_prims.seeds)
+    old = next((node for node in seeds if node.args[1] == device), None)
+    first: int = old.args[0] if old else 0
+    with editor.before(old or next(n for n in graph.nodes if n.op != "placeholder")):
+        extended = editor.call(inductor_prims.seeds, first + count, device)
+    if old:
+        old.replace_all_uses_with(extended)
+        graph.erase_node(old)
+    return extended, first
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ from .residuals import Product, rows_first
 from .torch_api import stable_topological_sort
 
 NOISE = "wtacrs_noise"
-"""Key of ``node.meta`` on the random numbers of a site: they are lowered after Inductor's own."""
+"""Key of ``node.meta`` on the random numbers of a site, with its placement: see ``lower_noise``."""
 
 # Squares of smaller norms lose precision in float32, of larger ones overflow; the maximum stands in.
 _SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-30, 1e38
@@ -173,7 +173,7 @@ def _draw(editor: Editor, site: Site, weights: fx.Node) -> tuple[fx.Node, fx.Nod
     noise = editor.call(
         aten.rand.default, [*batch, size], dtype=torch.float32, device=device, pin_memory=False
     )
-    noise.meta[NOISE] = True
+    noise.meta[NOISE] = site.placement
     draw = editor.call(ops.choose_rows, weights, noise, kept, site.sampling.estimator)
     return draw, editor.call(operator.getitem, draw, 0), editor.call(operator.getitem, draw, 1)
 
