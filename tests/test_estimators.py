@@ -74,6 +74,14 @@ def test_systematic_keeps_distinct_rows_with_the_stated_probabilities(kind: str)
     torch.testing.assert_close(scales, torch.where(scales > 0, 1 / probability[indices], 0).float())
 
 
+def test_any_two_rows_may_be_drawn_together() -> None:
+    """In a fixed order, neighbours would never be: their covariance would depend on the order of tokens."""
+    indices, _ = draw(torch.ones(ROWS), KEPT, "wta-systematic")
+    together = torch.zeros(RUNS, ROWS).scatter(1, indices, 1.0)[:, :2].sum(1) == 2
+    # The chance is near (k / n)^2 = 0.09; it is zero in a fixed order.
+    assert 0.04 < together.float().mean() < 0.16
+
+
 def test_probabilities_solve_their_equation() -> None:
     weights = torch.tensor([10.0, 5, 1, 1, 1, 1]).double()
     # k = 3: 10 and 5 are taken, one draw is left for four equal rows

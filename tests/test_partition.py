@@ -11,7 +11,7 @@ from conftest import Transformer, is_unbiased, step
 from torch import fx
 
 import wtacrs_fx
-from wtacrs_fx import PartitionError, Policy
+from wtacrs_fx import PartitionError, Policy, Rule
 from wtacrs_passes import joint_graph, partition
 from wtacrs_passes.ops import choose_rows
 from wtacrs_passes.torch_api import inductor_prims
@@ -84,13 +84,16 @@ def test_gradients_stay_unbiased_where_matrix_products_are_recomputed() -> None:
         assert is_unbiased(torch.stack([run[name].flatten() for run in runs]), gradient.flatten()), name
 
 
+MIXED = Policy(min_rows=8, placement="forward", rules=(Rule("layers.0.down", placement="backward"),))
+
+
 def lowered() -> fx.GraphModule:
     from wtacrs_passes.pipeline import rewrite
     from wtacrs_passes.torch_api import run_joint_graph_passes
 
     joint = wtacrs_fx.capture(Transformer(dropout=0.1), torch.randint(50, (4, 32)))
     gm = run_joint_graph_passes(joint_graph.copy_joint(joint))
-    rewrite(gm, FORWARD, joint.meta["wtacrs_static_inputs"])
+    rewrite(gm, MIXED, joint.meta["wtacrs_static_inputs"])
     partition.lower_noise(gm.graph)
     return gm
 
@@ -100,7 +103,7 @@ def test_draws_share_neither_seeds_with_dropout_nor_numbers_with_each_other() ->
     [seeds] = gm.graph.find_nodes(op="call_function", target=inductor_prims.seeds)
     lookups = gm.graph.find_nodes(op="call_function", target=inductor_prims.lookup_seed)
     indices = [node.args[1] for node in lookups]
-    assert len(indices) == len(set(indices)) == seeds.args[0] == 2 + 1  # two dropouts, five draws
+    assert len(indices) == len(set(indices)) == seeds.args[0] == 2 + 2  # dropouts, placements
     noises = [node.args[1].args for node in gm.graph.find_nodes(op="call_function", target=choose_rows)]
     assert len(set(noises)) == 5
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.aten.rand.default)

@@ -186,6 +186,12 @@ def test_frozen_weights_have_no_site() -> None:
     assert sampled(wtacrs_fx.transform(wtacrs_fx.capture(model, X), SMALL)) == {"2.weight"}
 
 
+def test_products_of_parameters_alone_stay() -> None:
+    """A learned query has no rows of a batch: neither its gradient nor its weight's is a sum over tokens."""
+    model = Function(lambda m, x: F.linear(m.q, m.w) * x, q=(16, 64), w=(8, 64))
+    assert sampled(wtacrs_fx.transform(wtacrs_fx.capture(model, X), SMALL)) == set()
+
+
 def test_near_misses_are_left_alone_with_a_reason() -> None:
     conv = nn.Sequential(nn.Conv2d(3, 8, 2), nn.Flatten(), nn.Linear(8 * 49, 4))
     rewritten = wtacrs_fx.transform(wtacrs_fx.capture(conv, torch.randn(64, 3, 8, 8)), SMALL)
