@@ -180,6 +180,13 @@ def test_gradients_of_inputs_and_attention_products_stay() -> None:
     assert draws(rewritten) == 1
 
 
+def test_a_product_that_also_reaches_an_input_stays() -> None:
+    """The gradient of `x + p` goes to both: its error would reach whatever made x."""
+    model = Function(lambda m, x: torch.bmm(x + m.p, x.detach().mT).tanh(), p=(1, 8))
+    assert sampled(wtacrs_fx.transform(wtacrs_fx.capture(model, X.clone().requires_grad_()), SMALL)) == set()
+    assert sampled(wtacrs_fx.transform(wtacrs_fx.capture(model, X), SMALL)) == {"p"}
+
+
 def test_frozen_weights_have_no_site() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
     model[0].requires_grad_(False)
