@@ -280,11 +280,6 @@ class Editor:
         return self.graph.inserting_before(node)
 
 
-def value_of(argument: Any) -> Any:
-    """Return the fake value of a node, or the argument itself."""
-    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
-
-
 def is_symbolic(value: Any) -> bool:
     """Tell whether a value is a symbolic number."""
     return isinstance(value, py_sym_types)
