@@ -14,7 +14,8 @@ import wtacrs_fx
 from wtacrs_fx import PartitionError, Policy, Rule
 from wtacrs_passes import joint_graph, partition
 from wtacrs_passes.ops import choose_rows
-from wtacrs_passes.torch_api import inductor_prims
+from wtacrs_passes.sample_rows import SampledSite
+from wtacrs_passes.torch_api import CheckpointPolicy, inductor_prims
 
 FORWARD = Policy(min_rows=8, placement="forward")
 
@@ -40,14 +41,21 @@ def test_rows_are_stored_instead_of_the_residual() -> None:
     assert second.bytes_after == 39 * 64 * 4 + 39 * (8 + 4)  # rows, indices, scales
 
 
-def test_without_the_pin_the_partition_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partition, "pinned_nodes", lambda site, stores_rows: [])
+def draw_again(site: SampledSite, stores_rows: bool) -> list[fx.Node]:
+    """Pin nothing and have the rows drawn in both passes: what a careless partition would do."""
+    for node in (site.draw, *site.draw.users, site.draw.args[1]):
+        node.meta.update(recompute=CheckpointPolicy.MUST_RECOMPUTE, ac_graph_id=0)
+    return []
+
+
+def test_a_second_draw_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "pinned_nodes", draw_again)
     with pytest.raises(PartitionError, match="second"):
         wtacrs_fx.explain(Plain(), X, policy=FORWARD)
 
 
 def test_the_backend_refuses_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partition, "pinned_nodes", lambda site, stores_rows: [])
+    monkeypatch.setattr(partition, "pinned_nodes", draw_again)
     with torch._inductor.config.patch(force_disable_caches=True), pytest.raises(Exception, match="second"):
         torch.compile(Plain(), backend=wtacrs_fx.backend(FORWARD))(X)
 

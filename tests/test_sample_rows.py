@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import wtacrs_fx
 from wtacrs_fx import Policy
+from wtacrs_passes import ops
 from wtacrs_passes.joint_graph import parameter_gradients
 from wtacrs_passes.ops import choose_rows
 from wtacrs_passes.sample_rows import NOISE
@@ -285,3 +286,15 @@ def test_eager_gradients_are_those_of_the_joint_graph() -> None:
     model(x).backward()
     captured = run_joint(wtacrs_fx.capture(model, x), model, x, 1)["w"][0]
     torch.testing.assert_close(captured, gradients(model)["w"].flatten())
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_norms_hold_where_squares_leave_float32(size: float) -> None:
+    x = size * torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    one, two = ops.row_norms([x]), ops.row_norms([x, x])
+    assert one.dtype == torch.float32
+    torch.testing.assert_close(one[0] / size, torch.tensor(5.0 if size == 1 else 4.0))
+    torch.testing.assert_close(two[0] / size, torch.tensor(50**0.5 if size == 1 else 4.0))
+    assert one[1] == two[1] == 0
+    assert ops.row_norms([x.double()]).dtype == torch.float64
+    assert ops.row_norms([torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0]])]).isfinite().any() == 0

@@ -8,17 +8,21 @@ After, with placement ``forward`` (the first three lines run in the forward pass
 
     weights = norm(X)
     indices, scales = choose_rows(weights, rand(...), k)
-    rows = index(X, indices)                                  # stored instead of X
-    dW = mm(permute(index(dY, indices) * scales), rows) + 0 * sum(dY)
+    rows = index(X, indices) * scales                         # stored instead of X
+    dW = mm(permute(index(dY, indices)), rows) + 0 * sum(dY)
 
 After, with placement ``backward`` (only the first line runs in the forward pass)::
 
     norm_x = norm(X)
     indices, scales = choose_rows(norm_x * norm(dY), rand(...), k)
-    dW = mm(permute(index(dY, indices) * scales), index(X, indices))
+    dW = mm(permute(index(dY, indices)), index(X, indices) * scales)
 
 Products that share X share the draw; their weights are ``||x_i|| sqrt(sum_j ||dy_ij||^2)``.
 In the forward placement ``0 * sum(dY)`` carries NaN and Inf of rows that were not drawn into dW.
+
+Norms and the gather of dY read tensors that exist anyway. On CPU, where Inductor would give each of them
+a loop and a C++ file of its own (1.2 s of compile time each), they are calls of ``row_norms`` and
+``gather_rows``; the gather of X stays open to fusion with what recomputes X.
 """
 
 from __future__ import annotations
@@ -39,9 +43,6 @@ from .torch_api import stable_topological_sort
 NOISE = "wtacrs_noise"
 """Key of ``node.meta`` on the random numbers of a site, with its placement: see ``lower_noise``."""
 
-# Squares of smaller norms lose precision in float32, of larger ones overflow; the maximum stands in.
-_SMALLEST_SQUARE, _LARGEST_SQUARE = 1e-30, 1e38
-
 
 @dataclasses.dataclass
 class SampledSite:
@@ -50,7 +51,7 @@ class SampledSite:
     Attributes:
         draw: the ``choose_rows`` node.
         stored: nodes that must cross from forward to backward.
-        rows: the gathered (and centred) rows of X; among `stored` where the encoding is ``rows``.
+        rows: the gathered, centred and rescaled rows of X; among `stored` where the encoding is ``rows``.
         stored_names: names of the nodes that hold the full X if they are saved.
     """
 
@@ -94,14 +95,14 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
         rows = _gather(editor, x, indices)
         if mean is not None:
             rows = _subtract(editor, rows, mean)
+        rows = _scale(editor, rows, scales)
         if site.placement == "forward":
             stored += [indices, scales]
         if site.encoding == "rows":
             stored.append(rows)
 
         for product, dy in zip(site.products, dys, strict=True):
-            kept_dy = _scale(editor, _gather(editor, dy, indices), scales)
-            estimate = _product(editor, product, rows, kept_dy)
+            estimate = _product(editor, product, rows, _gather_stored(editor, dy, indices))
             if mean is not None or site.placement == "forward":
                 estimate = _add_outer(editor, product, estimate, dy, mean)
             product.node.replace_all_uses_with(estimate)
@@ -141,6 +142,8 @@ def _cast_like(editor: Editor, node: fx.Node, like: fx.Node) -> fx.Node:
 
 def _row_norms(editor: Editor, operands: list[fx.Node]) -> fx.Node:
     """Return the joint norms of the rows: ``[..., rows]``, zero only where every element is zero."""
+    if _on_cpu(operands[0]):
+        return editor.call(ops.row_norms, operands)
     squares, largest = None, None
     for operand in operands:
         wide = _accumulate(editor, operand)
@@ -149,8 +152,8 @@ def _row_norms(editor: Editor, operands: list[fx.Node]) -> fx.Node:
         squares = square if squares is None else editor.call(aten.add.Tensor, squares, square)
         largest = peak if largest is None else editor.call(aten.maximum.default, largest, peak)
     assert squares is not None
-    small = editor.call(aten.lt.Scalar, squares, _SMALLEST_SQUARE)
-    large = editor.call(aten.gt.Scalar, squares, _LARGEST_SQUARE)
+    small = editor.call(aten.lt.Scalar, squares, ops.SMALLEST_SQUARE)
+    large = editor.call(aten.gt.Scalar, squares, ops.LARGEST_SQUARE)
     unsafe = editor.call(aten.logical_or.default, small, large)
     return editor.call(aten.where.self, unsafe, largest, editor.call(aten.sqrt.default, squares))
 
@@ -198,6 +201,17 @@ def _gather(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
     column = editor.call(aten.unsqueeze.default, indices, -1)
     wide = editor.call(aten.expand.default, column, [editor.size(node, 0), kept, features])
     return editor.call(aten.gather.default, node, 1, wide)
+
+
+def _gather_stored(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
+    """Gather rows of a tensor that is in memory anyway."""
+    if _on_cpu(node):
+        return editor.call(ops.gather_rows, node, indices)
+    return _gather(editor, node, indices)
+
+
+def _on_cpu(node: fx.Node) -> bool:
+    return bool(node.meta["val"].device.type == "cpu")
 
 
 def _scale(editor: Editor, rows: fx.Node, scales: fx.Node) -> fx.Node:
