@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import operator
@@ -14,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from .torch_api import detect_fake_mode, inductor_prims, py_sym_types
+from .torch_api import detect_fake_mode, inductor_prims, py_sym_types, trace_operations
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -36,6 +37,8 @@ VIEWS = {
 COPIES = {aten.clone.default, aten.contiguous.default}
 CASTS = {prims.convert_element_type.default, aten._to_copy.default}
 GATHERS = {aten.expand.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.gather.default}
+FILLS: dict[Any, int] = {aten.full.default: 1, aten.scalar_tensor.default: 0}
+"""Constants, with the position of the value among the arguments."""
 RANDOM = {inductor_prims.seed, inductor_prims.seeds, inductor_prims.random, inductor_prims.randint}
 
 
@@ -157,6 +160,11 @@ def depends_on(graph: fx.Graph, sources: set[fx.Node]) -> set[fx.Node]:
     return cone
 
 
+def tangent_cone(graph: fx.Graph) -> set[fx.Node]:
+    """Return everything computed from tangents."""
+    return depends_on(graph, {node for node in graph.find_nodes(op="placeholder") if is_tangent(node)})
+
+
 def needed_for(outputs: Iterable[fx.Node], skip: Callable[[fx.Node, fx.Node], bool]) -> set[fx.Node]:
     """Return `outputs` and everything they are computed from, without the edges that `skip` names.
 
@@ -187,6 +195,15 @@ def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
             key = node.target
         numbers[node] = known.setdefault(key, len(known))
     return numbers
+
+
+def merge_equal(graph: fx.Graph) -> None:
+    """Let equal values be computed once, so that what reads them reads one node."""
+    first: dict[int, fx.Node] = {}
+    for node, number in value_numbers(graph).items():
+        if first.setdefault(number, node) is not node:
+            node.replace_all_uses_with(first[number])
+            graph.erase_node(node)
 
 
 def same_content(node: fx.Node) -> set[fx.Node]:
@@ -269,6 +286,14 @@ class Editor:
             with self.mode:
                 node.meta["val"] = target(*values[0], **values[1])
         return node
+
+    def trace(self, function: Callable[..., Any], *nodes: fx.Node) -> tuple[fx.Node, ...]:
+        """Insert the operations of ``function(*nodes)``, plain torch on tensors; return its results."""
+        with self.mode or contextlib.nullcontext():
+            traced = trace_operations(function, [node.meta["val"] for node in nodes])
+        arguments = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
+        results = self.graph.graph_copy(traced, arguments)
+        return tuple(torch.utils._pytree.arg_tree_leaves(results))
 
     def size(self, node: fx.Node, dim: int) -> Any:
         """Return a size of `node`: an int, or a node where it is symbolic."""

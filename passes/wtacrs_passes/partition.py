@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .encode_residuals import ROUNDING, EncodedResidual
 from .joint_graph import VIEWS, Editor, aten, copy_joint, output_of, outputs_with_descriptors
 from .sample_rows import NOISE, SampledSite
 from .torch_api import CheckpointPolicy, inductor_prims
@@ -51,7 +52,8 @@ def lower_noise(graph: fx.Graph) -> None:
         if NOISE in node.meta:
             value = node.meta["val"]
             chunks = groups.setdefault((node.meta[NOISE], value.device, str(value.shape)), [[]])
-            if len(chunks[-1]) == _SITES_PER_TENSOR:
+            limit = 1 if node.meta[NOISE] == ROUNDING else _SITES_PER_TENSOR
+            if len(chunks[-1]) == limit:
                 chunks.append([])
             chunks[-1].append(node)
     by_device: dict[torch.device, list[list[fx.Node]]] = {}
@@ -95,19 +97,25 @@ class Partition:
 
 
 def partition(
-    gm: fx.GraphModule, sites: Sequence[SampledSite], num_fwd_outputs: int, partitioner: Partitioner
+    gm: fx.GraphModule,
+    sites: Sequence[SampledSite],
+    residuals: Sequence[EncodedResidual],
+    num_fwd_outputs: int,
+    partitioner: Partitioner,
 ) -> Partition:
-    """Partition `gm` so that every site keeps its promise; `gm` stays as it is.
+    """Partition `gm` so that every site and residual keeps its promise; `gm` stays as it is.
 
     A site whose full residual is saved for another reader anyway does not store its rows as well.
 
     Raises:
         PartitionError: rows would be drawn twice, or an encoded residual is still saved.
     """
+    codes = [node for residual in residuals for node in residual.codes]
     stores_rows = [site.site.encoding == "rows" for site in sites]
     while True:
         pins = [n for site, rows in zip(sites, stores_rows, strict=True) for n in pinned_nodes(site, rows)]
-        forward, backward = _partition_pinned(gm, list(dict.fromkeys(pins)), num_fwd_outputs, partitioner)
+        pins = list(dict.fromkeys([*pins, *codes]))
+        forward, backward = _partition_pinned(gm, pins, num_fwd_outputs, partitioner)
         saved = {node.name for node in saved_tensors(forward, num_fwd_outputs)}
         redundant = [
             i
@@ -120,6 +128,8 @@ def partition(
             stores_rows[i] = False
     for site, rows in zip(sites, stores_rows, strict=True):
         _verify(site, rows, forward, backward, saved)
+    for residual in residuals:
+        _verify_encoded(residual, forward, saved)
     return Partition(forward, backward, tuple(stores_rows))
 
 
@@ -152,6 +162,23 @@ def _verify(
         raise PartitionError(
             f"the sampled rows of {modules} are not saved for the backward pass; exclude these modules "
             f"from the policy and report this graph"
+        )
+
+
+def _verify_encoded(residual: EncodedResidual, forward: fx.GraphModule, saved: set[str]) -> None:
+    stored = residual.stored
+    full = residual.stored_names & saved
+    if full:
+        raise PartitionError(
+            f"the residual {stored.node.name} of {stored.module or 'the model'} is stored as "
+            f"{stored.encoding} and still saved in full ({', '.join(sorted(full))}); use "
+            f"residuals='exact' for this module and report this graph"
+        )
+    computed = {node.name for node in forward.graph.nodes}
+    if not all(code.name in computed for code in residual.codes):
+        raise PartitionError(
+            f"the {stored.encoding} codes of {stored.node.name} of {stored.module or 'the model'} are not "
+            f"computed in the forward pass; use residuals='exact' for this module and report this graph"
         )
 
 

@@ -1,6 +1,7 @@
 """The order of the passes over a joint graph, and the identity of what they do.
 
-analyse -> plan -> sample rows -> lower noise -> [pin, min-cut, unpin, verify]
+merge equal values -> analyse -> plan -> sample rows -> reassociate -> choose storage -> encode residuals
+-> lower noise -> [pin, min-cut, unpin, verify]
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import torch._inductor.config
 from torch import fx
 
 from . import joint_graph as jg
+from .encode_residuals import EncodedResidual, encode_residuals
 from .joint_graph import StaticInput
 from .partition import Partition, Partitioner, lower_noise, partition, saved_tensors
 from .plan import Plan, make_plan
 from .policy import Policy
+from .reassociate import reassociate
 from .report import Report, make_report
 from .residuals import Analysis, analyse
 from .sample_rows import SampledSite, sample_rows
+from .storage import choose_storage, is_lossy
 from .torch_api import CustomPartitionerFn, min_cut_rematerialization_partition
 
 
@@ -38,6 +42,7 @@ class Rewritten:
     analysis: Analysis
     plan: Plan
     sites: list[SampledSite]
+    residuals: list[EncodedResidual]
 
 
 def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[StaticInput]) -> Rewritten:
@@ -47,12 +52,20 @@ def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[StaticInput]) ->
             "a joint forward-backward graph is needed, got one without tangents; capture it from a model "
             "whose output requires grad, outside torch.no_grad() and torch.inference_mode()"
         )
-    analysis = analyse(gm.graph, {static.index: static for static in table})
-    plan = make_plan(analysis, gm.graph, policy)
-    sites = sample_rows(gm.graph, plan)
-    gm.graph.lint()
+    graph = gm.graph
+    jg.merge_equal(graph)
+    analysis = analyse(graph, {static.index: static for static in table})
+    plan = make_plan(analysis, graph, policy)
+    sites = sample_rows(graph, plan)
+    tangent = jg.tangent_cone(graph)
+    if is_lossy(policy):
+        reassociate(graph, tangent)
+    pinned = [node for site in sites for node in site.stored]
+    storage = choose_storage(graph, tangent, policy, pinned)
+    residuals = encode_residuals(graph, tangent, storage, pinned)
+    graph.lint()
     gm.recompile()
-    return Rewritten(analysis, plan, sites)
+    return Rewritten(analysis, plan, sites, residuals)
 
 
 def rewrite_and_partition(
@@ -67,14 +80,16 @@ def rewrite_and_partition(
     before = Partition(*partitioner(jg.copy_joint(gm), num_fwd_outputs), ())
     gm = jg.copy_joint(gm)
     rewritten = rewrite(gm, policy, table)
-    if not rewritten.sites:
+    if not rewritten.sites and not rewritten.residuals:
         after = before
     else:
         if lower is not None:
             lower(gm.graph)
-        after = partition(gm, rewritten.sites, num_fwd_outputs, partitioner)
+        after = partition(gm, rewritten.sites, rewritten.residuals, num_fwd_outputs, partitioner)
     saved = [saved_tensors(p.forward, num_fwd_outputs) for p in (before, after)]
-    return after, make_report(rewritten.analysis, rewritten.plan, rewritten.sites, after.stores_rows, *saved)
+    return after, make_report(
+        rewritten.analysis, rewritten.plan, rewritten.sites, after.stores_rows, rewritten.residuals, *saved
+    )
 
 
 class WtacrsPartitioner(CustomPartitionerFn):

@@ -10,8 +10,9 @@ from torch import fx
 
 from .policy import Policy, Sampling
 from .residuals import Analysis, Product, available_in_backward
+from .storage import MODES
 
-Encoding = Literal["exact", "rows", "recompute"]
+Encoding = Literal["exact", "rows"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Site:
         sampling: how rows are chosen.
         placement: where rows are chosen.
         encoding: how X reaches the backward pass: ``rows`` (only the k rows are stored) or ``exact``
-            (as the partitioner likes: stored for another reader, or recomputed).
+            (as the partitioner or `choose_storage` likes: stored for another reader, derived from that,
+            or recomputed).
         kept: k, an int or ``SymInt``.
     """
 
@@ -64,7 +66,8 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy) -> Plan:
     sites: list[Site] = []
     order = {product.node: i for i, product in enumerate(analysis.products)}
     for product, sampling in wanted:
-        available = analysis.numbers[product.x] in at_hand
+        mode = MODES[sampling.residuals]
+        available = analysis.numbers[product.x] in at_hand or (mode is not None and mode.lossy)
         placement = sampling.placement
         if placement == "auto":
             placement = "backward" if available else "forward"

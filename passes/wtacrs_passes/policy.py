@@ -14,10 +14,13 @@ import torch
 
 Estimator = Literal["wta-systematic", "wta-crs", "crs", "topk"]
 Placement = Literal["auto", "forward", "backward"]
+Residuals = Literal["exact", "lossless", "balanced", "small"]
+Rounding = Literal["nearest", "stochastic"]
 
 ESTIMATORS: tuple[str, ...] = ("wta-systematic", "wta-crs", "crs", "topk")
 PLACEMENTS: tuple[str, ...] = ("auto", "forward", "backward")
-RESIDUALS: tuple[str, ...] = ("exact",)
+RESIDUALS: tuple[str, ...] = ("exact", "lossless", "balanced", "small")
+ROUNDINGS: tuple[str, ...] = ("nearest", "stochastic")
 
 
 class PolicyError(ValueError):
@@ -59,7 +62,10 @@ class Sampling:
         placement: ``forward`` draws from ``||x_i||`` in the forward pass, ``backward`` from
             ``||x_i|| ||dy_i||`` in the backward pass; ``auto`` draws in the backward pass wherever
             the full residual is at hand there anyway.
-        residuals: how everything but the sampled rows is stored; ``exact`` as Inductor would.
+        residuals: how everything but the sampled rows is stored; ``exact``: as Inductor would;
+            ``lossless``: booleans packed, gradients as Inductor's; ``balanced``: 8 bits, 4 for what enters
+            a nonlinear function, 3 for bounded coefficients; ``small``: 4 bits, 2 for coefficients.
+        rounding: of residuals stored as integers; ``stochastic`` makes their error zero in the mean.
         center: subtract the mean row before sampling and add its exact product.
 
     Raises:
@@ -70,7 +76,8 @@ class Sampling:
     min_rows: int = 32
     estimator: Estimator = "wta-systematic"
     placement: Placement = "auto"
-    residuals: Literal["exact"] = "exact"
+    residuals: Residuals = "exact"
+    rounding: Rounding = "nearest"
     center: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +92,7 @@ class Sampling:
         _check_choice("estimator", self.estimator, ESTIMATORS)
         _check_choice("placement", self.placement, PLACEMENTS)
         _check_choice("residuals", self.residuals, RESIDUALS)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
 
     @property
     def share(self) -> Fraction:
@@ -104,7 +112,7 @@ class Rule:
 
     Args:
         pattern: fnmatch pattern over module paths as ``named_modules()`` prints them.
-        overrides: any of ratio, min_rows, estimator, placement, residuals, center.
+        overrides: any of ratio, min_rows, estimator, placement, residuals, rounding, center.
     """
 
     pattern: str

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias
 import sympy
 from torch import fx
 
-from .joint_graph import nbytes, sympy_size
+from .encode_residuals import EncodedResidual
+from .joint_graph import module_path, nbytes, sympy_size
 from .plan import Plan
 from .residuals import Analysis, Product
 from .sample_rows import SampledSite
@@ -54,6 +55,28 @@ class SiteReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class ResidualReport:
+    """One tensor that crosses from the forward to the backward pass, beside what the sites store.
+
+    Attributes:
+        module: path of the module that computes it; operation: the ATen operation that does.
+        encoding: how it is stored.
+        bytes_before: its bytes among the tensors that Inductor would have saved; zero where Inductor
+            would have saved something else in its place.
+        bytes_after: bytes stored now.
+        gradient: what the encoding does to gradients: ``exact``, ``unbiased`` (stochastic rounding) or
+            ``rounded`` with the bound of an element's error.
+    """
+
+    module: str
+    operation: str
+    encoding: str
+    bytes_before: Size
+    bytes_after: Size
+    gradient: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """What one compiled graph became.
 
@@ -63,12 +86,14 @@ class Report:
             partition, without parameters, buffers and inputs.
         saved_bytes_after: the same after the rewrite.
         from_cache: the code came from a cache of compiled code.
+        residuals: one entry for each stored tensor that belongs to no site.
     """
 
     sites: tuple[SiteReport, ...]
     saved_bytes_before: Size
     saved_bytes_after: Size
     from_cache: bool = False
+    residuals: tuple[ResidualReport, ...] = ()
 
     @property
     def sampled(self) -> tuple[SiteReport, ...]:
@@ -77,9 +102,13 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings; symbolic sizes as strings."""
-        sites = [{k: _plain(v) for k, v in dataclasses.asdict(site).items()} for site in self.sites]
+
+        def plain(entries: Sequence[SiteReport | ResidualReport]) -> list[dict[str, Any]]:
+            return [{k: _plain(v) for k, v in dataclasses.asdict(entry).items()} for entry in entries]
+
         return {
-            "sites": sites,
+            "sites": plain(self.sites),
+            "residuals": plain(self.residuals),
             "saved_bytes_before": _plain(self.saved_bytes_before),
             "saved_bytes_after": _plain(self.saved_bytes_after),
             "from_cache": self.from_cache,
@@ -89,12 +118,17 @@ class Report:
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """Invert :meth:`to_dict`."""
         sizes = ("rows", "kept", "bytes_before", "bytes_after")
-        parsed: list[dict[str, Any]] = [
-            {k: _parse(v) if k in sizes else v for k, v in site.items()} for site in data["sites"]
-        ]
-        sites = tuple(SiteReport(**site) for site in parsed)
-        before, after = _parse(data["saved_bytes_before"]), _parse(data["saved_bytes_after"])
-        return cls(sites, before, after, data["from_cache"])
+
+        def parse(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+            return [{k: _parse(v) if k in sizes else v for k, v in entry.items()} for entry in entries]
+
+        return cls(
+            tuple(SiteReport(**entry) for entry in parse(data["sites"])),
+            _parse(data["saved_bytes_before"]),
+            _parse(data["saved_bytes_after"]),
+            data["from_cache"],
+            tuple(ResidualReport(**entry) for entry in parse(data["residuals"])),
+        )
 
     def to_json(self) -> str:
         """Return :meth:`to_dict` as JSON."""
@@ -128,13 +162,28 @@ class Report:
             )
             for site in self.sites
         ]
+        residual_header = ("module", "operation", "encoding", "before", "after", "gradient")
+        residual_lines = [
+            (
+                residual.module,
+                residual.operation,
+                residual.encoding,
+                format_bytes(residual.bytes_before),
+                format_bytes(residual.bytes_after),
+                residual.gradient,
+            )
+            for residual in self.residuals
+        ]
         before, after = self.saved_bytes_before, self.saved_bytes_after
         total = f"saved for backward: {format_bytes(before)} -> {format_bytes(after)}"
         if isinstance(before, int) and isinstance(after, int) and before:
             total += f" ({after / before:.2f} of Inductor's)"
         cached = "; code from the cache" if self.from_cache else ""
         count = f"{len(self.sampled)} of {len(self.sites)} weight gradients sampled{cached}"
-        return "\n".join([*_align([header, *lines]), total, count])
+        tables = [*_align([header, *lines])]
+        if residual_lines:
+            tables += ["", *_align([residual_header, *residual_lines])]
+        return "\n".join([*tables, "", total, count])
 
 
 def format_bytes(size: Size) -> str:
@@ -173,6 +222,7 @@ def make_report(
     plan: Plan,
     sites: Sequence[SampledSite],
     stores_rows: Sequence[bool],
+    residuals: Sequence[EncodedResidual],
     before: Sequence[fx.Node],
     after: Sequence[fx.Node],
 ) -> Report:
@@ -180,8 +230,10 @@ def make_report(
 
     Args:
         sites: what was carried out of the plan; `stores_rows` as the partition has it.
+        residuals: what is stored encoded.
         before: the tensors saved without the rewrite; `after`: with it.
     """
+    others = tuple(_residual_reports(sites, residuals, before, after))
     ledger = _Ledger(before, after)
     found: dict[fx.Node, SiteReport] = {}
     for sampled, rows in zip(sites, stores_rows, strict=True):
@@ -213,7 +265,48 @@ def make_report(
     for name, reason in analysis.unsampled:
         reports.append(SiteReport(name.rpartition(".")[0], name, 0, 0, "", "", "exact", 0, 0, reason))
     total_before, total_after = (simplify(sum(nbytes(n.meta["val"]) for n in s)) for s in (before, after))
-    return Report(tuple(reports), total_before, total_after)
+    return Report(tuple(reports), total_before, total_after, residuals=others)
+
+
+_BOUNDS = {
+    "int8": "rounded, error <= group peak / 254",
+    "int4": "rounded, error <= group peak / 14",
+    "bits": "exact",
+    "exact": "exact",
+}
+
+
+def _residual_reports(
+    sites: Sequence[SampledSite],
+    residuals: Sequence[EncodedResidual],
+    before: Sequence[fx.Node],
+    after: Sequence[fx.Node],
+) -> Iterable[ResidualReport]:
+    saved = {node.name: node for node in before}
+    listed = {node.name for site in sites for node in site.stored}
+    for residual in residuals:
+        stored = residual.stored
+        listed |= {code.name for code in residual.codes}
+        gradient = _BOUNDS.get(stored.encoding, "")
+        if stored.table is not None:
+            gradient = (
+                f"rounded to {len(stored.table.values)} values, integral of error^2 {stored.table.error:.2g}"
+            )
+        elif stored.stochastic:
+            gradient = "unbiased, error < group peak / " + ("127" if stored.encoding == "int8" else "7")
+        replaced = [saved[name] for name in residual.stored_names if name in saved]
+        yield ResidualReport(
+            stored.module, str(stored.node.target), stored.encoding,
+            simplify(sum(nbytes(node.meta["val"]) for node in replaced)),
+            simplify(sum(nbytes(code.meta["val"]) for code in residual.codes)),
+            gradient,
+        )  # fmt: skip
+    for node in after:
+        if node.name not in listed:
+            size = simplify(nbytes(node.meta["val"]))
+            size_before = size if node.name in saved else 0
+            module = module_path(node) or ""
+            yield ResidualReport(module, str(node.target), "exact", size_before, size, "exact")
 
 
 class _Ledger:

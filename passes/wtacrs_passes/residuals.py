@@ -84,7 +84,7 @@ def rows_first(product: fx.Node, side: int) -> tuple[fx.Node, bool]:
 
 def analyse(graph: fx.Graph, table: Mapping[int, StaticInput]) -> Analysis:
     """Find the weight-gradient products of a joint graph."""
-    tangent = jg.depends_on(graph, {n for n in graph.find_nodes(op="placeholder") if jg.is_tangent(n)})
+    tangent = jg.tangent_cone(graph)
     statics = jg.static_inputs(graph, table)
     inputs = {n for n in graph.find_nodes(op="placeholder") if n not in statics and not jg.is_tangent(n)}
     activation = jg.depends_on(graph, {n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.fx.experimental.proxy_tensor import py_sym_types
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
@@ -30,10 +32,19 @@ __all__ = [
     "inductor_prims",
     "min_cut_rematerialization_partition",
     "py_sym_types",
+    "real_tensors",
     "run_joint_graph_passes",
     "stable_topological_sort",
     "trace_joint",
+    "trace_operations",
 ]
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Compute with real tensors on CPU while a graph of fake ones is compiled."""
+    with _disable_current_modes(), torch.device("cpu"):
+        yield
 
 
 def compile_fx(
@@ -69,6 +80,17 @@ def trace_joint(gm: fx.GraphModule, inputs: Any, partition: Callable[..., Any]) 
         decompositions=select_decomp_table(),
         keep_inference_input_mutations=True,
     )
+
+
+def trace_operations(function: Callable[..., Any], values: list[Any]) -> fx.Graph:
+    """Trace a function of (fake) tensors into the operations that Inductor lowers."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    traced = make_fx(function, decomposition_table=select_decomp_table())(*values)
+    traced.graph.eliminate_dead_code()
+    graph: fx.Graph = traced.graph
+    return graph
 
 
 def run_joint_graph_passes(gm: fx.GraphModule) -> fx.GraphModule:

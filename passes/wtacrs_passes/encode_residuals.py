@@ -1,0 +1,139 @@
+"""Rewrite the backward pass to read decoded residuals.
+
+Before::
+
+    u = addmm(bias, x, w)
+    dx = mul(t, function(u))                      # any number of readers
+
+After, with encoding ``int4`` of u (the first two lines run in the forward pass)::
+
+    u = addmm(bias, x, w)
+    codes, scales = quantise(u)                   # stored instead of u
+    dx = mul(t, function(dequantise(codes, scales)))
+
+What lies between a stored residual and its readers is computed again from the decoded value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from . import encodings
+from . import joint_graph as jg
+from .joint_graph import Editor, aten
+from .sample_rows import NOISE
+from .storage import Stored
+
+ROUNDING = "rounding"
+"""Placement in ``meta[NOISE]`` of the random numbers of stochastic rounding."""
+
+
+@dataclasses.dataclass
+class EncodedResidual:
+    """A carried-out encoding: the nodes that the partitioner pins and the verifier looks for.
+
+    Attributes:
+        codes: what crosses from forward to backward.
+        stored_names: names of the nodes that hold the full residual if they are saved.
+    """
+
+    stored: Stored
+    codes: tuple[fx.Node, ...]
+    stored_names: frozenset[str]
+
+
+def encode_residuals(
+    graph: fx.Graph, tangent: set[fx.Node], stored: Sequence[Stored], pinned: Iterable[fx.Node]
+) -> list[EncodedResidual]:
+    """Carry out the plan in place; return what was built for each residual.
+
+    Args:
+        tangent: everything computed from tangents; `pinned`: what is stored for the sites anyway.
+    """
+    chosen = [item for item in stored if item.encoding != "exact"]
+    if not chosen:
+        return []
+    editor = Editor(graph)
+    names = {item.node: frozenset(form.name for form in jg.same_content(item.node)) for item in chosen}
+    encoded = {item.node: _encode(editor, item) for item in chosen}
+    as_they_are = {*pinned, *(item.node for item in stored if item.encoding == "exact")}
+    rebuild = _Rebuild(editor, encoded, {item.node: item for item in chosen}, as_they_are)
+    for node in list(graph.nodes):
+        if node in tangent and node.op == "call_function":
+            with editor.before(node):
+                for operand in list(jg.tensor_operands(node)):
+                    if operand not in tangent:
+                        node.replace_input_with(operand, rebuild(operand))
+    graph.eliminate_dead_code()
+    return [EncodedResidual(item, encoded[item.node], names[item.node]) for item in chosen]
+
+
+def _encode(editor: Editor, item: Stored) -> tuple[fx.Node, ...]:
+    source = item.source
+    with editor.before(item.node.next):
+        if item.encoding == "bits":
+            return editor.trace(encodings.pack_mask, source)
+        if item.table is not None:
+            table = item.table
+            return editor.trace(lambda x: encodings.encode_table(x, table), source)
+        bits = encodings.INTEGER_BITS[item.encoding]
+        if not item.stochastic:
+            return editor.trace(lambda x: encodings.quantise(x, bits), source)
+        noise = _noise(editor, source)
+        return editor.trace(lambda x, noise: encodings.quantise(x, bits, noise), source, noise)
+
+
+def _noise(editor: Editor, source: fx.Node) -> fx.Node:
+    value = source.meta["val"]
+    size = [editor.size(source, dim) for dim in range(value.dim())]
+    noise = editor.call(aten.rand.default, size, dtype=torch.float32, device=value.device, pin_memory=False)
+    noise.meta[NOISE] = ROUNDING
+    return noise
+
+
+def _decoder(item: Stored) -> Callable[..., Tensor]:
+    value = item.node.meta["val"]
+    features, dtype = value.shape[-1], value.dtype
+    if item.encoding == "bits":
+        return lambda packed: encodings.unpack_mask(packed, features)
+    if item.table is not None:
+        table = item.table
+        return lambda *stored: encodings.decode_table(stored, table, features, dtype)
+    bits = encodings.INTEGER_BITS[item.encoding]
+    return lambda codes, scales: encodings.dequantise(codes, scales, bits, features, dtype)
+
+
+class _Rebuild:
+    """Compute a residual from decoded ones, each node once, before the first operation that reads it."""
+
+    def __init__(
+        self,
+        editor: Editor,
+        encoded: dict[fx.Node, tuple[fx.Node, ...]],
+        stored: dict[fx.Node, Stored],
+        as_they_are: set[fx.Node],
+    ) -> None:
+        self.editor, self.encoded, self.stored = editor, encoded, stored
+        self.built = {node: node for node in as_they_are}
+
+    def __call__(self, node: fx.Node) -> fx.Node:
+        if node not in self.built:
+            self.built[node] = self._build(node)
+        return self.built[node]
+
+    def _build(self, node: fx.Node) -> fx.Node:
+        item = self.stored.get(node)
+        if item is not None:
+            return self.editor.trace(_decoder(item), *self.encoded[node])[0]
+        if not jg.is_recomputable(node) or not isinstance(node.meta.get("val"), Tensor):
+            return node
+        rebuilt = {operand: self(operand) for operand in node.all_input_nodes}
+        if all(new is old for old, new in rebuilt.items()):
+            return node
+        copy = self.editor.graph.node_copy(node, rebuilt.__getitem__)
+        copy.meta = dict(node.meta)
+        return copy

@@ -1,0 +1,204 @@
+"""Compact encodings of residuals: the mathematics in plain torch.
+
+The rewrite traces these very functions into the joint graph, so what the tests check is what runs.
+
+==========  ======================================  =========================================
+name        stored                                  error of an element
+==========  ======================================  =========================================
+``int8``    8 bits, one scale for each group        at most scale / 2, scale = peak / 127
+``int4``    4 bits, one scale for each group        at most scale / 2, scale = peak / 7
+``table``   1 to 4 bits: which piece of a           that of the best piecewise constant
+            piecewise constant function             (Novikov et al. 2022, equation 4)
+``bits``    1 bit                                   none
+==========  ======================================  =========================================
+
+A group is a run of elements along the last dimension, `peak` the largest magnitude in it. With stochastic
+rounding the integer encodings are unbiased and their error is below `scale`. A group that holds NaN or Inf
+decodes to NaN, so that neither is hidden; a group of zeros decodes to zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GROUP = 64
+_SMALLEST_GROUP = 16
+# bfloat16 keeps 8 bits: a scale rounded down would leave the peak outside the range of the codes.
+_ROUND_UP = 1 + 2.0**-8
+
+
+def group_size(features: Any) -> Any:
+    """Return how many elements share a scale: the largest divisor of `features` that is at most 64.
+
+    All of them where that divisor is below 16, or where `features` is symbolic.
+    """
+    if not isinstance(features, int):
+        return features
+    divisor = next((g for g in range(min(GROUP, features), 0, -1) if features % g == 0), features)
+    return divisor if divisor >= _SMALLEST_GROUP else features
+
+
+def encoded_bits(encoding: str, features: Any, itemsize: int, bits: int = 0) -> float:
+    """Return the bits stored for each element of a tensor.
+
+    Args:
+        features: size of the last dimension; itemsize: bytes of an element as it is.
+        bits: of a ``table``.
+    """
+    if encoding == "bits":
+        return 1.0
+    if encoding == "table":
+        return float(bits)
+    if encoding in INTEGER_BITS:
+        group = group_size(features)
+        scale = 32 if itemsize >= 4 else 16
+        return INTEGER_BITS[encoding] + (scale / group if isinstance(group, int) else 0.0)
+    return 8.0 * itemsize
+
+
+INTEGER_BITS = {"int8": 8, "int4": 4}
+
+
+def quantise(x: Tensor, bits: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Encode `x` as integers with one scale for each group.
+
+    Args:
+        x: [..., features], float.
+        bits: 8 or 4.
+        noise: like `x`, uniform in [0, 1): round stochastically; to the nearest without it.
+
+    Returns:
+        codes: int8 [..., features] for 8 bits, uint8 [..., ceil(features / 2)] for 4;
+        scales: [..., groups], bfloat16 for 16-bit floats, else float32.
+    """
+    levels = 2 ** (bits - 1) - 1
+    group = group_size(x.shape[-1])
+    wide = _blocks(x.float(), -1, group)
+    peak = wide.abs().amax(-1, keepdim=True)
+    scales = (peak * (_ROUND_UP / levels)).bfloat16() if x.element_size() == 2 else peak / levels
+    divisor = scales.float()
+    usable = (divisor > 0) & (divisor < torch.inf)
+    steps = torch.where(usable, wide / torch.where(usable, divisor, 1.0), 0.0).flatten(-2)
+    steps = steps.round() if noise is None else (steps + noise).floor()
+    steps = steps.clamp(-levels, levels)
+    codes = steps.to(torch.int8) if bits == 8 else pack((steps + (levels + 1)).to(torch.uint8), 4)
+    return codes, scales.squeeze(-1)
+
+
+def dequantise(codes: Tensor, scales: Tensor, bits: int, features: Any, dtype: torch.dtype) -> Tensor:
+    """Decode what :func:`quantise` returned: ``[..., features]`` of `dtype`."""
+    steps = codes.float() if bits == 8 else unpack(codes, 4, features).float() - 2 ** (bits - 1)
+    groups = _blocks(steps, -1, group_size(features))
+    return (groups * scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def _blocks(x: Tensor, count: Any, size: Any) -> Tensor:
+    """Split the last dimension into ``[count, size]``."""
+    split: Tensor = x.unflatten(-1, (count, size))  # type: ignore[no-untyped-call]
+    return split
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack small integers into bytes along the last dimension.
+
+    The last dimension is cut into as many blocks as codes fit into a byte, and the blocks are laid over
+    each other, so that packing and unpacking read and write contiguous runs.
+
+    Args:
+        codes: [..., n], uint8, below ``2 ** bits``; bits: 1, 2 or 4.
+
+    Returns:
+        [..., ceil(n bits / 8)], uint8.
+    """
+    blocks = 8 // bits
+    padding = (-codes.shape[-1]) % blocks
+    if not isinstance(padding, int) or padding:
+        codes = torch.nn.functional.pad(codes, (0, padding))
+    parts = _blocks(codes, blocks, -1)
+    packed: Tensor = parts.select(-2, 0)
+    for block in range(1, blocks):
+        packed = packed | (parts.select(-2, block) << (bits * block))
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, n: Any) -> Tensor:
+    """Invert :func:`pack`: ``[..., n]``, uint8."""
+    blocks = 8 // bits
+    shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8).unsqueeze(-1)
+    codes: Tensor = ((packed.unsqueeze(-2) >> shifts) & (2**bits - 1)).flatten(-2)
+    whole = isinstance(n, int) and n % blocks == 0
+    return codes if whole else codes.narrow(-1, 0, n)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack booleans eight to a byte: bool [..., n] to uint8 [..., ceil(n / 8)]."""
+    return pack(mask.to(torch.uint8), 1)
+
+
+def unpack_mask(packed: Tensor, n: Any) -> Tensor:
+    """Invert :func:`pack_mask`."""
+    return unpack(packed, 1, n).to(torch.bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A piecewise constant function: ``values[j]`` for x with j boundaries below it.
+
+    Attributes:
+        boundaries: ascending, one fewer than `values`.
+        values: ``2 ** bits`` or fewer.
+        even: a function of ``|x|``.
+        error: integral of the squared error over the range that was tabulated.
+    """
+
+    boundaries: tuple[float, ...]
+    values: tuple[float, ...]
+    even: bool
+    error: float
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return max(1, (len(self.values) - 1).bit_length())
+
+
+def encode_table(x: Tensor, table: Table) -> tuple[Tensor, ...]:
+    """Return which piece each element of `x` lies in, packed, and what marks rows that are not finite.
+
+    Args:
+        x: [..., features], float.
+
+    Returns:
+        packed codes, one uint8 tensor for each power of two in ``table.bits``;
+        marks: [..., 1], float32, zero, or NaN where the row holds NaN or Inf.
+    """
+    magnitude = x.float().abs()
+    point = magnitude if table.even else x.float()
+    codes = torch.zeros_like(point, dtype=torch.uint8)
+    for boundary in table.boundaries:
+        codes = codes + (point > boundary).to(torch.uint8)
+    marks = magnitude.amax(-1, keepdim=True) * 0.0
+    return (*(pack((codes >> low) & (2**width - 1), width) for low, width in _planes(table.bits)), marks)
+
+
+def decode_table(stored: tuple[Tensor, ...], table: Table, features: Any, dtype: torch.dtype) -> Tensor:
+    """Return the value of the piece of each element: ``[..., features]`` of `dtype`."""
+    *planes, marks = stored
+    codes: Tensor | None = None
+    for packed, (low, width) in zip(planes, _planes(table.bits), strict=True):
+        part = unpack(packed, width, features) << low
+        codes = part if codes is None else codes | part
+    assert codes is not None
+    values = torch.full_like(codes, table.values[0], dtype=torch.float32)
+    for piece, value in enumerate(table.values[1:], start=1):
+        values = torch.where(codes >= piece, value, values)
+    return (values + marks).to(dtype)
+
+
+def _planes(bits: int) -> tuple[tuple[int, int], ...]:
+    """Split a code into parts that fill bytes: (lowest bit, width)."""
+    return {1: ((0, 1),), 2: ((0, 2),), 3: ((0, 2), (2, 1)), 4: ((0, 4),)}[bits]

@@ -1,0 +1,149 @@
+"""The cut: which residuals are stored and how, at the fewest bytes, and where errors may not pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import Transformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import wtacrs_fx
+from wtacrs_fx import Policy, Rule
+
+X = torch.randn(64, 32)
+
+
+class Sandwich(nn.Module):
+    """A pointwise function between two linear maps, followed by another product of activations."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64, bias=False), nn.Linear(64, 16, bias=False)
+        self.function, self.after = function, after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.after(self.function(self.up(x)))).sum()
+
+
+def stored(
+    function: Callable[[Tensor], Tensor],
+    after: Callable[[Tensor], Tensor] = lambda x: x,
+    residuals: str = "balanced",
+    **fields: object,
+) -> dict[str, list[str]]:
+    """Return the encodings of what a sandwich stores, by operation."""
+    report = wtacrs_fx.explain(Sandwich(function, after), X, policy=Policy(residuals=residuals, **fields))
+    found: dict[str, list[str]] = {}
+    for residual in report.residuals:
+        found.setdefault(residual.encoding, []).append(residual.operation)
+    return found
+
+
+def test_an_activation_function_stores_its_argument_once_for_derivative_and_rows() -> None:
+    for function in (F.gelu, F.silu, F.mish, lambda x: F.gelu(x, approximate="tanh"), torch.tanh):
+        assert stored(function) == {"int4": ["aten.mm.default"]}
+    assert stored(F.gelu, ratio=1.0) == {"int4": ["aten.mm.default"]}
+
+
+def test_a_derivative_that_nothing_else_shares_is_tabulated() -> None:
+    found = stored(F.gelu, lambda x: x.roll(1, 0).cumsum(0))  # what the second product reads is not pointwise
+    assert found["table"] == ["aten.mul.Tensor"] or found["table"] == ["aten.add.Tensor"]
+    assert "int4" not in found
+
+
+def test_the_mask_of_relu_is_one_exact_bit() -> None:
+    found = stored(F.relu)
+    assert found["bits"] == ["aten.le.Scalar"]  # an error of the argument would move elements across zero
+    assert len(found) == 2
+
+
+def test_steep_functions_are_not_derived_from_lossy_values() -> None:
+    found = stored(torch.exp)
+    assert found == {"int8": ["aten.exp.default"]}
+    found = stored(lambda x: 1 / x)
+    assert "aten.mm.default" not in found.get("int8", []) + found.get("int4", [])
+
+
+def test_squares_are_derived_from_their_argument() -> None:
+    assert stored(torch.square) == {"int4": ["aten.mm.default"]}
+
+
+@pytest.mark.parametrize("residuals", ["balanced", "small"])
+def test_a_gated_layer_stores_gate_and_value_and_derives_their_product(residuals: str) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = (nn.Linear(32, 32, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x)).sum()
+
+    report = wtacrs_fx.explain(Gated(), X, policy=Policy(residuals=residuals))
+    by_module = {residual.module: residual.encoding for residual in report.residuals}
+    assert by_module == {"gate": "int4", "up": "int8" if residuals == "balanced" else "int4"}
+    assert {site.encoding for site in report.sites if site.module == "down"} == {"recompute"}
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, wtacrs_fx.Report]:
+    tokens = torch.randint(50, (4, 32))
+    model = Transformer(dropout=0.1).bfloat16()
+    modes = ("exact", "lossless", "balanced", "small")
+    return {m: wtacrs_fx.explain(model, tokens, policy=Policy(residuals=m, min_rows=8)) for m in modes}
+
+
+def test_bytes_shrink_from_mode_to_mode(reports: dict[str, wtacrs_fx.Report]) -> None:
+    sizes = [report.saved_bytes_after for report in reports.values()]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    for report in reports.values():
+        sites = sum(site.bytes_after for site in report.sites if site.encoding != "exact" or site.kept)
+        total = sum(residual.bytes_after for residual in report.residuals) + sites
+        assert total >= report.saved_bytes_after * 0.99  # the table accounts for every byte
+
+
+def test_lossless_packs_booleans_and_nothing_else(reports: dict[str, wtacrs_fx.Report]) -> None:
+    assert {residual.encoding for residual in reports["lossless"].residuals} == {"exact", "bits"}
+    assert {residual.encoding for residual in reports["exact"].residuals} == {"exact"}
+
+
+def test_attention_and_normalisation_are_stored_as_integers(reports: dict[str, wtacrs_fx.Report]) -> None:
+    encoded = [r for r in reports["balanced"].residuals if r.encoding == "int8"]
+    modules = [residual.module for residual in encoded]
+    for name in ("layers.0.q", "layers.0.k", "layers.0.v", "layers.0"):
+        assert name in modules
+    for residual in encoded:
+        assert residual.bytes_after < 0.6 * max(residual.bytes_before, 1) or residual.bytes_before == 0
+        assert "254" in residual.gradient
+    exact = [r for r in reports["balanced"].residuals if r.encoding == "exact"]
+    assert all(residual.bytes_after <= 4 * 32 * 50 * 4 for residual in exact)
+
+
+def test_modules_outside_the_policy_read_exact_values() -> None:
+    tokens = torch.randint(50, (4, 32))
+    for policy in (
+        Policy(residuals="balanced", min_rows=8, exclude=("layers.0.down",)),
+        Policy(residuals="balanced", min_rows=8, rules=(Rule("layers.0.down", residuals="exact"),)),
+    ):
+        report = wtacrs_fx.explain(Transformer(), tokens, policy=policy)
+        encodings = {residual.module: residual.encoding for residual in report.residuals}
+        assert encodings["layers.0.up"] == "exact" and encodings["layers.0.q"] == "int8"
+
+
+def test_stochastic_rounding_is_reported_as_unbiased() -> None:
+    policy = Policy(residuals="balanced", rounding="stochastic")
+    report = wtacrs_fx.explain(Sandwich(F.gelu, lambda x: x), X, policy=policy)
+    assert [residual.gradient for residual in report.residuals if residual.encoding == "int4"] == [
+        "unbiased, error < group peak / 7"
+    ]
+
+
+def test_dynamic_shapes_have_symbolic_bytes() -> None:
+    model = Sandwich(F.gelu, lambda x: x)
+    call = torch.compile(model, backend=wtacrs_fx.backend(Policy(residuals="balanced")), dynamic=True)
+    call(X).backward()
+    [residual] = [r for r in wtacrs_fx.reports()[-1].residuals if r.encoding == "int4"]
+    assert not isinstance(residual.bytes_after, int)
+    assert residual.bytes_after.subs(dict.fromkeys(residual.bytes_after.free_symbols, 64)) == 64 * (32 + 4)
