@@ -20,7 +20,7 @@ import typer
 from bench.harness import BASELINE, VARIANTS, Row, Step, append, circumstances, interleave, summarise
 from bench.models import MODELS, TINY, Shape, make
 
-SAMPLED = ("wtacrs 0.3 forward", "wtacrs 0.3 backward")
+SAMPLED = ("wtacrs 0.3 forward", "wtacrs 0.3 backward", "wtacrs 0.3 balanced")
 
 
 def worker(name: str, variant: str, shape: Shape) -> float:

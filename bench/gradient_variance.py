@@ -210,7 +210,7 @@ def main(
                 figures.setdefault(key, []).extend(values)
         if compiled and now == stages[-1]:
             for ratio in RATIOS:
-                policy = wtacrs_fx.Policy(ratio=ratio, placement="backward")
+                policy = wtacrs_fx.Policy(ratio=ratio, placement="backward", residuals="exact")
                 key = (f"{policy.estimator} {ratio}", "backward, compiled")
                 figures[key] = compiled_errors(model, fixed[0], wtacrs_fx.backend(policy), min(draws, 20))
         rows = describe(now, figures)

@@ -26,7 +26,7 @@ from torch._inductor.compile_fx import compile_fx
 
 import wtacrs_fx
 from wtacrs_fx import Policy
-from wtacrs_passes.policy import Placement
+from wtacrs_passes.policy import Placement, Residuals
 
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Any]
 
@@ -48,9 +48,9 @@ def inductor(budget: float = 1.0) -> Backend:
     return compile_at_budget
 
 
-def wtacrs(ratio: float, placement: Placement) -> Backend:
-    """Return the backend that samples weight gradients."""
-    return wtacrs_fx.backend(Policy(ratio=ratio, placement=placement))
+def wtacrs(ratio: float, placement: Placement = "auto", residuals: Residuals = "exact") -> Backend:
+    """Return the backend that samples weight gradients, and encodes what else is stored."""
+    return wtacrs_fx.backend(Policy(ratio=ratio, placement=placement, residuals=residuals))
 
 
 VARIANTS: dict[str, Callable[[], Backend | None]] = {
@@ -63,6 +63,10 @@ VARIANTS: dict[str, Callable[[], Backend | None]] = {
     "wtacrs 0.3 forward": lambda: wtacrs(0.3, "forward"),
     "wtacrs 0.3 backward": lambda: wtacrs(0.3, "backward"),
     "wtacrs 0.1 backward": lambda: wtacrs(0.1, "backward"),
+    "wtacrs 0.3 lossless": lambda: wtacrs(0.3, residuals="lossless"),
+    "wtacrs 0.3 balanced": lambda: wtacrs(0.3, residuals="balanced"),
+    "wtacrs 0.3 small": lambda: wtacrs(0.3, residuals="small"),
+    "wtacrs 0.1 balanced": lambda: wtacrs(0.1, residuals="balanced"),
 }
 
 

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 import wtacrs_fx
 from wtacrs_fx import Policy
 
+RowsOnly = functools.partial(Policy, residuals="exact")
+"""A policy that samples rows and stores everything else as Inductor would."""
+
 torch.set_num_threads(2)
 torch._dynamo.config.recompile_limit = 64
 

@@ -10,16 +10,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Transformer, gradients, is_unbiased, step
+from conftest import RowsOnly, Transformer, gradients, is_unbiased, step
 from torch import Tensor, nn
 
 import wtacrs_fx
 from wtacrs_fx import PatternWarning, Policy, PolicyError, Rule
 from wtacrs_fx.demo import saved_bytes
 
-BACKWARD = Policy(min_rows=8, placement="backward")
-FORWARD = Policy(min_rows=8, placement="forward")
-EXACT = Policy(ratio=1.0)
+BACKWARD = RowsOnly(min_rows=8, placement="backward")
+FORWARD = RowsOnly(min_rows=8, placement="forward")
+EXACT = RowsOnly(ratio=1.0)
 UNORDERED = "embed.weight"
 """Inductor's threads add up the gradient of an embedding in any order: no two steps agree to the last bit."""
 
@@ -273,7 +273,7 @@ def test_bad_arguments_of_backend() -> None:
 
 
 def test_pattern_that_matches_nothing_warns_by_name() -> None:
-    policy = Policy(exclude=("heda",), rules=(Rule("0", ratio=0.5),))
+    policy = RowsOnly(exclude=("heda",), rules=(Rule("0", ratio=0.5),))
     model = nn.Sequential(nn.Linear(16, 16))
     with pytest.warns(PatternWarning, match="'heda'") as caught:
         step(
@@ -297,7 +297,7 @@ CACHED = """
 import torch, wtacrs_fx
 torch.manual_seed(0)
 model, x = torch.nn.Linear(16, 12), torch.randn(128, 16)
-backend = wtacrs_fx.backend(wtacrs_fx.Policy(ratio={ratio}))
+backend = wtacrs_fx.backend(RowsOnly(ratio={ratio}))
 call = torch.compile(lambda x: model(x).square().mean(), backend=backend)
 call(x).backward()
 [report] = wtacrs_fx.reports()

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Transformer
+from conftest import RowsOnly, Transformer
 from torch import nn
 
 import wtacrs_fx
-from wtacrs_fx import NoTangentsError, Policy
+from wtacrs_fx import NoTangentsError
 
 TOKENS = torch.randint(50, (4, 32))
 
@@ -36,7 +36,7 @@ def test_a_graph_without_tangents_is_refused(how: str) -> None:
 
 def test_transform_refuses_a_forward_graph() -> None:
     with pytest.raises(NoTangentsError, match="without tangents; capture it"):
-        wtacrs_fx.transform(torch.fx.symbolic_trace(nn.Linear(4, 4)), Policy())
+        wtacrs_fx.transform(torch.fx.symbolic_trace(nn.Linear(4, 4)), RowsOnly())
 
 
 def test_errors_of_the_model_are_shown_as_they_are() -> None:
@@ -55,7 +55,7 @@ def test_explain_does_not_run_or_change_the_model() -> None:
 
 
 def test_explain_reports_every_weight_gradient() -> None:
-    report = wtacrs_fx.explain(Transformer(), TOKENS, policy=Policy(min_rows=4, exclude=("head",)))
+    report = wtacrs_fx.explain(Transformer(), TOKENS, policy=RowsOnly(min_rows=4, exclude=("head",)))
     by_parameter = {site.parameter: site for site in report.sites}
     assert set(by_parameter) == {n for n, p in Transformer().named_parameters() if p.dim() == 2}
     assert by_parameter["head.weight"].reason == "excluded by the policy"

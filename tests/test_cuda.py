@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Transformer, is_unbiased, step
+from conftest import RowsOnly, Transformer, is_unbiased, step
 from torch import Tensor
 
 import wtacrs_fx
-from wtacrs_fx import Policy
 from wtacrs_passes.estimators import ESTIMATORS, choose_rows
 
 pytestmark = [
@@ -23,7 +22,7 @@ pytestmark = [
 def on_cuda(request: pytest.FixtureRequest) -> tuple[Transformer, Callable, Tensor]:
     torch.manual_seed(0)
     model, tokens = Transformer().cuda(), torch.randint(50, (4, 32), device="cuda")
-    policy = Policy(min_rows=8, placement=request.param)
+    policy = RowsOnly(min_rows=8, placement=request.param)
     return model, torch.compile(model, backend=wtacrs_fx.backend(policy)), tokens
 
 
@@ -59,7 +58,7 @@ def test_the_chooser_agrees_with_the_cpu(estimator: str) -> None:
 
 def test_cuda_graphs_draw_anew_in_each_replay() -> None:
     model, tokens = Transformer().cuda(), torch.randint(50, (4, 32), device="cuda")
-    call = torch.compile(model, backend=wtacrs_fx.backend(Policy(min_rows=8), mode="reduce-overhead"))
+    call = torch.compile(model, backend=wtacrs_fx.backend(RowsOnly(min_rows=8), mode="reduce-overhead"))
     exact = step(model, model, tokens)["head.weight"].flatten().cpu()
     for _ in range(3):
         step(model, call, tokens)

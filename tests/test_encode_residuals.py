@@ -103,7 +103,7 @@ def test_gradients_of_an_mlp_keep_their_bound(residuals: str) -> None:
     exact = step(model, model, x)
     found = step(model, torch.compile(model, backend=wtacrs_fx.backend(ALL[residuals])), x)
     u = model.up(x)
-    groups = u.unflatten(-1, (-1, group_size(128)))
+    groups = u.unflatten(-1, (-1, group_size(128, 4)))
     du = (groups.abs().amax(-1, keepdim=True) / 14).expand_as(groups).flatten(1).detach()
     dy = 2 * model.down(F.gelu(u)).detach()
     t = (dy @ model.down.weight).detach().abs()

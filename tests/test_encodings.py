@@ -42,7 +42,7 @@ def decoded(x: Tensor, bits: int, noise: Tensor | None = None) -> Tensor:
 
 def bound(x: Tensor, bits: int) -> Tensor:
     """Half a step of the group, and what rounding the scale and the result to the precision of x adds."""
-    groups = x.double().unflatten(-1, (-1, group_size(x.shape[-1])))
+    groups = x.double().unflatten(-1, (-1, group_size(x.shape[-1], bits)))
     peak = groups.abs().amax(-1, keepdim=True).expand_as(groups).flatten(-2)
     eps, tiny = torch.finfo(x.dtype).eps, torch.finfo(x.dtype).tiny
     scale_slack = 2**-7 if x.element_size() == 2 else 1e-6
@@ -81,8 +81,9 @@ def test_what_is_not_finite_is_carried_through(bits: int, value: float) -> None:
     x = torch.randn(2, 128)
     x[0, 3] = value
     y = decoded(x, bits)
-    assert not bool(y[0, :64].isfinite().any())  # its group
-    assert bool(y[0, 64:].isfinite().all()) and bool(y[1].isfinite().all())
+    group = group_size(128, bits)
+    assert not bool(y[0, :group].isfinite().any())
+    assert bool(y[0, group:].isfinite().all()) and bool(y[1].isfinite().all())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -143,8 +144,9 @@ def test_even_tables_read_the_magnitude() -> None:
 
 
 def test_bits_of_an_element() -> None:
-    assert encoded_bits("int8", 768, 2) == 8.25 and encoded_bits("int4", 768, 4) == 4.5
+    assert encoded_bits("int8", 768, 2) == 8.25 and encoded_bits("int4", 768, 4) == 5
     assert encoded_bits("bits", 768, 1) == 1 and encoded_bits("table", 768, 2, bits=3) == 3
     assert encoded_bits("exact", 768, 2) == 16
     assert set(INTEGER_BITS) == {"int8", "int4"}
-    assert [group_size(n) for n in (64, 768, 100, 431, 17)] == [64, 64, 50, 431, 17]
+    assert [group_size(n, 8) for n in (64, 768, 100, 431, 17)] == [64, 64, 50, 431, 17]
+    assert [group_size(n, 4) for n in (64, 768, 100, 431, 17)] == [32, 32, 25, 431, 17]

@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Transformer, is_unbiased, step
+from conftest import RowsOnly, Transformer, is_unbiased, step
 from torch import fx
 
 import wtacrs_fx
-from wtacrs_fx import PartitionError, Policy, Rule
+from wtacrs_fx import PartitionError, Rule
 from wtacrs_passes import joint_graph, partition
 from wtacrs_passes.ops import choose_rows
 from wtacrs_passes.sample_rows import SampledSite
 from wtacrs_passes.torch_api import CheckpointPolicy, inductor_prims
 
-FORWARD = Policy(min_rows=8, placement="forward")
+FORWARD = RowsOnly(min_rows=8, placement="forward")
 
 
 class Plain(torch.nn.Module):
@@ -73,7 +73,7 @@ def test_rows_of_a_residual_that_is_saved_anyway_are_not_stored(monkeypatch: pyt
 @pytest.mark.parametrize("placement", ["forward", "backward"])
 @pytest.mark.parametrize("budget", [0.9, 0.5, 0.1, 0.0])
 def test_the_partition_holds_at_any_memory_budget(budget: float, placement: str) -> None:
-    policy = Policy(min_rows=8, placement=placement)
+    policy = RowsOnly(min_rows=8, placement=placement)
     with torch._functorch.config.patch(activation_memory_budget=budget):
         wtacrs_fx.explain(Transformer(), torch.randint(50, (4, 32)), policy=policy)
         wtacrs_fx.explain(Plain(), X, policy=policy)
@@ -92,7 +92,7 @@ def test_gradients_stay_unbiased_where_matrix_products_are_recomputed() -> None:
         assert is_unbiased(torch.stack([run[name].flatten() for run in runs]), gradient.flatten()), name
 
 
-MIXED = Policy(min_rows=8, placement="forward", rules=(Rule("layers.0.down", placement="backward"),))
+MIXED = RowsOnly(min_rows=8, placement="forward", rules=(Rule("layers.0.down", placement="backward"),))
 
 
 def lowered() -> fx.GraphModule:

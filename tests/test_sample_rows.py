@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Transformer, gradients, is_unbiased
+from conftest import RowsOnly, Transformer, gradients, is_unbiased
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -18,7 +18,7 @@ from wtacrs_passes.joint_graph import parameter_gradients
 from wtacrs_passes.ops import choose_rows
 from wtacrs_passes.sample_rows import NOISE
 
-SMALL = Policy(min_rows=4)
+SMALL = RowsOnly(min_rows=4)
 
 
 def draws(gm: fx.GraphModule) -> int:
@@ -116,7 +116,7 @@ def test_products_are_found_and_estimated_without_bias(case: str, placement: str
     model = make()
     joint = wtacrs_fx.capture(model, x)
     exact = run_joint(joint, model, x, 1)
-    policy = Policy(ratio=0.25, min_rows=4, placement=placement)
+    policy = RowsOnly(ratio=0.25, min_rows=4, placement=placement)
     rewritten = wtacrs_fx.transform(joint, policy)
     assert draws(rewritten) == expected_draws
     torch.manual_seed(1)
@@ -133,7 +133,7 @@ def test_every_estimator_with_and_without_centering(estimator: str, center: bool
     model, x = make(), x + 2
     joint = wtacrs_fx.capture(model, x)
     exact = run_joint(joint, model, x, 1)["w"][0]
-    policy = Policy(ratio=0.25, min_rows=4, estimator=estimator, center=center)
+    policy = RowsOnly(ratio=0.25, min_rows=4, estimator=estimator, center=center)
     assert is_unbiased(run_joint(wtacrs_fx.transform(joint, policy), model, x, 600)["w"], exact)
 
 
@@ -142,7 +142,7 @@ def test_centering_reduces_the_variance_of_rows_with_a_common_mean() -> None:
     model, x = make(), x + 5
     joint = wtacrs_fx.capture(model, x)
     plain, centered = (
-        run_joint(wtacrs_fx.transform(joint, Policy(min_rows=4, center=c)), model, x, 200)["w"].var(0).sum()
+        run_joint(wtacrs_fx.transform(joint, RowsOnly(min_rows=4, center=c)), model, x, 200)["w"].var(0).sum()
         for c in (False, True)
     )
     assert centered < 0.5 * plain
@@ -152,7 +152,7 @@ def test_topk_is_biased_and_not_random() -> None:
     make, x, _ = CASES["linear"]
     model = make()
     joint = wtacrs_fx.capture(model, x)
-    samples = run_joint(wtacrs_fx.transform(joint, Policy(min_rows=4, estimator="topk")), model, x, 3)["w"]
+    samples = run_joint(wtacrs_fx.transform(joint, RowsOnly(min_rows=4, estimator="topk")), model, x, 3)["w"]
     assert torch.equal(samples[0], samples[1])
     assert not torch.allclose(samples[0], run_joint(joint, model, x, 1)["w"][0], rtol=0.05)
 
@@ -212,9 +212,9 @@ def test_near_misses_are_left_alone_with_a_reason() -> None:
 @pytest.mark.parametrize(
     ("policy", "reason"),
     [
-        (Policy(min_rows=64), "64 rows, no more than min_rows"),
-        (Policy(min_rows=4, exclude=("*",)), "excluded by the policy"),
-        (Policy(min_rows=4, ratio=1.0), "ratio 1.0"),
+        (RowsOnly(min_rows=64), "64 rows, no more than min_rows"),
+        (RowsOnly(min_rows=4, exclude=("*",)), "excluded by the policy"),
+        (RowsOnly(min_rows=4, ratio=1.0), "ratio 1.0"),
     ],
 )
 def test_what_the_policy_leaves_exact_is_not_touched(policy: Policy, reason: str) -> None:
@@ -257,7 +257,7 @@ def test_what_is_not_finite_is_not_hidden(placement: str, where: str, bad: float
     (x if where == "x" else factor)[2, 3, 1] = bad
     model = Weighted()
     joint = wtacrs_fx.capture(model, x, factor)
-    rewritten = wtacrs_fx.transform(joint, Policy(ratio=0.1, min_rows=4, placement=placement))
+    rewritten = wtacrs_fx.transform(joint, RowsOnly(ratio=0.1, min_rows=4, placement=placement))
     ones = torch.ones(4, 16, 6)
     placeholders = [n for n in joint.graph.find_nodes(op="placeholder") if "tangents" not in n.name]
     by_shape = {tuple(v.shape): v for v in (model.linear.weight.detach(), x, factor)}
@@ -275,7 +275,7 @@ def test_tiny_gradients_do_not_vanish() -> None:
     """Squares of the rows underflow in float32; the weights must not."""
     model = Function(lambda m, x: F.linear(x, m.w) * 1e-30, w=(6, 8))
     joint = wtacrs_fx.capture(model, X)
-    rewritten = wtacrs_fx.transform(joint, Policy(min_rows=4, placement="backward"))
+    rewritten = wtacrs_fx.transform(joint, RowsOnly(min_rows=4, placement="backward"))
     exact = run_joint(joint, model, X, 1)["w"][0]
     assert is_unbiased(run_joint(rewritten, model, X, 300)["w"] * 1e30, exact * 1e30)
 

@@ -25,20 +25,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-GROUP = 64
+GROUP = {8: 64, 4: 32}
+"""Elements that share a scale, by bits."""
 _SMALLEST_GROUP = 16
 # bfloat16 keeps 8 bits: a scale rounded down would leave the peak outside the range of the codes.
 _ROUND_UP = 1 + 2.0**-8
 
 
-def group_size(features: Any) -> Any:
-    """Return how many elements share a scale: the largest divisor of `features` that is at most 64.
+def group_size(features: Any, bits: int) -> Any:
+    """Return how many elements share a scale: the largest divisor of `features` up to ``GROUP[bits]``.
 
     All of them where that divisor is below 16, or where `features` is symbolic.
     """
     if not isinstance(features, int):
         return features
-    divisor = next((g for g in range(min(GROUP, features), 0, -1) if features % g == 0), features)
+    largest = min(GROUP[bits], features)
+    divisor = next((size for size in range(largest, 0, -1) if features % size == 0), features)
     return divisor if divisor >= _SMALLEST_GROUP else features
 
 
@@ -54,7 +56,7 @@ def encoded_bits(encoding: str, features: Any, itemsize: int, bits: int = 0) -> 
     if encoding == "table":
         return float(bits)
     if encoding in INTEGER_BITS:
-        group = group_size(features)
+        group = group_size(features, INTEGER_BITS[encoding])
         scale = 32 if itemsize >= 4 else 16
         return INTEGER_BITS[encoding] + (scale / group if isinstance(group, int) else 0.0)
     return 8.0 * itemsize
@@ -76,7 +78,7 @@ def quantise(x: Tensor, bits: int, noise: Tensor | None = None) -> tuple[Tensor,
         scales: [..., groups], bfloat16 for 16-bit floats, else float32.
     """
     levels = 2 ** (bits - 1) - 1
-    group = group_size(x.shape[-1])
+    group = group_size(x.shape[-1], bits)
     wide = _blocks(x.float(), -1, group)
     peak = wide.abs().amax(-1, keepdim=True)
     scales = (peak * (_ROUND_UP / levels)).bfloat16() if x.element_size() == 2 else peak / levels
@@ -92,7 +94,7 @@ def quantise(x: Tensor, bits: int, noise: Tensor | None = None) -> tuple[Tensor,
 def dequantise(codes: Tensor, scales: Tensor, bits: int, features: Any, dtype: torch.dtype) -> Tensor:
     """Decode what :func:`quantise` returned: ``[..., features]`` of `dtype`."""
     steps = codes.float() if bits == 8 else unpack(codes, 4, features).float() - 2 ** (bits - 1)
-    groups = _blocks(steps, -1, group_size(features))
+    groups = _blocks(steps, -1, group_size(features, bits))
     return (groups * scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
 
 

