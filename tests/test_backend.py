@@ -297,7 +297,7 @@ CACHED = """
 import torch, wtacrs_fx
 torch.manual_seed(0)
 model, x = torch.nn.Linear(16, 12), torch.randn(128, 16)
-backend = wtacrs_fx.backend(RowsOnly(ratio={ratio}))
+backend = wtacrs_fx.backend(wtacrs_fx.Policy(ratio={ratio}))
 call = torch.compile(lambda x: model(x).square().mean(), backend=backend)
 call(x).backward()
 [report] = wtacrs_fx.reports()
@@ -340,3 +340,18 @@ def test_activation_checkpointing() -> None:
         samples = torch.stack([run[name].flatten() for run in runs])
         assert samples.std(0).max() > 0
         assert is_unbiased(samples, exact[name].flatten()), name
+
+
+def test_the_report_of_a_graph_compiled_under_autocast_is_another() -> None:
+    """The code of both is in Inductor's cache under different keys, and so must the reports be."""
+    model, x = torch.nn.Linear(16, 12), torch.randn(128, 16)
+
+    def saved() -> object:
+        torch._dynamo.reset()
+        torch.compile(torch.nn.Sequential(model, torch.nn.Tanh()), backend=wtacrs_fx.backend(BACKWARD))(x)
+        return wtacrs_fx.reports()[-1].saved_bytes_after
+
+    plain = saved()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert saved() != plain
+    assert saved() == plain

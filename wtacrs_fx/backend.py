@@ -214,7 +214,8 @@ def _report_path(
         torch.__version__,
         torch._functorch.config.get_hash(),
         torch._inductor.config.get_hash(),
-        torch.is_autocast_enabled(),
+        [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")],
+        torch.are_deterministic_algorithms_enabled(),
     )
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     return pathlib.Path(torch_api.cache_dir()) / "wtacrs_reports" / f"{key}.json"
