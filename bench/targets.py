@@ -65,6 +65,18 @@ def _compile(model: str, placement: str) -> Target:
     )
 
 
+def _encoded(model: str, residuals: str, bound: float) -> Target:
+    what, variant = f"saved units a layer, bf16, {model}, {residuals}", f"wtacrs 0.3 {residuals}"
+    metric, shapes = "saved units a layer", str(Shape())
+    return Target(what, "memory_time", model, variant, metric, bound, dtype="bfloat16", shapes=shapes)
+
+
+def _encoded_time(model: str) -> Target:
+    what, variant = f"step time / Inductor, {model}, balanced", "wtacrs 0.3 balanced"
+    return Target(what, "memory_time", model, variant, "step time", 0.95, is_ratio=True, shapes=str(Shape()))
+
+
+DEEP = Shape(layers=12, d=512, heads=8, batch=16, seq=256)
 PLACEMENTS = ("forward", "backward")
 TARGETS = (
     _time("bert", 0.3, 0.88),
@@ -80,5 +92,35 @@ TARGETS = (
     _synthetic("log-normal", 0.75),
     _synthetic("coherent", 0.75),
     _synthetic("padded", 0.4),
+    *(
+        _encoded(model, "balanced", bound)
+        for model, bound in (("bert", 5.0), ("llama", 5.5), ("gpt2", 5.0), ("t5", 8.0), ("vit", 5.0))
+    ),
+    _encoded("bert", "small", 3.5),
+    _encoded("llama", "small", 4.0),
+    _encoded("bert", "lossless", 10.0),
+    _encoded("llama", "lossless", 11.0),
+    *map(_encoded_time, ("bert", "llama")),
+    Target(
+        "peak of a step / Inductor, 12 layers, d=512, 16x256",
+        "memory_time",
+        "bert",
+        "wtacrs 0.3 balanced",
+        "peak",
+        0.5,
+        is_ratio=True,
+        shapes=str(DEEP),
+    ),
+    *(
+        Target(
+            f"squared error of the gradient, MiniLM, balanced, step {step}",
+            "gradient_error",
+            f"MiniLM, step {step}",
+            "int8, int4 before functions, ratio 1",
+            "relative squared error",
+            0.05,
+        )
+        for step in (0, 60)
+    ),
     *(_compile(model, placement) for model in ("bert", "llama") for placement in PLACEMENTS),
 )

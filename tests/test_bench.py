@@ -185,3 +185,61 @@ def test_targets_find_their_row(tmp_path: Path) -> None:
 def test_every_table_renders_without_results(tmp_path: Path) -> None:
     for name in TABLES:
         assert "No results yet" in render(name, tmp_path)
+
+
+def test_glosses_carry_the_class_of_their_file(tmp_path: Path) -> None:
+    from bench.accuracy import glosses
+
+    path = tmp_path / "data.noun"
+    path.write_text(
+        "  1 licence text\n00001740 03 n 01 entity 0 | that which exists\n09 28 n 01 t | a time; | now\n"
+    )
+    assert glosses(path) == [("that which exists", 0), ("a time; | now", 25)]
+    with pytest.raises(SystemExit, match="wordnet-base"):
+        glosses(tmp_path / "missing")
+
+
+def test_a_study_starts_every_variant_from_the_same_weights(tmp_path: Path) -> None:
+    from rich.progress import Progress
+
+    from bench.accuracy import Task, keep_curves, rows_of, study
+
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    initial = model.weight.detach().clone()
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x).square().mean()
+
+    def batches(seed: int):  # type: ignore[no-untyped-def]
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield {"x": torch.randn(8, 4, generator=generator)}
+
+    task = Task("toy, linear", "norm", "1", Loss(), 0.1, batches, lambda _: float(model.weight.norm()))
+    with Progress(disable=True) as progress:
+        found = study(task, ["eager", "inductor"], 5, 2, progress)
+    assert not torch.equal(initial, model.weight)
+    for (left, merit), (right, other) in zip(found["eager"], found["inductor"], strict=True):
+        assert left == pytest.approx(right, rel=1e-5) and merit == pytest.approx(other, rel=1e-5)
+    rows = rows_of(task, found, 5, "batch=8")
+    assert [row.metric for row in rows[:2]] == ["norm", "standard error of norm"]
+    keep_curves(task, found, tmp_path)
+    assert len((tmp_path / "accuracy_toy.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
+    assert (tmp_path / "accuracy_toy.png").stat().st_size > 5000
+
+
+def test_a_mixture_of_encodings_is_taken_back() -> None:
+    from bench.gradient_error import MIXTURES, mode
+    from wtacrs_passes.storage import MODES
+
+    assert MIXTURES["int8, int4 before functions"] == MODES["balanced"]
+    before = dict(MODES)
+    with mode(MIXTURES["int4"]):
+        assert MODES["balanced"] == MIXTURES["int4"]
+    assert before == MODES

@@ -10,6 +10,7 @@ from conftest import RowsOnly, Transformer, is_unbiased, step
 from torch import Tensor
 
 import wtacrs_fx
+from wtacrs_fx import Policy
 from wtacrs_passes.estimators import ESTIMATORS, choose_rows
 
 pytestmark = [
@@ -43,6 +44,18 @@ def test_a_step_never_waits_for_the_device(on_cuda: tuple) -> None:
         step(model, call, tokens)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("residuals", ["balanced", "small"])
+def test_encoded_residuals_keep_gradients_close(residuals: str) -> None:
+    model, tokens = Transformer().cuda().bfloat16(), torch.randint(50, (4, 32), device="cuda")
+    exact = step(model, torch.compile(model, backend="inductor"), tokens)
+    policy = Policy(residuals=residuals, ratio=1.0)
+    found = step(model, torch.compile(model, backend=wtacrs_fx.backend(policy)), tokens)
+    error = sum((found[n].float() - exact[n].float()).square().sum() for n in exact)
+    assert error < 0.1 * sum(gradient.float().square().sum() for gradient in exact.values())
+    report = wtacrs_fx.reports()[-1]
+    assert report.saved_bytes_after < 0.45 * report.saved_bytes_before
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -71,6 +71,14 @@ def test_squares_are_derived_from_their_argument() -> None:
     assert stored(torch.square) == {"int4": ["aten.mm.default"]}
 
 
+def test_rows_chosen_in_the_forward_pass_are_stored_as_integers() -> None:
+    policy = Policy(residuals="balanced", placement="forward")
+    report = wtacrs_fx.explain(Sandwich(lambda u: u, lambda u: u), X, policy=policy)
+    [residual] = [r for r in report.residuals if r.encoding != "exact"]
+    assert residual.encoding == "int8"
+    assert residual.bytes_after == 32 * (64 + 4)  # min_rows of 64; one float32 scale for each
+
+
 @pytest.mark.parametrize("residuals", ["balanced", "small"])
 def test_a_gated_layer_stores_gate_and_value_and_derives_their_product(residuals: str) -> None:
     class Gated(nn.Module):

@@ -121,17 +121,28 @@ class _Rebuild:
         self.built = {node: node for node in as_they_are}
 
     def __call__(self, node: fx.Node) -> fx.Node:
-        if node not in self.built:
-            self.built[node] = self._build(node)
+        stack = [node]
+        while stack:  # a loop: chains may be longer than Python's stack
+            last = stack[-1]
+            missing = [operand for operand in self._operands(last) if operand not in self.built]
+            if missing and last not in self.built:
+                stack += missing
+                continue
+            stack.pop()
+            if last not in self.built:
+                self.built[last] = self._build(last)
         return self.built[node]
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """Return what a node is computed from again; nothing where it is stored or cannot be."""
+        again = jg.is_recomputable(node) and isinstance(node.meta.get("val"), Tensor)
+        return node.all_input_nodes if again and node not in self.stored else []
 
     def _build(self, node: fx.Node) -> fx.Node:
         item = self.stored.get(node)
         if item is not None:
             return self.editor.trace(_decoder(item), *self.encoded[node])[0]
-        if not jg.is_recomputable(node) or not isinstance(node.meta.get("val"), Tensor):
-            return node
-        rebuilt = {operand: self(operand) for operand in node.all_input_nodes}
+        rebuilt = {operand: self.built[operand] for operand in self._operands(node)}
         if all(new is old for old, new in rebuilt.items()):
             return node
         copy = self.editor.graph.node_copy(node, rebuilt.__getitem__)

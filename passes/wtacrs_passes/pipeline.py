@@ -27,7 +27,7 @@ from .reassociate import reassociate
 from .report import Report, make_report
 from .residuals import Analysis, analyse
 from .sample_rows import SampledSite, sample_rows
-from .storage import choose_storage, is_lossy
+from .storage import choose_storage, modes
 from .torch_api import CustomPartitionerFn, min_cut_rematerialization_partition
 
 
@@ -58,7 +58,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[StaticInput]) ->
     plan = make_plan(analysis, graph, policy)
     sites = sample_rows(graph, plan)
     tangent = jg.tangent_cone(graph)
-    if is_lossy(policy):
+    if any(mode.lossy for mode in modes(policy)):
         reassociate(graph, tangent)
     pinned = [node for site in sites for node in site.stored]
     storage = choose_storage(graph, tangent, policy, pinned)

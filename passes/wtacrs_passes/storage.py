@@ -29,6 +29,7 @@ from .tables import tabulate
 from .torch_api import real_tensors
 
 Encoding = Literal["exact", "int8", "int4", "table", "bits"]
+Shape = Literal["linear", "smooth", "steep"]
 
 _SUMS_AND_PRODUCTS = {
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.neg.default,
@@ -96,10 +97,10 @@ class Stored:
     stochastic: bool
 
 
-def is_lossy(policy: Policy) -> bool:
-    """Tell whether any module's residuals may be stored with an error."""
-    overrides = [dict(rule.overrides).get("residuals") for rule in policy.rules]
-    return any(_lossy(MODES[name]) for name in (policy.residuals, *overrides) if name)
+def modes(policy: Policy) -> tuple[Mode, ...]:
+    """Return the modes that a policy names, for all modules or for some; none where all is exact."""
+    names = (policy.residuals, *(dict(rule.overrides).get("residuals", "exact") for rule in policy.rules))
+    return tuple(mode for mode in map(MODES.__getitem__, names) if mode is not None)
 
 
 def choose_storage(
@@ -113,6 +114,8 @@ def choose_storage(
         tangent: everything computed from tangents.
         pinned: what is stored for the sites anyway.
     """
+    if not modes(policy):
+        return ()
     with real_tensors():  # functions of the graph are evaluated while it is compiled under fake tensors
         network = _Network(graph, tangent, policy, set(pinned))
         return tuple(map(network.stored, network.cut()))
@@ -127,11 +130,11 @@ class _Network:
         self.statistics = _statistics(graph)
         self.readers = self._readers(graph)
         self.exact = self._exact()
+        self.known = self._known(graph)
+        self.shapes: dict[fx.Node, Shape] = {}
         self.operands = self._derivations()
         self.nonlinear = {
-            _base(self.roots[node] or node)
-            for node in self.operands
-            if self._is_function(node) and not _is_linear(self._function(node))
+            _base(self.roots[node] or node) for node in self.operands if self._shape(node) == "smooth"
         }
 
     def cut(self) -> list[fx.Node]:
@@ -221,30 +224,46 @@ class _Network:
             return None
         operands = tuple(jg.tensor_operands(node))
         root = self.roots[node]
-        if node.target in _FORMS | jg.GATHERS or all(self._is_exact(operand) for operand in operands):
+        if node.target in _FORMS | jg.GATHERS or all(operand in self.known for operand in operands):
             return operands
         if node.target in jg.CASTS and _is_float(node) and _is_float(operands[0]):
             return operands
         if root is not None and root is not node:
-            return (root,) if self._is_function(node) and _is_smooth(self._function(node)) else None
+            return (root,) if self._shape(node) in ("linear", "smooth") else None
         if node.target in _SUMS_AND_PRODUCTS:
             return operands
-        if node.target is aten.div.Tensor and self._is_exact(operands[-1]) and len(operands) == 2:
+        if node.target is aten.div.Tensor and operands[-1] in self.known and len(operands) == 2:
             return operands
         return None
 
-    def _is_exact(self, node: fx.Node) -> bool:
-        """Tell whether the backward pass has the very value: an input, a statistic, integers, booleans."""
-        if self._at_hand(node) or node in self.statistics or node in self.exact or not _is_float(node):
-            return True
-        if not jg.is_recomputable(node) or node.target is operator.getitem:
-            return False
-        return all(self._is_exact(operand) for operand in jg.tensor_operands(node))
+    def _known(self, graph: fx.Graph) -> set[fx.Node]:
+        """Return what the backward pass has to the last bit: inputs, statistics, integers, booleans.
+
+        And what is computed from those alone.
+        """
+        known: set[fx.Node] = set()
+        for node in graph.nodes:
+            derived = jg.is_recomputable(node) and node.target is not operator.getitem
+            if (
+                self._at_hand(node)
+                or node in self.statistics
+                or node in self.exact
+                or not _is_float(node)
+                or (derived and all(operand in known for operand in jg.tensor_operands(node)))
+            ):
+                known.add(node)
+        return known
 
     def _is_function(self, node: fx.Node) -> bool:
         """Tell whether a node is a function of one other tensor, element by element, in real numbers."""
         root = self.roots[node]
         return root is not None and root is not node and _is_float(root) and _is_float(node)
+
+    def _shape(self, node: fx.Node) -> Shape:
+        """Tell how a node depends on its root; ``steep`` where it is no function of real numbers."""
+        if node not in self.shapes:
+            self.shapes[node] = _shape(self._function(node)) if self._is_function(node) else "steep"
+        return self.shapes[node]
 
     def _function(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
         root = self.roots[node]
@@ -363,24 +382,21 @@ def _is_float(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _slopes(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _shape(function: Callable[[Tensor], Tensor]) -> Shape:
+    """Tell what a function does to a small error of its argument.
+
+    It stays small, absolutely or beside the largest value, where a function is ``linear`` or ``smooth``.
+    """
     points = torch.linspace(-_EXTENT, _EXTENT, 2001, dtype=torch.float64) + 1e-5
     values = function(points)
-    return values, values.diff() / points.diff()
-
-
-def _is_smooth(function: Callable[[Tensor], Tensor]) -> bool:
-    """Tell whether a small error of the argument stays small, absolutely or beside the largest value."""
-    values, slopes = _slopes(function)
+    slopes = values.diff() / points.diff()
     if not bool(values.isfinite().all()):
-        return False
+        return "steep"
+    if bool((slopes - slopes[0]).abs().max() <= 1e-6 * slopes[0].abs().clamp(min=1e-6)):
+        return "linear"
     steepest = float(slopes.abs().max())
-    return steepest <= _STEEPEST or steepest * _EXTENT <= _STEEPEST * float(values.abs().max())
-
-
-def _is_linear(function: Callable[[Tensor], Tensor]) -> bool:
-    _, slopes = _slopes(function)
-    return bool((slopes - slopes[0]).abs().max() <= 1e-6 * slopes[0].abs().clamp(min=1e-6))
+    bounded = steepest <= _STEEPEST or steepest * _EXTENT <= _STEEPEST * float(values.abs().max())
+    return "smooth" if bounded else "steep"
 
 
 def _statistics(graph: fx.Graph) -> set[fx.Node]:
