@@ -146,7 +146,7 @@ def test_gram_gives_the_error_and_the_closed_forms_hold() -> None:
 
 def _row(value: float, **fields: object) -> Row:
     asked = {"ratio": 0.5, "shapes": str(Shape()), "dtype": "bfloat16", **circumstances(), **fields}
-    return Row("memory_time", "bert", "wtacrs 0.3 forward", "saved units a layer", value, "1", **asked)
+    return Row("memory_time", "bert", "wtacrs 0.3 backward", "saved units a layer", value, "1", **asked)
 
 
 def test_rows_survive_the_file(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from . import estimators
 
 _LIBRARY = torch.library.Library("wtacrs", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
-    "choose_rows(Tensor weights, Tensor noise, SymInt kept, str estimator) -> (Tensor, Tensor)",
+    "choose_rows(Tensor[] norms, Tensor noise, SymInt kept, str estimator) -> (Tensor, Tensor)",
     "row_norms(Tensor[] operands) -> Tensor",
-    "gather_rows(Tensor x, Tensor indices) -> Tensor",
+    "gather_rows(Tensor x, Tensor indices, Tensor? scales=None) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
@@ -19,15 +19,18 @@ for _schema in (
 SMALLEST_SQUARE, LARGEST_SQUARE = 1e-30, 1e38
 
 
-def _choose_rows(weights: Tensor, noise: Tensor, kept: int, estimator: str) -> tuple[Tensor, Tensor]:
+def _choose_rows(norms: list[Tensor], noise: Tensor, kept: int, estimator: str) -> tuple[Tensor, Tensor]:
+    weights = norms[0].double()
+    for factor in norms[1:]:
+        weights = weights * factor.double()
     return estimators.choose_rows(weights, noise, kept, estimator)
 
 
-def _choose_rows_fake(weights: Tensor, noise: Tensor, kept: int, estimator: str) -> tuple[Tensor, Tensor]:
-    shape = (*weights.shape[:-1], kept)
+def _choose_rows_fake(norms: list[Tensor], noise: Tensor, kept: int, estimator: str) -> tuple[Tensor, Tensor]:
+    shape = (*norms[0].shape[:-1], kept)
     return (
-        weights.new_empty(shape, dtype=torch.int64),
-        weights.new_empty(shape, dtype=torch.float32),
+        norms[0].new_empty(shape, dtype=torch.int64),
+        norms[0].new_empty(shape, dtype=torch.float32),
     )
 
 
@@ -48,13 +51,15 @@ def _row_norms_fake(operands: list[Tensor]) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _gather_rows(x: Tensor, indices: Tensor) -> Tensor:
+def _gather_rows(x: Tensor, indices: Tensor, scales: Tensor | None = None) -> Tensor:
     if x.dim() == 2:
-        return x.index_select(0, indices)
-    return x.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, x.shape[-1]))
+        rows = x.index_select(0, indices)
+    else:
+        rows = x.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, x.shape[-1]))
+    return rows if scales is None else (rows * scales.unsqueeze(-1)).to(x.dtype)
 
 
-def _gather_rows_fake(x: Tensor, indices: Tensor) -> Tensor:
+def _gather_rows_fake(x: Tensor, indices: Tensor, scales: Tensor | None = None) -> Tensor:
     return x.new_empty((*indices.shape, x.shape[-1]))
 
 
@@ -67,7 +72,10 @@ for _name, _kernel, _fake in (
     torch.library.register_fake(f"wtacrs::{_name}", _fake, lib=_LIBRARY)
 
 choose_rows = torch.ops.wtacrs.choose_rows.default
-"""``(weights, noise, kept, estimator) -> (indices, scales)``, as :func:`estimators.choose_rows`."""
+"""``(norms, noise, kept, estimator) -> (indices, scales)``, as :func:`estimators.choose_rows`.
+
+The weights are the product of `norms`, in float64: a product of small norms is no zero.
+"""
 row_norms = torch.ops.wtacrs.row_norms.default
 """``operands -> norms``: the joint Euclidean norms of the rows of tensors ``[..., rows, features]``.
 
@@ -76,4 +84,4 @@ element stands in: a norm is zero only where every element is zero.
 """
 
 gather_rows = torch.ops.wtacrs.gather_rows.default
-"""``(x [..., rows, features], indices [..., kept]) -> [..., kept, features]``."""
+"""``(x [..., rows, features], indices [..., kept], scales [..., kept] or None) -> [..., kept, features]``."""

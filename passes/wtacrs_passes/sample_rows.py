@@ -7,22 +7,23 @@ Before::
 After, with placement ``forward`` (the first three lines run in the forward pass)::
 
     weights = norm(X)
-    indices, scales = choose_rows(weights, rand(...), k)
+    indices, scales = choose_rows([weights], rand(...), k)
     rows = index(X, indices) * scales                         # stored instead of X
     dW = mm(permute(index(dY, indices)), rows) + 0 * sum(dY)
 
 After, with placement ``backward`` (only the first line runs in the forward pass)::
 
     norm_x = norm(X)
-    indices, scales = choose_rows(norm_x * norm(dY), rand(...), k)
+    indices, scales = choose_rows([norm_x, norm(dY)], rand(...), k)
     dW = mm(permute(index(dY, indices)), index(X, indices) * scales)
 
 Products that share X share the draw; their weights are ``||x_i|| sqrt(sum_j ||dy_ij||^2)``.
 In the forward placement ``0 * sum(dY)`` carries NaN and Inf of rows that were not drawn into dW.
 
-Norms and the gather of dY read tensors that exist anyway. On CPU, where Inductor would give each of them
-a loop and a C++ file of its own (1.2 s of compile time each), they are calls of ``row_norms`` and
-``gather_rows``; the gather of X stays open to fusion with what recomputes X.
+Norms and the gather of dY read tensors that exist anyway; so does that of an X that no fused kernel
+computes, in the backward pass. On CPU, where Inductor would give each of them a loop and a C++ file of its
+own (1.2 s of compile time each), they are calls of ``row_norms`` and ``gather_rows``; the gather of any
+other X stays open to fusion with what recomputes X.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import torch
 from torch import fx
 
 from . import ops
-from .joint_graph import Editor, aten, prims
+from .joint_graph import VIEWS, Editor, aten, is_recomputable, prims
 from .plan import Plan, Site
 from .residuals import Product, rows_first
 from .torch_api import stable_topological_sort
@@ -82,20 +83,19 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
 
         mean = _mean_row(editor, x) if site.sampling.center else None
         norms = _row_norms(editor, [x if mean is None else _subtract(editor, x, mean)])
-        weights = norms
+        factors = [norms]
         if site.placement == "backward":
-            weights = editor.call(
-                aten.mul.Tensor, _double(editor, norms), _double(editor, _row_norms(editor, dys))
-            )
+            factors.append(_row_norms(editor, dys))
             stored.append(norms)
         if mean is not None:
             stored.append(mean)
 
-        draw, indices, scales = _draw(editor, site, weights)
-        rows = _gather(editor, x, indices)
-        if mean is not None:
-            rows = _subtract(editor, rows, mean)
-        rows = _scale(editor, rows, scales)
+        draw, indices, scales = _draw(editor, site, factors)
+        if mean is None and site.placement == "backward" and _on_cpu(x) and _in_memory(x):
+            rows = editor.call(ops.gather_rows, x, indices, scales)
+        else:
+            rows = _gather(editor, x, indices)
+            rows = _scale(editor, rows if mean is None else _subtract(editor, rows, mean), scales)
         if site.placement == "forward":
             stored += [indices, scales]
         if site.encoding == "rows":
@@ -127,10 +127,6 @@ def _accumulate(editor: Editor, node: fx.Node) -> fx.Node:
     if dtype in (torch.float32, torch.float64):
         return node
     return editor.call(prims.convert_element_type.default, node, torch.float32)
-
-
-def _double(editor: Editor, node: fx.Node) -> fx.Node:
-    return editor.call(prims.convert_element_type.default, node, torch.float64)
 
 
 def _cast_like(editor: Editor, node: fx.Node, like: fx.Node) -> fx.Node:
@@ -167,17 +163,17 @@ def _subtract(editor: Editor, x: fx.Node, mean: fx.Node) -> fx.Node:
     return _cast_like(editor, difference, x)
 
 
-def _draw(editor: Editor, site: Site, weights: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
-    batch = [editor.size(weights, d) for d in range(weights.meta["val"].dim() - 1)]
-    rows = editor.size(weights, -1)
+def _draw(editor: Editor, site: Site, norms: list[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node]:
+    value = norms[0].meta["val"]
+    batch = [editor.size(norms[0], d) for d in range(value.dim() - 1)]
+    rows = editor.size(norms[0], -1)
     kept = _kept(editor, site, rows)
     size = editor.call(operator.add, rows, 1) if isinstance(rows, fx.Node) else rows + 1
-    device = weights.meta["val"].device
     noise = editor.call(
-        aten.rand.default, [*batch, size], dtype=torch.float32, device=device, pin_memory=False
+        aten.rand.default, [*batch, size], dtype=torch.float32, device=value.device, pin_memory=False
     )
     noise.meta[NOISE] = site.placement
-    draw = editor.call(ops.choose_rows, weights, noise, kept, site.sampling.estimator)
+    draw = editor.call(ops.choose_rows, norms, noise, kept, site.sampling.estimator)
     return draw, editor.call(operator.getitem, draw, 0), editor.call(operator.getitem, draw, 1)
 
 
@@ -201,6 +197,13 @@ def _gather(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
     column = editor.call(aten.unsqueeze.default, indices, -1)
     wide = editor.call(aten.expand.default, column, [editor.size(node, 0), kept, features])
     return editor.call(aten.gather.default, node, 1, wide)
+
+
+def _in_memory(x: fx.Node) -> bool:
+    """Tell whether X is a view of what no fused kernel computes, such as the output of attention."""
+    while x.target in VIEWS and isinstance(x.args[0], fx.Node):
+        x = x.args[0]
+    return x.target is operator.getitem or not is_recomputable(x)
 
 
 def _gather_stored(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
