@@ -11,7 +11,7 @@ from conftest import RowsOnly, Transformer, is_unbiased, step
 from torch import fx
 
 import wtacrs_fx
-from wtacrs_fx import PartitionError, Rule
+from wtacrs_fx import PartitionError, Policy, Rule
 from wtacrs_passes import joint_graph, partition
 from wtacrs_passes.ops import choose_rows
 from wtacrs_passes.sample_rows import SampledSite
@@ -77,6 +77,18 @@ def test_the_partition_holds_at_any_memory_budget(budget: float, placement: str)
     with torch._functorch.config.patch(activation_memory_budget=budget):
         wtacrs_fx.explain(Transformer(), torch.randint(50, (4, 32)), policy=policy)
         wtacrs_fx.explain(Plain(), X, policy=policy)
+
+
+@pytest.mark.parametrize("residuals", ["lossless", "balanced"])
+@pytest.mark.parametrize("budget", [0.9, 0.5, 0.1, 0.0])
+def test_encodings_go_with_any_memory_budget(budget: float, residuals: str) -> None:
+    policy = Policy(min_rows=8, residuals=residuals)
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        report = wtacrs_fx.explain(Transformer(dropout=0.1), torch.randint(50, (4, 32)), policy=policy)
+    if budget >= 0.5:  # below, products are computed again from inputs and hardly anything is stored
+        assert report.saved_bytes_after < 0.8 * report.saved_bytes_before
+        listed = sum(entry.bytes_after for entry in (*report.sites, *report.residuals))
+        assert listed == pytest.approx(report.saved_bytes_after, rel=0.05, abs=2048)
 
 
 def test_gradients_stay_unbiased_where_matrix_products_are_recomputed() -> None:

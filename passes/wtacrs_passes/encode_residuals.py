@@ -37,7 +37,7 @@ class EncodedResidual:
     """A carried-out encoding: the nodes that the partitioner pins and the verifier looks for.
 
     Attributes:
-        codes: what crosses from forward to backward.
+        codes: what crosses from forward to backward; nothing for what is derived.
         stored_names: names of the nodes that hold the full residual if they are saved.
     """
 
@@ -54,11 +54,14 @@ def encode_residuals(
     Args:
         tangent: everything computed from tangents; `pinned`: what is stored for the sites anyway.
     """
-    chosen = [item for item in stored if item.encoding != "exact"]
+    chosen = [item for item in stored if item.encoding not in ("exact", "derive")]
     if not chosen:
         return []
     editor = Editor(graph)
-    names = {item.node: frozenset(form.name for form in jg.same_content(item.node)) for item in chosen}
+    derived = [item for item in stored if item.encoding == "derive"]
+    names = {
+        item.node: frozenset(form.name for form in jg.same_content(item.node)) for item in [*chosen, *derived]
+    }
     encoded = {item.node: _encode(editor, item) for item in chosen}
     as_they_are = {*pinned, *(item.node for item in stored if item.encoding == "exact")}
     rebuild = _Rebuild(editor, encoded, {item.node: item for item in chosen}, as_they_are)
@@ -69,7 +72,9 @@ def encode_residuals(
                     if operand not in tangent:
                         node.replace_input_with(operand, rebuild(operand))
     graph.eliminate_dead_code()
-    return [EncodedResidual(item, encoded[item.node], names[item.node]) for item in chosen]
+    return [
+        EncodedResidual(item, encoded.get(item.node, ()), names[item.node]) for item in [*chosen, *derived]
+    ]
 
 
 def _encode(editor: Editor, item: Stored) -> tuple[fx.Node, ...]:

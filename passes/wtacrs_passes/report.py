@@ -60,7 +60,7 @@ class ResidualReport:
 
     Attributes:
         module: path of the module that computes it; operation: the ATen operation that does.
-        encoding: how it is stored.
+        encoding: how it is stored; ``derive``: computed from others.
         bytes_before: its bytes among the tensors that Inductor would have saved; zero where Inductor
             would have saved something else in its place.
         bytes_after: bytes stored now.
@@ -272,6 +272,7 @@ _BOUNDS = {
     "int8": "rounded, error <= group peak / 254",
     "int4": "rounded, error <= group peak / 14",
     "bits": "exact",
+    "derive": "as what it is derived from",
     "exact": "exact",
 }
 
@@ -283,6 +284,7 @@ def _residual_reports(
     after: Sequence[fx.Node],
 ) -> Iterable[ResidualReport]:
     saved = {node.name: node for node in before}
+    names_before, names_after = set(saved), {node.name for node in after}
     listed = {node.name for site in sites for node in site.stored}
     for residual in residuals:
         stored = residual.stored
@@ -294,17 +296,19 @@ def _residual_reports(
             )
         elif stored.stochastic:
             gradient = "unbiased, error < group peak / " + ("127" if stored.encoding == "int8" else "7")
-        replaced = [saved[name] for name in residual.stored_names if name in saved]
+        replaced = [saved.pop(name) for name in residual.stored_names if name in saved]
+        if stored.encoding == "derive" and not replaced:
+            continue  # Inductor would not have saved it either
         yield ResidualReport(
             stored.module, str(stored.node.target), stored.encoding,
             simplify(sum(nbytes(node.meta["val"]) for node in replaced)),
-            simplify(sum(nbytes(code.meta["val"]) for code in residual.codes)),
+            simplify(sum(nbytes(code.meta["val"]) for code in residual.codes if code.name in names_after)),
             gradient,
         )  # fmt: skip
     for node in after:
         if node.name not in listed:
             size = simplify(nbytes(node.meta["val"]))
-            size_before = size if node.name in saved else 0
+            size_before = size if node.name in names_before else 0
             module = module_path(node) or ""
             yield ResidualReport(module, str(node.target), "exact", size_before, size, "exact")
 

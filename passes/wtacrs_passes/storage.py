@@ -28,7 +28,7 @@ from .policy import Policy
 from .tables import tabulate
 from .torch_api import real_tensors
 
-Encoding = Literal["exact", "int8", "int4", "table", "bits"]
+Encoding = Literal["exact", "derive", "int8", "int4", "table", "bits"]
 Shape = Literal["linear", "smooth", "steep"]
 
 _SUMS_AND_PRODUCTS = {
@@ -78,11 +78,11 @@ MODES: dict[str, Mode | None] = {
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One residual that is stored.
+    """One residual and how the backward pass comes by it.
 
     Attributes:
         node: the residual.
-        encoding: how it is stored.
+        encoding: how it is stored; ``derive``: not at all, it is computed from others that are.
         source: what is encoded: `node`, or for a ``table`` what `node` is a function of.
         table: the tabulated function.
         module: path of the module that computes it.
@@ -106,7 +106,7 @@ def modes(policy: Policy) -> tuple[Mode, ...]:
 def choose_storage(
     graph: fx.Graph, tangent: set[fx.Node], policy: Policy, pinned: Iterable[fx.Node]
 ) -> tuple[Stored, ...]:
-    """Choose which residuals are stored, and how, at the fewest bytes.
+    """Choose which residuals are stored, and how, at the fewest bytes; and which are derived from those.
 
     What is to be stored as it is remains the partitioner's choice: it may find something as good.
 
@@ -118,7 +118,7 @@ def choose_storage(
         return ()
     with real_tensors():  # functions of the graph are evaluated while it is compiled under fake tensors
         network = _Network(graph, tangent, policy, set(pinned))
-        return tuple(map(network.stored, network.cut()))
+        return network.storage()
 
 
 class _Network:
@@ -126,6 +126,7 @@ class _Network:
 
     def __init__(self, graph: fx.Graph, tangent: set[fx.Node], policy: Policy, pinned: set[fx.Node]) -> None:
         self.tangent, self.policy, self.pinned = tangent, policy, pinned
+        self.order = {node: position for position, node in enumerate(graph.nodes)}
         self.roots = unary_roots(graph)
         self.statistics = _statistics(graph)
         self.readers = self._readers(graph)
@@ -137,8 +138,24 @@ class _Network:
             _base(self.roots[node] or node) for node in self.operands if self._shape(node) == "smooth"
         }
 
-    def cut(self) -> list[fx.Node]:
-        """Return the nodes to store, those nearest to their readers where several cuts are equal."""
+    def storage(self) -> tuple[Stored, ...]:
+        """Return what is stored, and what is derived from something encoded."""
+        cut, near = self._cut()
+        chosen = [self._stored(node) for node in cut]
+        encoded = {item.node for item in chosen if item.encoding != "exact"}
+        for node in near:  # in graph order
+            if node not in cut and any(operand in encoded for operand in self.operands[node] or ()):
+                encoded.add(node)
+                if self._choice(node)[0] != "exact":
+                    module = jg.module_path(node) or ""
+                    chosen.append(Stored(node, "derive", node, None, module, stochastic=False))
+        return tuple(chosen)
+
+    def _cut(self) -> tuple[list[fx.Node], list[fx.Node]]:
+        """Return the nodes to store and those between them and their readers.
+
+        Both in graph order. Of several cuts of equal size it is the one nearest to the readers.
+        """
         network = networkx.DiGraph()
         for node, operands in self.operands.items():
             capacity = self._capacity(node)
@@ -152,11 +169,12 @@ class _Network:
         for node in self.readers:
             network.add_edge((node, "out"), "sink")
         if "source" not in network:
-            return []
+            return [], []
         _, (_, near) = networkx.minimum_cut(network, "source", "sink")
-        return [node for node in self.operands if (node, "in") not in near and (node, "out") in near]
+        found = sorted((node for node in self.operands if (node, "out") in near), key=self.order.__getitem__)
+        return [node for node in found if (node, "in") not in near], found
 
-    def stored(self, node: fx.Node) -> Stored:
+    def _stored(self, node: fx.Node) -> Stored:
         """Return how a cut node is stored."""
         encoding, _, table = self._choice(node)
         source = self.roots[node] if table else node
