@@ -178,7 +178,7 @@ def test_table_shows_the_latest_row_and_the_block_is_rewritten(tmp_path: Path) -
 def test_targets_find_their_row(tmp_path: Path) -> None:
     append([_row(11.04)], tmp_path)
     met = [target.what for target in TARGETS if target.measured(tmp_path) is not None]
-    assert met == ["saved units a layer, bf16, bert, ratio 0.3, forward"]
+    assert met == ["saved units a layer, bf16, bert, ratio 0.3, backward"]
     assert "| 11 | yes |" in render("targets", tmp_path)
 
 
