@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import matplotlib.pyplot as plt
 import torch
@@ -28,12 +28,13 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor, nn
 
 from bench.gradient_variance import Loss
-from bench.harness import BASELINE, RESULTS, VARIANTS, Row, append, circumstances, summarise
+from bench.harness import BASELINE, RESULTS, VARIANTS, Row, circumstances, record, summarise
 from wtacrs_fx.demo import Classifier, load_encoder
 
 VARIANTS_SHOWN = (BASELINE, "wtacrs 0.3 backward", "wtacrs 0.3 balanced", "wtacrs 0.3 small")
 WORDNET = Path("/usr/share/wordnet/data.noun")
 Batch = dict[str, Tensor]
+Run = tuple[list[float], float]  # the loss of each step, the figure of merit at the end
 
 
 @dataclass
@@ -146,7 +147,7 @@ def smollm(path: Path, batch: int, length: int, held_out: int) -> Task:
 
 def train(
     task: Task, call: Callable[..., Tensor], steps: int, seed: int, advance: Callable[[], None]
-) -> tuple[list[float], float]:
+) -> Run:
     """Train from the task's initial weights; return the loss of each step and the figure of merit."""
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=task.learning_rate)
     stream, losses = task.batches(seed), []
@@ -165,44 +166,49 @@ def train(
     return losses, task.evaluate(task.model)
 
 
-def study(task: Task, variants: Sequence[str], steps: int, seeds: int, progress: Progress) -> Any:
-    """Return, for each variant, the losses and the figure of merit of every seed."""
-    initial = {name: value.clone() for name, value in task.model.state_dict().items()}
-    found: dict[str, list[tuple[list[float], float]]] = {}
-    for variant in variants:
-        backend = VARIANTS[variant]()
-        call = torch.compile(task.model, backend=backend, fullgraph=True) if backend else task.model
-        bar = progress.add_task(f"{task.name}: {variant}", total=steps * seeds)
-        for seed in range(seeds):
-            task.model.load_state_dict(initial)
-            run = train(task, call, steps, seed, lambda bar=bar: progress.advance(bar))  # type: ignore[misc]
-            found.setdefault(variant, []).append(run)
-            progress.print(f"{task.name}, {variant}, seed {seed}: {task.metric} {run[1]:.4g} {task.unit}")
-        torch._dynamo.reset()
-    return found
+def study(
+    task: Task, variant: str, initial: dict[str, Tensor], steps: int, seeds: int, progress: Progress
+) -> list[Run]:
+    """Train with one variant from `initial`, once a seed."""
+    backend = VARIANTS[variant]()
+    call = torch.compile(task.model, backend=backend, fullgraph=True) if backend else task.model
+    bar = progress.add_task(f"{task.name}: {variant}", total=steps * seeds)
+    runs = []
+    for seed in range(seeds):
+        task.model.load_state_dict(initial)
+        runs.append(train(task, call, steps, seed, lambda: progress.advance(bar)))
+        progress.print(f"{task.name}, {variant}, seed {seed}: {task.metric} {runs[-1][1]:.4g} {task.unit}")
+    torch._dynamo.reset()
+    return runs
 
 
-def rows_of(task: Task, found: Any, steps: int, shapes: str) -> list[Row]:
-    """Return the mean and the standard error over seeds of each variant."""
-    rows = []
-    for variant, runs in found.items():
-        merits = [merit for _, merit in runs]
-        spread = statistics.stdev(merits) / math.sqrt(len(merits)) if len(merits) > 1 else math.nan
-        figures = {
-            task.metric: {**summarise(merits), "value": statistics.mean(merits)},
-            f"standard error of {task.metric}": {"value": spread, "rounds": len(merits)},
-        }
-        rows += [
-            Row(
-                "accuracy", task.name, variant, metric, unit=task.unit, shapes=f"{shapes} steps={steps}",
-                **figure, **circumstances(),
-            )
-            for metric, figure in figures.items()
-        ]  # fmt: skip
-    return rows
+def rows_of(task: Task, variant: str, runs: list[Run], exact: list[Run] | None, shapes: str) -> list[Row]:
+    """Return the figure of merit of a variant, and what it gains over exact training with the same seeds.
+
+    Seeds choose the batches, so that differences within a seed are less noisy than means over seeds.
+    """
+    merits = [merit for _, merit in runs]
+    figures = {task.metric: merits}
+    if exact:
+        figures[f"{task.metric}, gain over exact"] = [
+            merit - other for merit, (_, other) in zip(merits, exact, strict=True)
+        ]
+    return [
+        Row("accuracy", task.name, variant, name, unit=task.unit, shapes=shapes, **figure, **circumstances())
+        for metric, values in figures.items()
+        for name, figure in (
+            (metric, {**summarise(values), "value": statistics.mean(values)}),
+            (f"{metric}, standard error", {"value": standard_error(values), "rounds": len(values)}),
+        )
+    ]
 
 
-def keep_curves(task: Task, found: Any, folder: Path) -> None:
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean; NaN for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path) -> None:
     """Write the losses of every step, and draw them."""
     stem = task.name.split(",")[0].lower()
     with (folder / f"accuracy_{stem}.csv").open("w", newline="") as file:
@@ -245,14 +251,16 @@ def main(
         made = maker(wordnet_file, batch, length, 20 if quick else held_out)
         count = 2 if quick else steps or default_steps
         columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
+        initial = {name: value.clone() for name, value in made.model.state_dict().items()}
+        shapes = f"batch={batch} length={length} steps={count}"
+        found: dict[str, list[Run]] = {}
         with Progress(*columns) as progress:
-            found = study(made, variant or VARIANTS_SHOWN, count, 1 if quick else seeds, progress)
-        rows = rows_of(made, found, count, f"batch={batch} length={length}")
-        for row in rows:
-            print(row)
-        if not quick:
-            append(rows)
-            keep_curves(made, found, RESULTS)
+            for one in variant or VARIANTS_SHOWN:  # kept one by one: an hour may be interrupted
+                exact = found.get(BASELINE)
+                found[one] = study(made, one, initial, count, 1 if quick else seeds, progress)
+                record(rows_of(made, one, found[one], exact, shapes), keep=not quick)
+                if not quick:
+                    keep_curves(made, found, RESULTS)
 
 
 if __name__ == "__main__":

@@ -278,6 +278,14 @@ def _commit() -> str:
     return (git("rev-parse", "--short=12", "--verify", "HEAD") or "uncommitted") + ("+dirty" if dirty else "")
 
 
+def record(rows: Sequence[Row], keep: bool) -> None:
+    """Print the rows, and add them to the results if they are to be kept."""
+    for row in rows:
+        print(row)
+    if keep:
+        append(rows)
+
+
 def append(rows: Iterable[Row], folder: Path = RESULTS) -> None:
     """Add each row to the file of its benchmark, `<benchmark>.csv`."""
     folder.mkdir(exist_ok=True)  # git keeps no empty folder
