@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
+DEEP = (
+    "--model bert --layers 12 --d 512 --heads 8 --seq 256 --rounds 0 "
+    "--variant 'inductor budget 0.9' --variant 'wtacrs 0.3 balanced'"
+)
 BENCHMARKS = (
     ["synthetic_variance"],
     ["gradient_variance"],
+    ["gradient_error"],
     ["compile_time"],
     ["memory_time"],
     ["memory_time", "--dtype", "bfloat16", "--rounds", "0"],
+    ["memory_time", *shlex.split(DEEP)],
+    ["accuracy"],
 )
 
 

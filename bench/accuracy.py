@@ -145,9 +145,7 @@ def smollm(path: Path, batch: int, length: int, held_out: int) -> Task:
     return Task("SmolLM2-135M, glosses", "held-out loss", "nats", CausalLoss(model), 2e-5, batches, evaluate)
 
 
-def train(
-    task: Task, call: Callable[..., Tensor], steps: int, seed: int, advance: Callable[[], None]
-) -> Run:
+def train(task: Task, call: Callable[..., Tensor], steps: int, seed: int, advance: Callable[[], None]) -> Run:
     """Train from the task's initial weights; return the loss of each step and the figure of merit."""
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=task.learning_rate)
     stream, losses = task.batches(seed), []

@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 import typer
 
-from bench.harness import BASELINE, VARIANTS, Row, Step, append, circumstances, interleave, summarise
+from bench.harness import BASELINE, VARIANTS, Row, Step, circumstances, interleave, record, summarise
 from bench.models import MODELS, TINY, Shape, make
 
 SAMPLED = ("wtacrs 0.3 forward", "wtacrs 0.3 backward", "wtacrs 0.3 balanced")
@@ -79,10 +79,7 @@ def main(
     shape = TINY if quick else Shape(layers, d, heads, batch, seq)
     for name in model or ("bert", "llama"):
         rows = measure(name, shape, 1 if quick else rounds)
-        for row in rows:
-            print(row)
-        if not quick:
-            append(rows)
+        record(rows, keep=not quick)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import wtacrs_fx
 from bench.gradient_variance import Batch, fine_tune, load
-from bench.harness import BASELINE, MIB, Row, Step, append, circumstances, inductor, saved_bytes, summarise
+from bench.harness import BASELINE, MIB, Row, Step, circumstances, inductor, record, saved_bytes, summarise
+from bench.variance import relative_variance
 from wtacrs_fx import Policy
 from wtacrs_passes import storage
 from wtacrs_passes.storage import Mode
@@ -62,11 +63,8 @@ def errors(step: Step, exact: Tensor, draws: int) -> list[float]:
 
 def minibatch_noise(model: nn.Module, batches: Iterator[Batch], count: int) -> float:
     """Return the relative variance of the whole gradient over minibatches."""
-    total, squares = torch.zeros(()), 0.0
-    for _ in range(count):
-        step = gradient(Step(model, next(batches), None))
-        total, squares = total + step, squares + float(step.square().sum())
-    return (squares - float(total.square().sum()) / count) / (count - 1) * count / squares
+    [noise] = relative_variance([gradient(Step(model, next(batches), None))] for _ in range(count))
+    return noise
 
 
 def main(
@@ -101,7 +99,7 @@ def main(
 
         noise = minibatch_noise(model, stream, 4 if quick else 16)
         rows.append(describe("minibatch noise", "relative squared error", "1", value=noise))
-        exactly, default = Policy(residuals="balanced", ratio=1.0), MIXTURES["int8, int4 before functions"]
+        exactly, default = Policy(residuals="balanced", ratio=1.0), storage.MODES["balanced"]
         policies = {f"{name}, ratio 1": (exactly, mixture) for name, mixture in MIXTURES.items()}
         for name in ("exact", "balanced", "small"):
             policies[f"{name}, ratio 0.3"] = Policy(residuals=name, placement="backward"), default
@@ -114,10 +112,7 @@ def main(
             rows.append(describe(variant, "relative squared error", "1", **figures))
             rows.append(describe(variant, "saved", "MiB", value=size / MIB, ratio=size / kept))
         rows.append(describe(BASELINE, "saved", "MiB", value=kept / MIB, ratio=1.0))
-        for row in rows:
-            print(row)
-        if not quick:
-            append(rows)
+        record(rows, keep=not quick)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import typer
 from torch import Tensor, nn
 
 import wtacrs_fx
-from bench.harness import Backend, Row, Step, append, circumstances, inductor, summarise
-from bench.variance import gram, squared_errors
+from bench.harness import Backend, Row, Step, circumstances, inductor, record, summarise
+from bench.variance import gram, relative_variance, squared_errors
 from wtacrs_fx.demo import Classifier, load_encoder, load_texts
 from wtacrs_passes.estimators import ESTIMATORS
 
@@ -130,15 +130,7 @@ def estimator_errors(model: nn.Module, batch: Batch, draws: int, seed: int) -> F
 def minibatch_noise(model: nn.Module, batches: Iterator[Batch], count: int) -> list[float]:
     """Return the relative variance of each linear's gradient over `count` minibatches."""
     weights = [linear.weight for linear in sampled_linears(model).values()]
-    total = [torch.zeros_like(weight) for weight in weights]
-    squares = [0.0] * len(weights)
-    for _ in range(count):
-        for i, gradient in enumerate(gradients(model, next(batches), weights)):
-            total[i] += gradient
-            squares[i] += float(gradient.square().sum())
-    # (sum ||g||^2 - ||sum g||^2 / n) / (n - 1) is the unbiased variance, sum ||g||^2 / n the second moment
-    spread = [s - float(t.square().sum()) / count for s, t in zip(squares, total, strict=True)]
-    return [count / (count - 1) * v / s for v, s in zip(spread, squares, strict=True)]
+    return relative_variance(gradients(model, next(batches), weights) for _ in range(count))
 
 
 def gradients(model: nn.Module, batch: Batch, weights: list[Tensor]) -> tuple[Tensor, ...]:
@@ -214,10 +206,7 @@ def main(
                 key = (f"{policy.estimator} {ratio}", "backward, compiled")
                 figures[key] = compiled_errors(model, fixed[0], wtacrs_fx.backend(policy), min(draws, 20))
         rows = describe(now, figures)
-        for row in rows:
-            print(row)
-        if not quick:
-            append(rows)
+        record(rows, keep=not quick)
 
 
 if __name__ == "__main__":

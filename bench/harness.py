@@ -25,7 +25,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx
 
 import wtacrs_fx
-from wtacrs_fx import Policy
+from wtacrs_fx import Policy, measure
 from wtacrs_passes.policy import Placement, Residuals
 
 Backend = Callable[[torch.fx.GraphModule, list[Any]], Any]
@@ -121,55 +121,22 @@ class Step:
 
 
 def saved_bytes(step: Step) -> int:
-    """Return the bytes that a forward pass keeps for its backward pass, less parameters, buffers and inputs.
-
-    Counted as storages, each once, in eager and in compiled code alike: all that autograd is given to keep.
-    """
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = step.forward()
-    # What AOTAutograd keeps beside `save_for_backward`, out of sight of the hooks.
-    kept += getattr(loss.grad_fn, "_tensors_no_vc_check", None) or []
-    storages = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in kept}
-    owned = {_storage(t) for t in (*step.model.parameters(), *step.model.buffers(), *step.inputs.values())}
-    return sum(size for storage, size in storages.items() if storage not in owned)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Return the bytes that the forward keeps for the backward, less parameters, buffers and inputs."""
+    owned = [*step.model.parameters(), *step.model.buffers(), *step.inputs.values()]
+    step.model.zero_grad(set_to_none=True)
+    return measure.saved_bytes(step.forward, owned)
 
 
 def peak_bytes(step: Step) -> int:
     """Return the most bytes that a step holds at once, gradients included, beyond what was held before it."""
     step.model.zero_grad(set_to_none=True)
-    if _on_cuda(step):
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    held = peak = 0
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    return measure.peak_bytes(step, next(step.model.parameters()).device)
 
 
 def step_seconds(step: Step) -> float:
     """Return the duration of one forward and backward pass."""
     step.model.zero_grad(set_to_none=True)
-    if _on_cuda(step):
+    if next(step.model.parameters()).is_cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         step()
@@ -179,10 +146,6 @@ def step_seconds(step: Step) -> float:
     began = time.perf_counter()
     step()
     return time.perf_counter() - began
-
-
-def _on_cuda(step: Step) -> bool:
-    return next(step.model.parameters()).is_cuda
 
 
 def interleave(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -24,10 +24,10 @@ from bench.harness import (
     VARIANTS,
     Row,
     Step,
-    append,
     circumstances,
     interleave,
     peak_bytes,
+    record,
     saved_bytes,
     step_seconds,
     summarise,
@@ -136,10 +136,7 @@ def main(
     chosen = [name for name in VARIANTS if not variant or name in {*variant, BASELINE}]
     for name in model or MODELS:
         rows = measure(Case(name, shape, getattr(torch, dtype), device, seed), chosen, 2 if quick else rounds)
-        for row in rows:
-            print(row)
-        if not quick:
-            append(rows)
+        record(rows, keep=not quick)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import typer
 from torch import Tensor
 
-from bench.harness import Row, append, circumstances
+from bench.harness import Row, circumstances, record
 from bench.variance import exact_variance, gram, squared_errors
 
 FEATURES = 64
@@ -99,10 +99,7 @@ def main(
     """Measure all cases; append rows to bench/results."""
     for case in CASES:
         found = measure(case, 64, ratio, 100, seed) if quick else measure(case, rows, ratio, draws, seed)
-        for row in found:
-            print(row)
-        if not quick:
-            append(found)
+        record(found, keep=not quick)
 
 
 if __name__ == "__main__":

@@ -222,13 +222,19 @@ def test_a_study_starts_every_variant_from_the_same_weights(tmp_path: Path) -> N
             yield {"x": torch.randn(8, 4, generator=generator)}
 
     task = Task("toy, linear", "norm", "1", Loss(), 0.1, batches, lambda _: float(model.weight.norm()))
+    start = {name: value.clone() for name, value in task.model.state_dict().items()}
     with Progress(disable=True) as progress:
-        found = study(task, ["eager", "inductor"], 5, 2, progress)
+        found = {name: study(task, name, start, 5, 2, progress) for name in ("eager", "inductor")}
     assert not torch.equal(initial, model.weight)
     for (left, merit), (right, other) in zip(found["eager"], found["inductor"], strict=True):
         assert left == pytest.approx(right, rel=1e-5) and merit == pytest.approx(other, rel=1e-5)
-    rows = rows_of(task, found, 5, "batch=8")
-    assert [row.metric for row in rows[:2]] == ["norm", "standard error of norm"]
+    rows = rows_of(task, "inductor", found["inductor"], found["eager"], "batch=8")
+    names = ["norm", "norm, standard error", "norm, gain over exact", "norm, gain over exact, standard error"]
+    assert [row.metric for row in rows] == names
+    merits = [merit for _, merit in found["inductor"]]
+    assert rows[0].value == pytest.approx(sum(merits) / 2)
+    assert rows[1].value == pytest.approx(abs(merits[0] - merits[1]) / 2)  # of two: |a - b| / sqrt 2 / sqrt 2
+    assert rows[2].value == pytest.approx(0.0, abs=1e-5)
     keep_curves(task, found, tmp_path)
     assert len((tmp_path / "accuracy_toy.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
     assert (tmp_path / "accuracy_toy.png").stat().st_size > 5000

@@ -135,58 +135,15 @@ def tiny_encoder() -> nn.Module:
     return BertModel(config)
 
 
-class TestMeasures:
-    """A two-layer perceptron, counted by hand, in float32."""
+def test_accuracy_restores_training_mode() -> None:
+    class Constant(nn.Module):
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> object:
+            return None, torch.tensor([[0.0, 1.0]]).expand(len(labels), 2)
 
-    rows, width = 32, 64
-    hidden_bytes = 4 * rows * width
-
-    def perceptron(self) -> tuple[nn.Sequential, torch.Tensor]:
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Linear(self.width, self.width), nn.Sigmoid(), nn.Linear(self.width, self.width)
-        ), torch.randn(self.rows, self.width)
-
-    @pytest.mark.parametrize("compiled", [False, True])
-    def test_saved_bytes(self, compiled: bool) -> None:
-        model, x = self.perceptron()
-        forward = torch.compile(model, backend="aot_eager") if compiled else model
-        saved = demo.saved_bytes(lambda: forward(x).sum(), [*model.parameters(), x])
-        assert saved == self.hidden_bytes  # the sigmoid's result: its own derivative and the next input
-
-    def test_saved_bytes_counts_what_is_not_excluded(self) -> None:
-        model, x = self.perceptron()
-        saved = demo.saved_bytes(lambda: model(x).sum(), model.parameters())
-        assert saved == 2 * self.hidden_bytes  # and the input
-
-    def test_saved_bytes_leaves_gradients(self) -> None:
-        model, x = self.perceptron()
-        demo.saved_bytes(lambda: model(x).sum(), [])
-        assert all(parameter.grad is not None for parameter in model.parameters())
-
-    def test_peak_bytes(self) -> None:
-        def step() -> None:
-            first = torch.empty(1000)  # 4000 bytes
-            second = torch.empty(500)
-            del first
-            third = torch.empty(250)
-            del second, third
-
-        step()
-        assert demo.peak_bytes(step, CPU) == 6000
-
-    def test_peak_bytes_of_an_idle_step(self) -> None:
-        assert demo.peak_bytes(lambda: None, CPU) == 0
-
-    def test_accuracy_restores_training_mode(self) -> None:
-        class Constant(nn.Module):
-            def forward(self, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> object:
-                return None, torch.tensor([[0.0, 1.0]]).expand(len(labels), 2)
-
-        module = Constant().train()
-        labels = torch.tensor([1, 1, 0, 1])
-        assert demo.accuracy(module, [(labels, labels, labels)]) == 0.75  # type: ignore[arg-type]
-        assert module.training
+    module = Constant().train()
+    labels = torch.tensor([1, 1, 0, 1])
+    assert demo.accuracy(module, [(labels, labels, labels)]) == 0.75  # type: ignore[arg-type]
+    assert module.training
 
 
 class TestResults:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import wtacrs_fx
 from wtacrs_fx import PartitionError, Policy
-from wtacrs_fx.demo import saved_bytes
+from wtacrs_fx.measure import saved_bytes
 from wtacrs_passes import encode_residuals, pipeline
 from wtacrs_passes.encodings import group_size
 

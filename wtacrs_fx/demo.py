@@ -6,7 +6,6 @@ times compare. What is measured: accuracy on held-out texts, saved bytes, peak m
 
 import copy
 import csv
-import itertools
 import math
 import platform
 import statistics
@@ -24,6 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
+
+from .measure import peak_bytes, saved_bytes
 
 MIB = 2**20
 BASELINE = "Inductor"
@@ -307,45 +308,6 @@ def _inductor_at_budget(budget: float) -> Callable[[torch.fx.GraphModule, list[T
 
 
 # Measuring
-
-
-def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int:
-    """Return the bytes that the forward saves for the backward, in storages that hold none of `exclude`.
-
-    Args:
-        forward: returns the loss; its backward is run as well, so that nothing stays saved.
-        exclude: parameters, buffers and inputs, which live on whether saved or not.
-    """
-    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-    loss.backward()  # type: ignore[no-untyped-call]
-    return sum(sizes.values())
-
-
-def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """Return the most bytes allocated during the step, less those allocated before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    # Without Kineto, which reports its start and stop on stderr.
-    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
-        step()
-    assert profile.kineto_results is not None
-    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    changes: Iterator[int] = (event.nbytes() for event in events)
-    return max(itertools.accumulate(changes, initial=0))
 
 
 @torch.no_grad()

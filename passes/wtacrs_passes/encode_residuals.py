@@ -54,17 +54,15 @@ def encode_residuals(
     Args:
         tangent: everything computed from tangents; `pinned`: what is stored for the sites anyway.
     """
-    chosen = [item for item in stored if item.encoding not in ("exact", "derive")]
-    if not chosen:
+    changed = [item for item in stored if item.encoding != "exact"]
+    if not changed:
         return []
     editor = Editor(graph)
-    derived = [item for item in stored if item.encoding == "derive"]
-    names = {
-        item.node: frozenset(form.name for form in jg.same_content(item.node)) for item in [*chosen, *derived]
-    }
-    encoded = {item.node: _encode(editor, item) for item in chosen}
+    names = {item.node: frozenset(form.name for form in jg.same_content(item.node)) for item in changed}
+    items = {item.node: item for item in changed if item.encoding != "derive"}
+    encoded = {node: _encode(editor, item) for node, item in items.items()}
     as_they_are = {*pinned, *(item.node for item in stored if item.encoding == "exact")}
-    rebuild = _Rebuild(editor, encoded, {item.node: item for item in chosen}, as_they_are)
+    rebuild = _Rebuild(editor, encoded, items, as_they_are)
     for node in list(graph.nodes):
         if node in tangent and node.op == "call_function":
             with editor.before(node):
@@ -72,9 +70,7 @@ def encode_residuals(
                     if operand not in tangent:
                         node.replace_input_with(operand, rebuild(operand))
     graph.eliminate_dead_code()
-    return [
-        EncodedResidual(item, encoded.get(item.node, ()), names[item.node]) for item in [*chosen, *derived]
-    ]
+    return [EncodedResidual(item, encoded.get(item.node, ()), names[item.node]) for item in changed]
 
 
 def _encode(editor: Editor, item: Stored) -> tuple[fx.Node, ...]:
@@ -140,7 +136,7 @@ class _Rebuild:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """Return what a node is computed from again; nothing where it is stored or cannot be."""
-        again = jg.is_recomputable(node) and isinstance(node.meta.get("val"), Tensor)
+        again = jg.is_derivable(node) and isinstance(node.meta.get("val"), Tensor)
         return node.all_input_nodes if again and node not in self.stored else []
 
     def _build(self, node: fx.Node) -> fx.Node:

@@ -12,7 +12,8 @@ name        stored                                  error of an element
 ``bits``    1 bit                                   none
 ==========  ======================================  =========================================
 
-A group is a run of elements along the last dimension, `peak` the largest magnitude in it. With stochastic
+A group is a run of elements along the last dimension, `peak` the largest magnitude in it; for 16-bit floats
+the scale is rounded up to bfloat16, by less than 1 %. With stochastic
 rounding the integer encodings are unbiased and their error is below `scale`. A group that holds NaN or Inf
 decodes to NaN, so that neither is hidden; a group of zeros decodes to zeros.
 """
@@ -42,6 +43,11 @@ def group_size(features: Any, bits: int) -> Any:
     largest = min(GROUP[bits], features)
     divisor = next((size for size in range(largest, 0, -1) if features % size == 0), features)
     return divisor if divisor >= _SMALLEST_GROUP else features
+
+
+def levels(bits: int) -> int:
+    """Return the largest code of a signed integer of so many bits; the smallest is its negative."""
+    return int(2 ** (bits - 1)) - 1
 
 
 def encoded_bits(encoding: str, features: Any, itemsize: int, bits: int = 0) -> float:
@@ -77,17 +83,17 @@ def quantise(x: Tensor, bits: int, noise: Tensor | None = None) -> tuple[Tensor,
         codes: int8 [..., features] for 8 bits, uint8 [..., ceil(features / 2)] for 4;
         scales: [..., groups], bfloat16 for 16-bit floats, else float32.
     """
-    levels = 2 ** (bits - 1) - 1
+    largest = levels(bits)
     group = group_size(x.shape[-1], bits)
     wide = _blocks(x.float(), -1, group)
     peak = wide.abs().amax(-1, keepdim=True)
-    scales = (peak * (_ROUND_UP / levels)).bfloat16() if x.element_size() == 2 else peak / levels
+    scales = (peak * (_ROUND_UP / largest)).bfloat16() if x.element_size() == 2 else peak / largest
     divisor = scales.float()
     usable = (divisor > 0) & (divisor < torch.inf)
     steps = torch.where(usable, wide / torch.where(usable, divisor, 1.0), 0.0).flatten(-2)
     steps = steps.round() if noise is None else (steps + noise).floor()
-    steps = steps.clamp(-levels, levels)
-    codes = steps.to(torch.int8) if bits == 8 else pack((steps + (levels + 1)).to(torch.uint8), 4)
+    steps = steps.clamp(-largest, largest)
+    codes = steps.to(torch.int8) if bits == 8 else pack((steps + (largest + 1)).to(torch.uint8), 4)
     return codes, scales.squeeze(-1)
 
 

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -86,6 +86,18 @@ def is_recomputable(node: fx.Node) -> bool:
         or node.target in VIEWS | COPIES | CASTS | GATHERS
         or (node.target is operator.getitem)
     )
+
+
+def is_derivable(node: fx.Node) -> bool:
+    """Tell whether the node's operands suffice to compute it again: not so for one of several results."""
+    return is_recomputable(node) and node.target is not operator.getitem
+
+
+def content_of(node: fx.Node, forms: Set[Any] = VIEWS | COPIES | CASTS) -> fx.Node:
+    """Return what a view, copy or cast is a form of."""
+    while node.target in forms and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def output_of(graph: fx.Graph) -> fx.Node:
@@ -208,13 +220,11 @@ def merge_equal(graph: fx.Graph) -> None:
 
 def same_content(node: fx.Node) -> set[fx.Node]:
     """Return the nodes that hold what `node` holds: what it is a view, copy or cast of, and those of that."""
-    forms = VIEWS | COPIES | CASTS
-    while node.target in forms and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    found, stack = {node}, [node]
+    source = content_of(node)
+    found, stack = {source}, [source]
     while stack:
         for user in stack.pop().users:
-            if user.target in forms and user not in found:
+            if user.target in VIEWS | COPIES | CASTS and user not in found:
                 found.add(user)
                 stack.append(user)
     return found

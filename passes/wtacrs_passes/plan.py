@@ -66,8 +66,7 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy) -> Plan:
     sites: list[Site] = []
     order = {product.node: i for i, product in enumerate(analysis.products)}
     for product, sampling in wanted:
-        mode = MODES[sampling.residuals]
-        available = analysis.numbers[product.x] in at_hand or (mode is not None and mode.lossy)
+        available = analysis.numbers[product.x] in at_hand or MODES[sampling.residuals].lossy
         placement = sampling.placement
         if placement == "auto":
             placement = "backward" if available else "forward"

@@ -11,10 +11,12 @@ import sympy
 from torch import fx
 
 from .encode_residuals import EncodedResidual
+from .encodings import INTEGER_BITS, levels
 from .joint_graph import module_path, nbytes, sympy_size
 from .plan import Plan
 from .residuals import Analysis, Product
 from .sample_rows import SampledSite
+from .storage import Stored
 
 Size: TypeAlias = int | sympy.Expr
 """A number of rows or bytes; an expression in the symbols of batch and sequence where those are dynamic."""
@@ -268,13 +270,16 @@ def make_report(
     return Report(tuple(reports), total_before, total_after, residuals=others)
 
 
-_BOUNDS = {
-    "int8": "rounded, error <= group peak / 254",
-    "int4": "rounded, error <= group peak / 14",
-    "bits": "exact",
-    "derive": "as what it is derived from",
-    "exact": "exact",
-}
+def _effect(stored: Stored) -> str:
+    """Return what an encoding does to gradients."""
+    if stored.table is not None:
+        return f"rounded to {len(stored.table.values)} values, integral of error^2 {stored.table.error:.2g}"
+    if stored.encoding in INTEGER_BITS:
+        largest = levels(INTEGER_BITS[stored.encoding])
+        if stored.stochastic:
+            return f"unbiased, error < group peak / {largest}"
+        return f"rounded, error <= group peak / {2 * largest}"
+    return "as what it is derived from" if stored.encoding == "derive" else "exact"
 
 
 def _residual_reports(
@@ -289,13 +294,6 @@ def _residual_reports(
     for residual in residuals:
         stored = residual.stored
         listed |= {code.name for code in residual.codes}
-        gradient = _BOUNDS.get(stored.encoding, "")
-        if stored.table is not None:
-            gradient = (
-                f"rounded to {len(stored.table.values)} values, integral of error^2 {stored.table.error:.2g}"
-            )
-        elif stored.stochastic:
-            gradient = "unbiased, error < group peak / " + ("127" if stored.encoding == "int8" else "7")
         replaced = [saved.pop(name) for name in residual.stored_names if name in saved]
         if stored.encoding == "derive" and not replaced:
             continue  # Inductor would not have saved it either
@@ -303,7 +301,7 @@ def _residual_reports(
             stored.module, str(stored.node.target), stored.encoding,
             simplify(sum(nbytes(node.meta["val"]) for node in replaced)),
             simplify(sum(nbytes(code.meta["val"]) for code in residual.codes if code.name in names_after)),
-            gradient,
+            _effect(stored),
         )  # fmt: skip
     for node in after:
         if node.name not in listed:

@@ -36,7 +36,7 @@ import torch
 from torch import fx
 
 from . import ops
-from .joint_graph import VIEWS, Editor, aten, is_recomputable, prims
+from .joint_graph import VIEWS, Editor, aten, content_of, is_derivable, prims
 from .plan import Plan, Site
 from .residuals import Product, rows_first
 from .torch_api import stable_topological_sort
@@ -201,9 +201,7 @@ def _gather(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
 
 def _in_memory(x: fx.Node) -> bool:
     """Tell whether X is a view of what no fused kernel computes, such as the output of attention."""
-    while x.target in VIEWS and isinstance(x.args[0], fx.Node):
-        x = x.args[0]
-    return x.target is operator.getitem or not is_recomputable(x)
+    return not is_derivable(content_of(x, VIEWS))
 
 
 def _gather_stored(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:

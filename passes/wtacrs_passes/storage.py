@@ -56,11 +56,13 @@ class Mode:
         integers: for residuals in general.
         sources: for residuals of which the backward pass reads a nonlinear function.
         table_bits: for coefficients that are a bounded function of one tensor.
+        masks: booleans are packed, and what can be derived from something stored is.
     """
 
     integers: Literal["exact", "int8", "int4"] = "exact"
     sources: Literal["exact", "int8", "int4"] = "exact"
     table_bits: int = 0
+    masks: bool = True
 
     @property
     def lossy(self) -> bool:
@@ -68,8 +70,8 @@ class Mode:
         return self.integers != "exact"
 
 
-MODES: dict[str, Mode | None] = {
-    "exact": None,
+MODES = {
+    "exact": Mode(masks=False),
     "lossless": Mode(),
     "balanced": Mode("int8", "int4", 3),
     "small": Mode("int4", "int4", 2),
@@ -98,9 +100,9 @@ class Stored:
 
 
 def modes(policy: Policy) -> tuple[Mode, ...]:
-    """Return the modes that a policy names, for all modules or for some; none where all is exact."""
+    """Return the modes that a policy names, for all modules or for some."""
     names = (policy.residuals, *(dict(rule.overrides).get("residuals", "exact") for rule in policy.rules))
-    return tuple(mode for mode in map(MODES.__getitem__, names) if mode is not None)
+    return tuple(MODES[name] for name in names)
 
 
 def choose_storage(
@@ -114,7 +116,7 @@ def choose_storage(
         tangent: everything computed from tangents.
         pinned: what is stored for the sites anyway.
     """
-    if not modes(policy):
+    if not any(mode.masks for mode in modes(policy)):
         return ()
     with real_tensors():  # functions of the graph are evaluated while it is compiled under fake tensors
         network = _Network(graph, tangent, policy, set(pinned))
@@ -133,9 +135,10 @@ class _Network:
         self.exact = self._exact()
         self.known = self._known(graph)
         self.shapes: dict[fx.Node, Shape] = {}
+        self.choices: dict[fx.Node, tuple[Encoding, Table | None]] = {}
         self.operands = self._derivations()
         self.nonlinear = {
-            _base(self.roots[node] or node) for node in self.operands if self._shape(node) == "smooth"
+            jg.content_of(self.roots[node] or node) for node in self.operands if self._shape(node) == "smooth"
         }
 
     def storage(self) -> tuple[Stored, ...]:
@@ -176,7 +179,7 @@ class _Network:
 
     def _stored(self, node: fx.Node) -> Stored:
         """Return how a cut node is stored."""
-        encoding, _, table = self._choice(node)
+        encoding, table = self._choice(node)
         source = self.roots[node] if table else node
         assert source is not None
         module = jg.module_path(node) or ""
@@ -186,9 +189,9 @@ class _Network:
         )
         return Stored(node, encoding, source, table, module, stochastic)
 
-    def _mode(self, module: str | None) -> Mode | None:
+    def _mode(self, module: str | None) -> Mode:
         sampling = self.policy.sampling(module or "")
-        return MODES[sampling.residuals] if sampling else None
+        return MODES[sampling.residuals if sampling else "exact"]
 
     def _readers(self, graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
         """Return the residuals with the operations on tangents that read them."""
@@ -211,12 +214,12 @@ class _Network:
             node
             for node, readers in self.readers.items()
             for reader in readers
-            if not _lossy(self._mode(jg.module_path(reader) or jg.module_path(node)))
+            if not self._mode(jg.module_path(reader) or jg.module_path(node)).lossy
         ]
         found = set(stack)
         while stack:
             node = stack.pop()
-            if jg.is_recomputable(node) and node.target is not operator.getitem:
+            if jg.is_derivable(node):
                 new = set(jg.tensor_operands(node)) - found
                 found |= new
                 stack += new
@@ -238,7 +241,7 @@ class _Network:
         return found
 
     def _derivation(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
-        if not jg.is_recomputable(node) or node.target is operator.getitem:
+        if not jg.is_derivable(node):
             return None
         operands = tuple(jg.tensor_operands(node))
         root = self.roots[node]
@@ -261,13 +264,12 @@ class _Network:
         """
         known: set[fx.Node] = set()
         for node in graph.nodes:
-            derived = jg.is_recomputable(node) and node.target is not operator.getitem
             if (
                 self._at_hand(node)
                 or node in self.statistics
                 or node in self.exact
                 or not _is_float(node)
-                or (derived and all(operand in known for operand in jg.tensor_operands(node)))
+                or (jg.is_derivable(node) and all(operand in known for operand in jg.tensor_operands(node)))
             ):
                 known.add(node)
         return known
@@ -292,29 +294,33 @@ class _Network:
         """Return thousandths of a byte, and among equals the less exact encoding at a little more."""
         if node.target in _FORMS or node.target is aten.expand.default:
             return None  # what it is a form of is stored
-        encoding, bits, _ = self._choice(node)
-        elements = hint(node.meta["val"].numel())
-        return int(elements * bits * 125) + (encoding != "exact")
-
-    def _choice(self, node: fx.Node) -> tuple[Encoding, float, Table | None]:
-        """Return the smallest encoding that the policy allows for a node, and its bits for each element."""
+        encoding, table = self._choice(node)
         value = node.meta["val"]
-        features = value.shape[-1] if value.dim() else 0
-        exact = 8.0 * value.element_size()
+        features = value.shape[-1] if value.dim() else 1
+        bits = encoded_bits(encoding, features, value.element_size(), table.bits if table else 0)
+        return int(hint(value.numel()) * bits * 125) + (encoding != "exact")
+
+    def _choice(self, node: fx.Node) -> tuple[Encoding, Table | None]:
+        """Return the smallest encoding that the policy allows for a node."""
+        if node not in self.choices:
+            self.choices[node] = self._smallest(node)
+        return self.choices[node]
+
+    def _smallest(self, node: fx.Node) -> tuple[Encoding, Table | None]:
+        value = node.meta["val"]
         mode = self._mode(jg.module_path(node))
-        if mode is None or value.dim() < 2 or node in self.statistics:
-            return "exact", exact, None
-        if isinstance(features, int) and features < _SMALLEST:
-            return "exact", exact, None
+        if not mode.masks or value.dim() < 2 or node in self.statistics:
+            return "exact", None
+        if isinstance(value.shape[-1], int) and value.shape[-1] < _SMALLEST:
+            return "exact", None
         if value.dtype == torch.bool:
-            return "bits", 1.0, None
+            return "bits", None
         if not _is_float(node) or not mode.lossy or node in self.exact or value.dtype == torch.float64:
-            return "exact", exact, None
+            return "exact", None
         table = self._table(node, mode)
         if table is not None:
-            return "table", float(table.bits), table
-        encoding = mode.sources if node in self.nonlinear else mode.integers
-        return encoding, encoded_bits(encoding, features, value.element_size()), None
+            return "table", table
+        return (mode.sources if node in self.nonlinear else mode.integers), None
 
     def _table(self, node: fx.Node, mode: Mode) -> Table | None:
         """Return the table of a node that only scales tangents and is a bounded function of one tensor."""
@@ -382,17 +388,6 @@ def unary_function(node: fx.Node, root: fx.Node) -> Callable[[Tensor], Tensor]:
 def hint(size: Any) -> int:
     """Return a size as a number: that of the example inputs where it is symbolic."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """Return what a view, copy or cast is a form of."""
-    while node.target in _FORMS | jg.CASTS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
-def _lossy(mode: Mode | None) -> bool:
-    return mode is not None and mode.lossy
 
 
 def _is_float(node: fx.Node) -> bool:
