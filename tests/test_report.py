@@ -9,9 +9,13 @@ from wtacrs_passes.report import Report, SiteReport, format_bytes
 BATCH, LENGTH = sympy.symbols("s0 s1", integer=True, positive=True)
 ROWS = BATCH * LENGTH
 KEPT = sympy.Min(ROWS, sympy.Max(32, (3 * ROWS + 9) // 10))
-STATIC = SiteReport("layers.0.up", "layers.0.up.weight", 128, 39, "crs", "forward", "rows", 16384, 4992)
-DYNAMIC = SiteReport("head", "head.weight", ROWS, KEPT, "crs", "forward", "rows", 64 * ROWS, 64 * KEPT)
-LEFT = SiteReport("embed", "embed.weight", 0, 0, "", "", "exact", 0, 0, "gradient computed by embedding")
+STATIC = SiteReport(
+    "layers.0.up", "layers.0.up.weight", 128, 39, "crs", "forward", "||x||", "rows", 16384, 4992
+)
+DYNAMIC = SiteReport(
+    "head", "head.weight", ROWS, KEPT, "crs", "forward", "||x||", "rows", 64 * ROWS, 64 * KEPT
+)
+LEFT = SiteReport("embed", "embed.weight", 0, 0, "", "", "", "exact", 0, 0, "gradient computed by embedding")
 
 
 def test_table_is_aligned_and_totals_are_stated() -> None:

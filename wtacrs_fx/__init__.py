@@ -7,9 +7,12 @@ from wtacrs_passes.report import Report, SiteReport
 
 from .backend import Backend, PatternWarning, backend, reports
 from .capture import capture, explain, transform
+from .gradient_norms import GradientNormError, GradientNorms, token_mask, track_gradient_norms
 
 __all__ = [
     "Backend",
+    "GradientNormError",
+    "GradientNorms",
     "NoTangentsError",
     "PartitionError",
     "PatternWarning",
@@ -22,5 +25,7 @@ __all__ = [
     "capture",
     "explain",
     "reports",
+    "token_mask",
+    "track_gradient_norms",
     "transform",
 ]

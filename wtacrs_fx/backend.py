@@ -16,7 +16,8 @@ import torch._inductor.config
 from torch import fx
 
 from wtacrs_passes import torch_api
-from wtacrs_passes.joint_graph import StaticInput, path_from_source
+from wtacrs_passes.annotations import MASK_NAMES
+from wtacrs_passes.joint_graph import NamedInput, last_name, path_from_source
 from wtacrs_passes.pipeline import WtacrsPartitioner, source_hash
 from wtacrs_passes.policy import Policy, PolicyError, nearest, policy_from_options
 from wtacrs_passes.report import Report
@@ -159,18 +160,21 @@ def _inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
     return config
 
 
-def lifted_inputs(gm: fx.GraphModule) -> tuple[StaticInput, ...]:
-    """Return the parameters and buffers that Dynamo lifted into the inputs of a graph."""
+def lifted_inputs(gm: fx.GraphModule) -> tuple[NamedInput, ...]:
+    """Return the parameters and buffers that Dynamo lifted into the inputs of a graph, and token masks."""
     found = []
     for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         argument = node.meta.get("grapharg")
         source = getattr(argument, "source", None)
         if source is None:
             continue
-        is_parameter = isinstance(argument.example, torch.nn.Parameter)
         name = source.name() if callable(source.name) else source.name
-        if is_parameter or "_buffers[" in name:
-            found.append(StaticInput(index, path_from_source(name), is_parameter))
+        if isinstance(argument.example, torch.nn.Parameter):
+            found.append(NamedInput(index, path_from_source(name), "parameter"))
+        elif "_buffers[" in name:
+            found.append(NamedInput(index, path_from_source(name), "buffer"))
+        elif (mask := last_name(name)) in MASK_NAMES:
+            found.append(NamedInput(index, mask, "mask"))
     return tuple(found)
 
 
@@ -198,7 +202,7 @@ def _report_path(
     example_inputs: Sequence[Any],
     config: Mapping[str, Any],
     policy: Policy,
-    table: Sequence[StaticInput],
+    table: Sequence[NamedInput],
 ) -> pathlib.Path:
     inputs = [
         (tuple(x.shape), x.dtype, x.stride(), x.device, x.requires_grad) if isinstance(x, torch.Tensor) else x

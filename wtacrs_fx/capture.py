@@ -16,7 +16,7 @@ from wtacrs_passes.report import Report
 from .backend import lifted_inputs
 
 STATIC_INPUTS = "wtacrs_static_inputs"
-"""Key of ``graph_module.meta``: the parameters and buffers among the primals, by position."""
+"""Key of ``graph_module.meta``: the primals that have a name, by position."""
 
 
 class _Captured(Exception):

@@ -32,6 +32,36 @@ def choose_rows(weights: Tensor, noise: Tensor, kept: int, estimator: str) -> tu
     return indices, scales.float()
 
 
+DEFENCE = 0.05
+"""Share of the mean gradient norm that every row's remembered norm is raised by.
+
+A row whose gradient was zero when it was last seen may have one now: with weight zero it would never be
+drawn, and the estimate would be biased. Owen and Zhou (2000) call it a defensive mixture.
+"""
+
+
+def gradient_weights(known: Tensor, mask: Tensor, masked: float) -> Tensor:
+    """Return what stands for ``||dy_i||`` where rows are chosen before the backward pass.
+
+    Args:
+        known: [rows], the norms of an earlier step; zero where there is none.
+        mask: [rows], zero for rows that are known, or supposed, to have no gradient.
+        masked: what those rows' weights are multiplied by.
+
+    Returns:
+        [rows], float32: the norm raised by ``DEFENCE`` times the mean norm of the batch; that mean itself
+        for a row without a norm, one where no row has any.
+    """
+    real = mask != 0
+    known = known.double()
+    seen = (known > 0) & known.isfinite()
+    counted = seen & real
+    mean = torch.where(counted, known, 0.0).sum() / counted.sum().clamp(min=1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    weights = torch.where(seen, known + DEFENCE * mean, mean)
+    return torch.where(real, weights, masked * weights).float()
+
+
 def inclusion_probabilities(weights: Tensor, kept: int) -> Tensor:
     """Return ``q_i = min(1, lambda a_i)`` with ``sum q = kept``.
 

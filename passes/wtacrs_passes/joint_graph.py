@@ -7,9 +7,9 @@ import copy
 import dataclasses
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Set
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -43,18 +43,18 @@ RANDOM = {inductor_prims.seed, inductor_prims.seeds, inductor_prims.random, indu
 
 
 @dataclasses.dataclass(frozen=True)
-class StaticInput:
-    """A parameter or buffer among the inputs of a compiled graph.
+class NamedInput:
+    """An input of a compiled graph that the rewrite knows by name.
 
     Args:
         index: position among the flat inputs.
-        name: path as ``named_parameters()`` prints it.
-        is_parameter: False for a buffer.
+        name: path as ``named_parameters()`` prints it; of a mask its argument's name.
+        kind: a parameter or buffer of the model, or a mask of tokens.
     """
 
     index: int
     name: str
-    is_parameter: bool
+    kind: Literal["parameter", "buffer", "mask"]
 
 
 def is_tangent(node: fx.Node) -> bool:
@@ -114,31 +114,38 @@ def outputs_with_descriptors(graph: fx.Graph) -> list[tuple[Any, Any]]:
     return list(zip(values, descriptors, strict=True))
 
 
-def static_inputs(graph: fx.Graph, table: Mapping[int, StaticInput]) -> dict[fx.Node, StaticInput]:
-    """Return the placeholders of a joint graph that are parameters or buffers.
+def named_inputs(
+    graph: fx.Graph, table: Mapping[int, NamedInput], kinds: Container[str]
+) -> dict[fx.Node, NamedInput]:
+    """Return the placeholders of a joint graph that have a name, of some kinds.
 
     Args:
-        table: parameters and buffers by position, for graphs that Dynamo lifted them into.
+        table: names by position, for graphs that Dynamo lifted parameters and buffers into.
     """
     found = {}
     for node in graph.find_nodes(op="placeholder"):
-        static = _static_input(node.meta.get("desc"), table)
-        if static is not None:
-            found[node] = static
+        known = _named_input(node.meta.get("desc"), table)
+        if known is not None and known.kind in kinds:
+            found[node] = known
     return found
 
 
-def _static_input(descriptor: Any, table: Mapping[int, StaticInput]) -> StaticInput | None:
+def static_inputs(graph: fx.Graph, table: Mapping[int, NamedInput]) -> dict[fx.Node, NamedInput]:
+    """Return the placeholders of a joint graph that are parameters or buffers."""
+    return named_inputs(graph, table, ("parameter", "buffer"))
+
+
+def _named_input(descriptor: Any, table: Mapping[int, NamedInput]) -> NamedInput | None:
     while hasattr(descriptor, "base"):  # inner tensor of a subclass, e.g. a DTensor's local shard
         descriptor = descriptor.base
     if hasattr(descriptor, "idx"):
         return table.get(descriptor.idx)
     if descriptor is not None and hasattr(descriptor, "target"):
-        return StaticInput(-1, descriptor.target, descriptor.is_param())
+        return NamedInput(-1, descriptor.target, "parameter" if descriptor.is_param() else "buffer")
     return None
 
 
-def parameter_gradients(graph: fx.Graph, table: Mapping[int, StaticInput]) -> dict[fx.Node, str]:
+def parameter_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> dict[fx.Node, str]:
     """Return the outputs that are gradients of parameters, with the parameters' names."""
     gradients = {}
     for value, descriptor in outputs_with_descriptors(graph):
@@ -146,9 +153,9 @@ def parameter_gradients(graph: fx.Graph, table: Mapping[int, StaticInput]) -> di
             descriptor = descriptor.base
         if not isinstance(value, fx.Node) or not hasattr(descriptor, "grad_of"):
             continue
-        static = _static_input(descriptor.grad_of, table)
-        if static is not None and static.is_parameter:
-            gradients[value] = static.name
+        known = _named_input(descriptor.grad_of, table)
+        if known is not None and known.kind == "parameter":
+            gradients[value] = known.name
     return gradients
 
 
@@ -261,6 +268,15 @@ def path_from_source(source: str) -> str:
     path = re.sub(r"_(modules|parameters|buffers)\['([^']*)'\]", r"\2", path)
     path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
     return path.replace("._orig_mod", "").removeprefix("_orig_mod.").strip(".")
+
+
+def last_name(source: str) -> str:
+    """Return the name of an argument or item that Dynamo found by a source.
+
+    >>> last_name("L['kwargs']['attention_mask']"), last_name("L['batch'].mask")
+    ('attention_mask', 'mask')
+    """
+    return re.split(r"[.\[]", source)[-1].strip("[]'\"")
 
 
 def nbytes(value: Any) -> sympy.Expr:

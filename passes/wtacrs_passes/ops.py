@@ -12,11 +12,17 @@ for _schema in (
     "choose_rows(Tensor[] norms, Tensor noise, SymInt kept, str estimator) -> (Tensor, Tensor)",
     "row_norms(Tensor[] operands) -> Tensor",
     "gather_rows(Tensor x, Tensor indices, Tensor? scales=None) -> Tensor",
+    "gradient_weights(Tensor norms, Tensor? known, Tensor? mask, float masked, SymInt positions) -> Tensor",
+    "record_norms(Tensor(a!) fresh, Tensor norms, SymInt positions) -> ()",
+    "require_zero(Tensor norms, Tensor mask) -> Tensor",
+    "token_mask(Tensor mask) -> ()",
+    "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
 # Squares of smaller norms lose precision in float32, of larger ones overflow; the maximum stands in.
 SMALLEST_SQUARE, LARGEST_SQUARE = 1e-30, 1e38
+SMALLEST_NORM = 1e-30  # stands for a norm that was seen to be zero; zero itself for one not seen
 
 
 def _choose_rows(norms: list[Tensor], noise: Tensor, kept: int, estimator: str) -> tuple[Tensor, Tensor]:
@@ -63,10 +69,64 @@ def _gather_rows_fake(x: Tensor, indices: Tensor, scales: Tensor | None = None) 
     return x.new_empty((*indices.shape, x.shape[-1]))
 
 
+def _gradient_weights(
+    norms: Tensor, known: Tensor | None, mask: Tensor | None, masked: float, positions: int
+) -> Tensor:
+    if known is None:
+        known = torch.zeros_like(norms)
+    else:
+        known = _rows_of_batch(known, norms, positions).to(norms.device).flatten()
+    mask = torch.ones_like(norms) if mask is None else mask.flatten()
+    return estimators.gradient_weights(known, mask, masked)
+
+
+def _gradient_weights_fake(
+    norms: Tensor, known: Tensor | None, mask: Tensor | None, masked: float, positions: int
+) -> Tensor:
+    return torch.empty_like(norms, dtype=torch.float32)
+
+
+def _record_norms(fresh: Tensor, norms: Tensor, positions: int) -> None:
+    # Not an event for autograd: two forward passes may come before the first backward pass.
+    values = norms.view(-1, positions).to(fresh.dtype).clamp(min=SMALLEST_NORM)
+    _rows_of_batch(fresh.data, norms, positions).copy_(values)
+
+
+def _rows_of_batch(state: Tensor, norms: Tensor, positions: int) -> Tensor:
+    """Return the part ``[batch, positions]`` of a layer's staged norms ``[capacity, seq_len]``."""
+    batch = norms.numel() // positions
+    if batch > state.shape[0] or positions > state.shape[1]:
+        raise RuntimeError(
+            f"a batch of {batch} samples x {positions} tokens is larger than the {state.shape[0]} x "
+            f"{state.shape[1]} that gradient norms are tracked for; open `with tracker.batch(sample_ids)` "
+            f"around each training step, and give track_gradient_norms(seq_len=...) the longest length"
+        )
+    return state[:batch, :positions]
+
+
+def _require_zero(norms: Tensor, mask: Tensor) -> Tensor:
+    right = ((mask.flatten() != 0) | (norms == 0) | ~norms.isfinite()).all()
+    message = (
+        "a row that the token mask declares to have no gradient has one, so the gradient would be biased; "
+        "mask fewer rows, or leave token_mask out"
+    )
+    if norms.device.type == "cpu":
+        if not right:
+            raise RuntimeError(message)
+    else:
+        torch._assert_async(right, message)
+    return norms.new_zeros(())
+
+
 for _name, _kernel, _fake in (
     ("choose_rows", _choose_rows, _choose_rows_fake),
     ("row_norms", _row_norms, _row_norms_fake),
     ("gather_rows", _gather_rows, _gather_rows_fake),
+    ("gradient_weights", _gradient_weights, _gradient_weights_fake),
+    ("record_norms", _record_norms, lambda fresh, norms, positions: None),
+    ("require_zero", _require_zero, lambda norms, mask: norms.new_empty(())),
+    ("token_mask", lambda mask: None, lambda mask: None),
+    ("norm_state", lambda x, known, fresh: None, lambda x, known, fresh: None),
 ):
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"wtacrs::{_name}", _fake, lib=_LIBRARY)
@@ -85,3 +145,22 @@ element stands in: a norm is zero only where every element is zero.
 
 gather_rows = torch.ops.wtacrs.gather_rows.default
 """``(x [..., rows, features], indices [..., kept], scales [..., kept] or None) -> [..., kept, features]``."""
+
+gradient_weights = torch.ops.wtacrs.gradient_weights.default
+"""``(norms [rows], known [capacity, seq_len] or None, mask of `rows` elements or None, masked, positions)``.
+
+Return :func:`estimators.gradient_weights`, ``[rows]``; of `norms` only size and device are read.
+"""
+record_norms = torch.ops.wtacrs.record_norms.default
+"""``(fresh [capacity, seq_len], norms [rows], positions)``: write ``rows / positions`` samples."""
+require_zero = torch.ops.wtacrs.require_zero.default
+"""``(norms [rows], mask of `rows` elements) -> zero []``.
+
+Raise where a masked row has a finite norm above zero (on CUDA an assertion on the device).
+"""
+
+# Markers: they compute nothing, tell the rewrite about tensors of the graph, and are taken out of it.
+token_mask = torch.ops.wtacrs.token_mask.default
+norm_state = torch.ops.wtacrs.norm_state.default
+for _marker in (token_mask, norm_state):
+    torch.fx.node.has_side_effect(_marker)

@@ -1,7 +1,7 @@
 """The order of the passes over a joint graph, and the identity of what they do.
 
-merge equal values -> analyse -> plan -> sample rows -> reassociate -> choose storage -> encode residuals
--> lower noise -> [pin, min-cut, unpin, verify]
+merge equal values -> take annotations -> analyse -> plan -> sample rows -> reassociate -> choose storage
+-> encode residuals -> lower noise -> [pin, min-cut, unpin, verify]
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch._inductor.config
 from torch import fx
 
 from . import joint_graph as jg
+from .annotations import erase_markers, take_annotations
 from .encode_residuals import EncodedResidual, encode_residuals
-from .joint_graph import StaticInput
+from .joint_graph import NamedInput
 from .partition import Partition, Partitioner, lower_noise, partition, saved_tensors
 from .plan import Plan, make_plan
 from .policy import Policy
@@ -45,7 +46,7 @@ class Rewritten:
     residuals: list[EncodedResidual]
 
 
-def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[StaticInput]) -> Rewritten:
+def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[NamedInput]) -> Rewritten:
     """Analyse, plan and rewrite a joint graph in place."""
     if not jg.has_tangents(gm.graph):
         raise NoTangentsError(
@@ -54,8 +55,10 @@ def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[StaticInput]) ->
         )
     graph = gm.graph
     jg.merge_equal(graph)
-    analysis = analyse(graph, {static.index: static for static in table})
-    plan = make_plan(analysis, graph, policy)
+    names = {known.index: known for known in table}
+    annotations = take_annotations(graph, names)
+    analysis = analyse(graph, names)
+    plan = make_plan(analysis, graph, policy, annotations)
     sites = sample_rows(graph, plan)
     tangent = jg.tangent_cone(graph)
     if any(mode.lossy for mode in modes(policy)):
@@ -71,13 +74,15 @@ def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[StaticInput]) ->
 def rewrite_and_partition(
     gm: fx.GraphModule,
     policy: Policy,
-    table: Sequence[StaticInput],
+    table: Sequence[NamedInput],
     num_fwd_outputs: int,
     partitioner: Partitioner,
     lower: Callable[[fx.Graph], None] | None = lower_noise,
 ) -> tuple[Partition, Report]:
     """Rewrite a copy of a joint graph and partition it; report the bytes beside those without the rewrite."""
-    before = Partition(*partitioner(jg.copy_joint(gm), num_fwd_outputs), ())
+    plain = jg.copy_joint(gm)
+    erase_markers(plain.graph)
+    before = Partition(*partitioner(plain, num_fwd_outputs), ())
     gm = jg.copy_joint(gm)
     rewritten = rewrite(gm, policy, table)
     if not rewritten.sites and not rewritten.residuals:
@@ -102,7 +107,7 @@ class WtacrsPartitioner(CustomPartitionerFn):
     """
 
     def __init__(
-        self, policy: Policy, table: tuple[StaticInput, ...], receive: Callable[[Report], None]
+        self, policy: Policy, table: tuple[NamedInput, ...], receive: Callable[[Report], None]
     ) -> None:
         self.policy = policy
         self.table = table
@@ -118,6 +123,7 @@ class WtacrsPartitioner(CustomPartitionerFn):
             return min_cut_rematerialization_partition(graph, joint_inputs, num_fwd_outputs=outputs, **kwargs)
 
         if not jg.has_tangents(gm.graph):
+            erase_markers(gm.graph)
             return partitioner(gm, num_fwd_outputs)  # nothing is trained here
         lower = None if torch._inductor.config.fallback_random else lower_noise
         after, report = rewrite_and_partition(

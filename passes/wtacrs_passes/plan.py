@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
+from .annotations import Annotations, NormState, TokenMask
 from .policy import Policy, Sampling
 from .residuals import Analysis, Product, available_in_backward
 from .storage import MODES
@@ -27,6 +29,8 @@ class Site:
             (as the partitioner or `choose_storage` likes: stored for another reader, derived from that,
             or recomputed).
         kept: k, an int or ``SymInt``.
+        mask: what is known about rows without a gradient, where rows are chosen in the forward pass.
+        state: remembered gradient norms, likewise.
     """
 
     products: tuple[Product, ...]
@@ -34,6 +38,8 @@ class Site:
     placement: Literal["forward", "backward"]
     encoding: Encoding
     kept: Any
+    mask: TokenMask | None = None
+    state: NormState | None = None
 
     @property
     def rows(self) -> Any:
@@ -49,7 +55,7 @@ class Plan:
     exact: tuple[tuple[Product, str], ...]
 
 
-def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy) -> Plan:
+def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: Annotations) -> Plan:
     """Choose sampling, placement and encoding for every weight-gradient product."""
     wanted: list[tuple[Product, Sampling]] = []
     exact: list[tuple[Product, str]] = []
@@ -65,6 +71,7 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy) -> Plan:
     at_hand = available_in_backward(analysis, graph, {product.node for product, _ in wanted})
     sites: list[Site] = []
     order = {product.node: i for i, product in enumerate(analysis.products)}
+    calls = Counter(product.module for product in analysis.products)
     for product, sampling in wanted:
         available = analysis.numbers[product.x] in at_hand or MODES[sampling.residuals].lossy
         placement = sampling.placement
@@ -72,6 +79,10 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy) -> Plan:
             placement = "backward" if available else "forward"
         encoding: Encoding = "rows" if placement == "forward" and not available else "exact"
         site = Site((product,), sampling, placement, encoding, sampling.kept(product.rows))
+        if placement == "forward" and product.x.meta["val"].dim() == 2:
+            mask = annotations.mask(product.x, product.rows)
+            state = annotations.states.get(product.module) if calls[product.module] == 1 else None
+            site = dataclasses.replace(site, mask=mask, state=state)
         shared = next((i for i, other in enumerate(sites) if _share_a_draw(other, site, order)), None)
         if shared is None:
             sites.append(site)

@@ -13,7 +13,7 @@ from torch import fx
 from .encode_residuals import EncodedResidual
 from .encodings import INTEGER_BITS, levels
 from .joint_graph import module_path, nbytes, sympy_size
-from .plan import Plan
+from .plan import Plan, Site
 from .residuals import Analysis, Product
 from .sample_rows import SampledSite
 from .storage import Stored
@@ -38,6 +38,7 @@ class SiteReport:
         estimator, placement: how and where rows are chosen; empty where the product is exact.
         encoding: how X reaches the backward pass: ``exact`` (stored in full), ``recompute`` (derived
             there from what is stored for others) or ``rows`` (k rows are stored).
+        weights: what the rows are chosen by.
         bytes_before: bytes of X among the tensors that Inductor would have saved.
         bytes_after: bytes stored for this product now; a residual that several products share is
             counted at the first.
@@ -50,6 +51,7 @@ class SiteReport:
     kept: Size
     estimator: str
     placement: str
+    weights: str
     encoding: str
     bytes_before: Size
     bytes_after: Size
@@ -144,6 +146,7 @@ class Report:
             "kept",
             "estimator",
             "placement",
+            "weights",
             "encoding",
             "before",
             "after",
@@ -157,6 +160,7 @@ class Report:
                 str(site.kept),
                 site.estimator,
                 site.placement,
+                site.weights,
                 site.encoding,
                 format_bytes(site.bytes_before),
                 format_bytes(site.bytes_after),
@@ -251,6 +255,7 @@ def make_report(
                 kept=simplify(sympy_size(site.kept)),
                 estimator=site.sampling.estimator,
                 placement=site.placement,
+                weights=_weights(site),
                 encoding=encoding,
                 bytes_before=simplify(size_before),
                 bytes_after=simplify(size_after + stored),
@@ -260,14 +265,24 @@ def make_report(
         size_before, size_after = ledger.take(product)
         rows_ = simplify(sympy_size(product.rows))
         found[product.node] = SiteReport(
-            product.module, product.parameter, rows_, rows_, "", "", ledger.encoding(product),
+            product.module, product.parameter, rows_, rows_, "", "", "", ledger.encoding(product),
             simplify(size_before), simplify(size_after), reason,
         )  # fmt: skip
     reports = [found[product.node] for product in analysis.products]
     for name, reason in analysis.unsampled:
-        reports.append(SiteReport(name.rpartition(".")[0], name, 0, 0, "", "", "exact", 0, 0, reason))
+        reports.append(SiteReport(name.rpartition(".")[0], name, 0, 0, "", "", "", "exact", 0, 0, reason))
     total_before, total_after = (simplify(sum(nbytes(n.meta["val"]) for n in s)) for s in (before, after))
     return Report(tuple(reports), total_before, total_after, residuals=others)
+
+
+def _weights(site: Site) -> str:
+    """Return what the rows of a site are chosen by."""
+    if site.placement == "backward":
+        return "||x|| ||dy||"
+    weights = "||x|| remembered ||dy||" if site.state else "||x||"
+    if site.mask is None:
+        return weights
+    return f"{weights}, {'zero' if site.mask.certain else '1/64'} where {site.mask.name} is 0"
 
 
 def _effect(stored: Stored) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from . import joint_graph as jg
-from .joint_graph import StaticInput, aten
+from .joint_graph import NamedInput, aten
 
 PRODUCTS = {aten.mm.default, aten.bmm.default}
 
@@ -82,7 +82,7 @@ def rows_first(product: fx.Node, side: int) -> tuple[fx.Node, bool]:
     return operand, True
 
 
-def analyse(graph: fx.Graph, table: Mapping[int, StaticInput]) -> Analysis:
+def analyse(graph: fx.Graph, table: Mapping[int, NamedInput]) -> Analysis:
     """Find the weight-gradient products of a joint graph."""
     tangent = jg.tangent_cone(graph)
     statics = jg.static_inputs(graph, table)

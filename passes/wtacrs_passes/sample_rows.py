@@ -17,6 +17,9 @@ After, with placement ``backward`` (only the first line runs in the forward pass
     indices, scales = choose_rows([norm_x, norm(dY)], rand(...), k)
     dW = mm(permute(index(dY, indices)), index(X, indices) * scales)
 
+In the forward placement ``gradient_weights(known norms, token mask)`` is a second factor of the weights
+where either is known; the backward pass then records the norms of dY and verifies the mask.
+
 Products that share X share the draw; their weights are ``||x_i|| sqrt(sum_j ||dy_ij||^2)``.
 In the forward placement ``0 * sum(dY)`` carries NaN and Inf of rows that were not drawn into dW.
 
@@ -87,6 +90,9 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
         if site.placement == "backward":
             factors.append(_row_norms(editor, dys))
             stored.append(norms)
+        elif site.mask or site.state:
+            factors.append(_gradient_weights(editor, site, norms))
+        zero = _observe(editor, site, dys)
         if mean is not None:
             stored.append(mean)
 
@@ -104,7 +110,7 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
         for product, dy in zip(site.products, dys, strict=True):
             estimate = _product(editor, product, rows, _gather_stored(editor, dy, indices))
             if mean is not None or site.placement == "forward":
-                estimate = _add_outer(editor, product, estimate, dy, mean)
+                estimate = _add_outer(editor, product, estimate, dy, mean, zero)
             product.node.replace_all_uses_with(estimate)
             estimate.meta = {**product.node.meta, "val": estimate.meta["val"]}
     return SampledSite(site, draw, stored, rows, site.products[0].stored_names)
@@ -152,6 +158,33 @@ def _row_norms(editor: Editor, operands: list[fx.Node]) -> fx.Node:
     large = editor.call(aten.gt.Scalar, squares, ops.LARGEST_SQUARE)
     unsafe = editor.call(aten.logical_or.default, small, large)
     return editor.call(aten.where.self, unsafe, largest, editor.call(aten.sqrt.default, squares))
+
+
+def _gradient_weights(editor: Editor, site: Site, norms: fx.Node) -> fx.Node:
+    """Return what is known about ``||dy_i||`` in the forward pass: ``[rows]``."""
+    known, positions = (site.state.known, _positions(editor, site)) if site.state else (None, 1)
+    mask, factor = (site.mask.node, site.mask.factor) if site.mask else (None, 1.0)
+    return editor.call(ops.gradient_weights, norms, known, mask, factor, positions)
+
+
+def _observe(editor: Editor, site: Site, dys: list[fx.Node]) -> fx.Node | None:
+    """Remember the norms of dY for the next time, and verify the mask; return the zero of the check."""
+    certain = site.mask is not None and site.mask.certain
+    if site.state is None and not certain:
+        return None
+    norms = _row_norms(editor, dys)
+    if site.state is not None:
+        record = editor.call(ops.record_norms, site.state.fresh, norms, _positions(editor, site))
+        record.meta["partitioner_tag"] = (
+            "is_backward"  # else the partitioner takes a mutation for the forward's
+        )
+    return editor.call(ops.require_zero, norms, site.mask.node) if certain and site.mask else None
+
+
+def _positions(editor: Editor, site: Site) -> Any:
+    """Return the tokens of a sample: an int, or a node where it is symbolic."""
+    assert site.state is not None
+    return editor.size(site.state.x, 1)
 
 
 def _mean_row(editor: Editor, x: fx.Node) -> fx.Node:
@@ -229,14 +262,26 @@ def _product(editor: Editor, product: Product, x: fx.Node, dy: fx.Node) -> fx.No
 
 
 def _add_outer(
-    editor: Editor, product: Product, estimate: fx.Node, dy: fx.Node, mean: fx.Node | None
+    editor: Editor,
+    product: Product,
+    estimate: fx.Node,
+    dy: fx.Node,
+    mean: fx.Node | None,
+    zero: fx.Node | None,
 ) -> fx.Node:
-    """Add ``mean^T sum_i dy_i``; without a mean, zero times it, so that NaN and Inf are not hidden."""
+    """Add ``mean^T sum_i dy_i``; without a mean, zero times it, so that NaN and Inf are not hidden.
+
+    Args:
+        zero: the result of a check, which has to be read for the check to be made.
+    """
     total = editor.call(aten.sum.dim_IntList, _accumulate(editor, dy), [-2], True)
     if product.tangent_side == 0:
         total = _transpose(editor, total)
     elif mean is not None:
         mean = _transpose(editor, mean)
-    term = editor.call(aten.mul.Tensor, total, 0.0 if mean is None else mean)
+    factor: Any = 0.0 if zero is None else zero
+    if mean is not None:
+        factor = mean if zero is None else editor.call(aten.add.Tensor, mean, zero)
+    term = editor.call(aten.mul.Tensor, total, factor)
     wide = editor.call(aten.add.Tensor, _accumulate(editor, estimate), term)
     return _cast_like(editor, wide, estimate)
