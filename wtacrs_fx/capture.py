@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
             joint.meta[STATIC_INPUTS] = table
         raise _Captured
 
+    args, kwargs = _by_name(model, args, kwargs)
+
     # A wrapper of its own, so that Dynamo neither reuses nor keeps code compiled for the model.
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
@@ -63,6 +66,22 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
             f"call it outside torch.no_grad() with trainable parameters"
         )
     return captured[0]
+
+
+def _by_name(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments by the names that the model's forward has for them, as far as it has."""
+    signature = inspect.signature(model.forward)
+    named = [
+        parameter.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
+        for parameter in signature.parameters.values()
+    ]
+    count = len(args)
+    if not all(named[:count]) or count > len(named):
+        return args, kwargs
+    names = list(signature.parameters)[:count]
+    return (), {**dict(zip(names, args, strict=True)), **kwargs}
 
 
 def transform(graph_module: fx.GraphModule, policy: Policy | None = None) -> fx.GraphModule:

@@ -124,7 +124,8 @@ class GradientNorms(nn.Module):
         if not modules:
             raise GradientNormError(f"{type(model).__name__} has no trainable linear layer to track")
         self.layers = tuple(modules)
-        self._linears = tuple(modules.values())  # in a tuple, so that they are not children of this module
+        # In tuples, so that they do not become children of this module.
+        self._linears, self._model = tuple(modules.values()), (model,)
         self._check_size(max_bytes)
         self._handles = [module.register_forward_pre_hook(_mark) for module in self._linears]
         self._known = self._fresh = torch.zeros(0, 0, 0)
@@ -203,8 +204,7 @@ class GradientNorms(nn.Module):
             for name in (KNOWN, FRESH):
                 module._buffers.pop(name, None)
                 module._non_persistent_buffers_set.discard(name)
-        self._pending = self._staged = None
-        self._buffers.clear()
+        self._model[0]._modules.pop(NAME, None)
 
     def _checked(self, sample_ids: Sequence[int] | Tensor) -> Tensor:
         ids = torch.as_tensor(sample_ids).cpu()

@@ -22,7 +22,7 @@ for _schema in (
 
 # Squares of smaller norms lose precision in float32, of larger ones overflow; the maximum stands in.
 SMALLEST_SQUARE, LARGEST_SQUARE = 1e-30, 1e38
-SMALLEST_NORM = 1e-30  # stands for a norm that was seen to be zero; zero itself for one not seen
+SMALLEST_NORM = 1e-15  # stands for a norm that was seen to be zero (zero: not seen); its square is a number
 
 
 def _choose_rows(norms: list[Tensor], noise: Tensor, kept: int, estimator: str) -> tuple[Tensor, Tensor]:
