@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 import wtacrs_fx
 from bench.harness import Backend, Row, Step, circumstances, inductor, record, summarise
-from bench.variance import gram, relative_variance, squared_errors
+from bench.variance import gram, projection_variance, relative_variance, squared_errors
 from wtacrs_fx.demo import Classifier, load_encoder, load_texts
-from wtacrs_passes.estimators import ESTIMATORS
+from wtacrs_passes.estimators import ESTIMATORS, PROJECTIONS
 
 RATIOS = (0.3, 0.1)
 MIN_ROWS = wtacrs_fx.Policy().min_rows
@@ -117,6 +117,12 @@ def estimator_errors(model: nn.Module, batch: Batch, draws: int, seed: int) -> F
     for x, dy in rows_of(model, batch).values():
         products = gram(x, dy)
         weights = {"forward": x.norm(dim=-1), "backward": x.norm(dim=-1) * dy.norm(dim=-1)}
+        for estimator in PROJECTIONS:
+            for ratio in RATIOS:
+                kept = max(MIN_ROWS, ceil(ratio * len(x)))
+                both = torch.stack([x.norm(dim=-1), dy.norm(dim=-1)])
+                error = projection_variance(products, both, kept, estimator) / float(products.sum())
+                errors.setdefault((f"{estimator} {ratio}", "forward"), []).append(error)
         for estimator in ESTIMATORS:
             for ratio in RATIOS:
                 kept = max(MIN_ROWS, ceil(ratio * len(x)))

@@ -2,8 +2,8 @@
 
     python -m bench.synthetic_variance
 
-The variances of crs and wta-crs are exact, that of wta-systematic is a mean over draws with its standard
-error.
+The variances of crs, wta-crs and rmm (random combinations of rows) are exact, that of wta-systematic is a
+mean over draws with its standard error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import typer
 from torch import Tensor
 
 from bench.harness import Row, circumstances, record
-from bench.variance import exact_variance, gram, squared_errors
+from bench.variance import exact_variance, gram, projection_variance, squared_errors
+from wtacrs_passes.estimators import PROJECTIONS
 
 FEATURES = 64
 PADDED = 0.5  # share of the rows
@@ -70,6 +71,10 @@ def measure(case: str, rows: int, ratio: float, draws: int, seed: int) -> list[R
         ("wta-systematic", "variance / wta-crs"): float(errors.mean()) / reference,
         ("wta-systematic", "standard error"): float(errors.std()) / sqrt(draws) / reference,
     }
+    both = torch.stack([x.norm(dim=-1), dy.norm(dim=-1)])
+    for estimator in PROJECTIONS:
+        variance = projection_variance(products, both, kept, estimator)
+        figures[estimator, "variance / wta-crs"] = variance / reference
     shapes = f"rows={rows} features={FEATURES} ratio={ratio}"
     return [
         Row(

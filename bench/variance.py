@@ -50,6 +50,22 @@ def exact_variance(products: Tensor, weights: Tensor, kept: int, estimator: str)
     return float((tail[winners] ** 2 - gradient) / (kept - winners))
 
 
+def projection_variance(products: Tensor, weights: Tensor, kept: int, estimator: str) -> float:
+    """Return E ||dW_est - dW||^2 of `rmm-rademacher` or `rmm-gaussian` in closed form.
+
+    (||X||^2 ||dY||^2 + ||dW||^2) / k for normal entries; for signs less 2 sum ||x_i||^2 ||dy_i||^2 / k, as
+    their fourth moment is 1 instead of 3 (Bershatsky et al. 2022, arXiv 2201.13195, lemma 2.2).
+
+    Args:
+        products: [rows, rows], of :func:`gram`; weights: [2, rows]: ||x_i|| and ||dy_i||.
+    """
+    squares = weights.double().square()
+    total = squares[0].sum() * squares[1].sum() + products.sum()
+    if estimator == "rmm-rademacher":
+        total = total - 2 * (squares[0] * squares[1]).sum()
+    return float(total / kept)
+
+
 def relative_variance(samples: Iterable[Sequence[Tensor]]) -> list[float]:
     """Return E ||g - E g||^2 / E ||g||^2 of each of several tensors g, from two or more samples of all.
 

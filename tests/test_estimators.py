@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wtacrs_passes.estimators import ESTIMATORS, choose_rows, estimate_product, inclusion_probabilities
+from bench.variance import gram, projection_variance
+from wtacrs_passes.estimators import (
+    ESTIMATORS,
+    PROJECTIONS,
+    choose_rows,
+    combine_rows,
+    estimate_product,
+    inclusion_probabilities,
+)
 
 UNBIASED = ["wta-systematic", "wta-crs", "crs"]
 ROWS, KEPT, RUNS = 60, 18, 4000
@@ -168,3 +176,42 @@ def test_extreme_spread_of_weights_keeps_the_tail_unbiased() -> None:
     probability = inclusion_probabilities(weights, KEPT)
     assert (probability[:2] == 1).all()
     assert probability.sum().item() == pytest.approx(KEPT)
+
+
+@pytest.mark.parametrize("kind", ["flat", "padded", "coherent"])
+@pytest.mark.parametrize("estimator", PROJECTIONS)
+def test_combinations_of_rows_are_unbiased_with_the_stated_variance(estimator: str, kind: str) -> None:
+    x, dy = operands(kind)
+    exact = x.T @ dy
+    samples = torch.stack(
+        [estimate_product(x, dy, KEPT, estimator, torch.ones(ROWS), torch.rand(2)) for _ in range(RUNS)]
+    )
+    assert is_unbiased(samples.flatten(1), exact.flatten())
+    squares = (samples - exact).square().sum((1, 2)).double()
+    norms = torch.stack([x.norm(dim=1), dy.norm(dim=1)])
+    variance = projection_variance(gram(x, dy), norms, KEPT, estimator)
+    # four standard errors of the mean: a chance of 6e-5 to fail by accident
+    assert abs(float(squares.mean()) - variance) < 4 * float(squares.std()) / RUNS**0.5
+    other = "rmm-gaussian" if estimator == "rmm-rademacher" else "rmm-rademacher"
+    if kind == "padded":
+        assert variance != pytest.approx(projection_variance(gram(x, dy), norms, KEPT, other), rel=0.01)
+
+
+@pytest.mark.parametrize("estimator", PROJECTIONS)
+def test_a_projection_depends_on_its_seed_alone(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed, identity = torch.tensor([3, 5]), torch.eye(50)
+    matrix = combine_rows(identity, seed, 20, estimator)
+    again = combine_rows(identity.expand(3, 50, 50), seed, 20, estimator)
+    assert all(block.equal(matrix) for block in again)
+    monkeypatch.setattr("wtacrs_passes.estimators._ELEMENTS_AT_ONCE", 170)
+    assert combine_rows(identity, seed, 20, estimator).equal(matrix)  # in blocks of three rows
+    other = combine_rows(identity, torch.tensor([3, 6]), 20, estimator)
+    assert not other.equal(matrix)
+    # entries of 1000 are uncorrelated: |r| of independent ones exceeds 4 / sqrt(1000) once in 16,000 times
+    entries = torch.stack(
+        [matrix.flatten(), other.flatten(), matrix.roll(1, 0).flatten(), matrix.roll(1, 1).flatten()]
+    )
+    correlation = torch.corrcoef(entries) - torch.eye(4)
+    assert correlation.abs().max() < 4 / 1000**0.5
+    if estimator == "rmm-rademacher":
+        assert (matrix * 20**0.5).abs().allclose(torch.ones(()))

@@ -298,3 +298,26 @@ def test_norms_hold_where_squares_leave_float32(size: float) -> None:
     assert one[1] == two[1] == 0
     assert ops.row_norms([x.double()]).dtype == torch.float64
     assert ops.row_norms([torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0]])]).isfinite().any() == 0
+
+
+@pytest.mark.parametrize("placement", ["forward", "backward"])
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("estimator", ["rmm-rademacher", "rmm-gaussian"])
+def test_random_combinations_in_the_graph(estimator: str, center: bool, placement: str) -> None:
+    torch.manual_seed(0)
+    model = Function(lambda m, x: F.linear(x, m.w).tanh(), w=(6, 8))
+    joint = wtacrs_fx.capture(model, X)
+    policy = RowsOnly(min_rows=4, placement=placement, center=center, estimator=estimator)
+    rewritten = wtacrs_fx.transform(joint, policy)
+    exact = run_joint(joint, model, X, 1)["w"][0]
+    samples = run_joint(rewritten, model, X, 400)["w"]
+    assert samples.std(0).min() > 0
+    assert is_unbiased(samples, exact)
+
+
+def test_combined_rows_are_stored_instead_of_all() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    policy = RowsOnly(min_rows=4, placement="forward", estimator="rmm-rademacher", include=("1",))
+    site = next(s for s in wtacrs_fx.explain(model, X, policy=policy).sites if s.module == "1")
+    assert site.estimator == "rmm-rademacher" and site.kept == 20
+    assert (site.encoding, site.bytes_after) == ("rows", 20 * 16 * 4 + 2 * 8)  # combinations and the seed

@@ -160,6 +160,55 @@ def _topk(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 ESTIMATORS = {"wta-systematic": _wta_systematic, "wta-crs": _wta_crs, "crs": _crs, "topk": _topk}
 
 
+PROJECTIONS = ("rmm-rademacher", "rmm-gaussian")
+"""Estimators that store k random combinations of all rows instead of k rows (Bershatsky et al. 2022)."""
+
+_WORD = 2**32 - 1
+_ELEMENTS_AT_ONCE = 2**22
+
+
+def combine_rows(x: Tensor, seed: Tensor, kept: int, estimator: str) -> Tensor:
+    """Return S x for a random S with E S^T S = 1, so that (S x)^T (S dy) estimates x^T dy.
+
+    S [kept, rows] has entries of variance 1 / kept, signs or normal numbers. They are a function of `seed`,
+    row and column, computed block by block: S is never stored, and two calls with one seed use the same S.
+    Source: Bershatsky et al. 2022, arXiv 2201.13195, section 2.
+
+    Args:
+        x: [..., rows, features], float.
+        seed: [2], int64.
+        estimator: one of :data:`PROJECTIONS`.
+
+    Returns:
+        [..., kept, features], as `x`.
+    """
+    rows = x.shape[-2]
+    step = max(1, _ELEMENTS_AT_ONCE // max(rows, 1))
+    columns = _mixed(torch.arange(rows, device=x.device) + seed[0])
+    blocks = []
+    for first in range(0, kept, step):
+        lines = torch.arange(first, min(first + step, kept), device=x.device).unsqueeze(-1)
+        words = _mixed(columns + _mixed(lines + seed[1]))
+        if estimator == "rmm-rademacher":
+            entries = (words & 1).to(x.dtype) * 2 - 1
+        else:  # Box and Muller
+            radius = (-2 * ((words + 1).double() / 2**32).log()).sqrt()
+            angle = 2 * torch.pi * (_mixed(words + 1).double() / 2**32)
+            entries = (radius * angle.cos()).to(x.dtype)
+        blocks.append(entries @ x)
+    combined: Tensor = torch.cat(blocks, -2) * kept**-0.5
+    return combined
+
+
+def _mixed(words: Tensor) -> Tensor:
+    """Return 32-bit words that look independent of `words`, int64 (the finaliser of MurmurHash3)."""
+    words = words & _WORD
+    words = ((words ^ (words >> 16)) * 0x85EBCA6B) & _WORD
+    words = ((words ^ (words >> 13)) * 0xC2B2AE35) & _WORD
+    mixed: Tensor = words ^ (words >> 16)
+    return mixed
+
+
 def estimate_product(
     x: Tensor, dy: Tensor, kept: int, estimator: str, weights: Tensor, noise: Tensor
 ) -> Tensor:
@@ -172,5 +221,9 @@ def estimate_product(
     Returns:
         [features_in, features_out]
     """
+    if estimator in PROJECTIONS:
+        seed = (noise[:2] * 2**24).long()
+        left, right = (combine_rows(operand, seed, kept, estimator) for operand in (x, dy))
+        return left.T @ right
     indices, scales = choose_rows(weights, noise, kept, estimator)
     return x[indices].T @ (dy[indices] * scales.to(dy.dtype).unsqueeze(-1))

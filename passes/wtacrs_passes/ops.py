@@ -12,6 +12,7 @@ for _schema in (
     "choose_rows(Tensor[] norms, Tensor noise, SymInt kept, str estimator) -> (Tensor, Tensor)",
     "row_norms(Tensor[] operands) -> Tensor",
     "gather_rows(Tensor x, Tensor indices, Tensor? scales=None) -> Tensor",
+    "combine_rows(Tensor x, Tensor seed, SymInt kept, str estimator) -> Tensor",
     "gradient_weights(Tensor norms, Tensor? known, Tensor? mask, float masked, SymInt positions) -> Tensor",
     "record_norms(Tensor(a!) fresh, Tensor norms, SymInt positions) -> ()",
     "require_zero(Tensor norms, Tensor mask) -> Tensor",
@@ -69,6 +70,10 @@ def _gather_rows_fake(x: Tensor, indices: Tensor, scales: Tensor | None = None) 
     return x.new_empty((*indices.shape, x.shape[-1]))
 
 
+def _combine_rows_fake(x: Tensor, seed: Tensor, kept: int, estimator: str) -> Tensor:
+    return x.new_empty((*x.shape[:-2], kept, x.shape[-1]))
+
+
 def _gradient_weights(
     norms: Tensor, known: Tensor | None, mask: Tensor | None, masked: float, positions: int
 ) -> Tensor:
@@ -122,6 +127,7 @@ for _name, _kernel, _fake in (
     ("choose_rows", _choose_rows, _choose_rows_fake),
     ("row_norms", _row_norms, _row_norms_fake),
     ("gather_rows", _gather_rows, _gather_rows_fake),
+    ("combine_rows", estimators.combine_rows, _combine_rows_fake),
     ("gradient_weights", _gradient_weights, _gradient_weights_fake),
     ("record_norms", _record_norms, lambda fresh, norms, positions: None),
     ("require_zero", _require_zero, lambda norms, mask: norms.new_empty(())),
@@ -145,6 +151,9 @@ element stands in: a norm is zero only where every element is zero.
 
 gather_rows = torch.ops.wtacrs.gather_rows.default
 """``(x [..., rows, features], indices [..., kept], scales [..., kept] or None) -> [..., kept, features]``."""
+
+combine_rows = torch.ops.wtacrs.combine_rows.default
+"""As :func:`estimators.combine_rows`."""
 
 gradient_weights = torch.ops.wtacrs.gradient_weights.default
 """``(norms [rows], known [capacity, seq_len] or None, mask of `rows` elements or None, masked, positions)``.

@@ -183,11 +183,8 @@ def _verify_encoded(residual: EncodedResidual, saved: set[str]) -> None:
 
 
 def _draws_in(gm: fx.GraphModule, site: SampledSite) -> bool:
-    """Tell whether a graph draws the rows of `site` or the random numbers for them."""
-    noise = site.draw.args[1]
-    assert isinstance(noise, fx.Node)
-    drawn = {site.draw.name, noise.name}
-    return any(node.op == "call_function" and node.name in drawn for node in gm.graph.nodes)
+    """Tell whether a graph draws the rows of `site`."""
+    return any(node.op == "call_function" and node.name == site.draw.name for node in gm.graph.nodes)
 
 
 def _rows_names(site: SampledSite) -> set[str]:

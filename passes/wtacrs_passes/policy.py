@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-Estimator = Literal["wta-systematic", "wta-crs", "crs", "topk"]
+Estimator = Literal["wta-systematic", "wta-crs", "crs", "topk", "rmm-rademacher", "rmm-gaussian"]
 Placement = Literal["auto", "forward", "backward"]
 Residuals = Literal["exact", "lossless", "balanced", "small"]
 Rounding = Literal["nearest", "stochastic"]
 
-ESTIMATORS: tuple[str, ...] = ("wta-systematic", "wta-crs", "crs", "topk")
+ESTIMATORS: tuple[str, ...] = ("wta-systematic", "wta-crs", "crs", "topk", "rmm-rademacher", "rmm-gaussian")
 PLACEMENTS: tuple[str, ...] = ("auto", "forward", "backward")
 RESIDUALS: tuple[str, ...] = ("exact", "lossless", "balanced", "small")
 ROUNDINGS: tuple[str, ...] = ("nearest", "stochastic")
@@ -58,7 +58,8 @@ class Sampling:
         ratio: share of the rows that are kept, in (0, 1]; 1.0 leaves the product exact, bit for bit.
         min_rows: lower bound on the rows kept; a product with no more rows than this stays exact.
         estimator: ``wta-systematic``, ``wta-crs`` (Liu et al. 2023), ``crs`` (Drineas et al. 2006):
-            unbiased; ``topk``: biased.
+            unbiased; ``topk``: biased; ``rmm-rademacher``, ``rmm-gaussian`` (Bershatsky et al. 2022): k
+            random combinations of all rows, unbiased, at more work than the exact product.
         placement: ``forward`` draws from ``||x_i||`` in the forward pass, ``backward`` from
             ``||x_i|| ||dy_i||`` in the backward pass; ``auto`` draws in the backward pass wherever
             the full residual is at hand there anyway.

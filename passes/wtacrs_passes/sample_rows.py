@@ -17,6 +17,9 @@ After, with placement ``backward`` (only the first line runs in the forward pass
     indices, scales = choose_rows([norm_x, norm(dY)], rand(...), k)
     dW = mm(permute(index(dY, indices)), index(X, indices) * scales)
 
+The estimators of :data:`PROJECTIONS` replace indices and scales by a matrix S that is made again where it
+is needed: ``dW = mm(permute(combine_rows(dY, seed)), combine_rows(X, seed))``.
+
 In the forward placement ``gradient_weights(known norms, token mask)`` is a second factor of the weights
 where either is known; the backward pass then records the norms of dY and verifies the mask.
 
@@ -39,6 +42,7 @@ import torch
 from torch import fx
 
 from . import ops
+from .estimators import PROJECTIONS
 from .joint_graph import VIEWS, Editor, aten, content_of, is_derivable, prims
 from .plan import Plan, Site
 from .residuals import Product, rows_first
@@ -53,7 +57,7 @@ class SampledSite:
     """A carried-out site: the nodes that the partitioner pins and the verifier looks for.
 
     Attributes:
-        draw: the ``choose_rows`` node.
+        draw: the ``choose_rows`` node, or the seed of random combinations; computed in one pass only.
         stored: nodes that must cross from forward to backward.
         rows: the gathered, centred and rescaled rows of X; among `stored` where the encoding is ``rows``.
         stored_names: names of the nodes that hold the full X if they are saved.
@@ -71,7 +75,10 @@ def sample_rows(graph: fx.Graph, plan: Plan) -> list[SampledSite]:
     if not plan.sites:
         return []
     editor = Editor(graph)
-    sampled = [_sample_site(editor, site) for site in plan.sites]
+    sampled = [
+        (_combine_site if site.sampling.estimator in PROJECTIONS else _sample_site)(editor, site)
+        for site in plan.sites
+    ]
     stable_topological_sort(graph)
     graph.eliminate_dead_code()
     return sampled
@@ -114,6 +121,33 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
             product.node.replace_all_uses_with(estimate)
             estimate.meta = {**product.node.meta, "val": estimate.meta["val"]}
     return SampledSite(site, draw, stored, rows, site.products[0].stored_names)
+
+
+def _combine_site(editor: Editor, site: Site) -> SampledSite:
+    """Replace products by those of random combinations of rows, from the same random numbers."""
+    last = site.products[-1].node
+    with editor.before(last):
+        x = _operand(editor, site.products[0], tangent=False)
+        mean = _mean_row(editor, x) if site.sampling.center else None
+        centred = x if mean is None else _subtract(editor, x, mean)
+        kept, estimator = _kept(editor, site, editor.size(x, -2)), site.sampling.estimator
+        noise = editor.call(aten.mul.Tensor, _noise(editor, site, x, [2]), 2**24)
+        seed = editor.call(prims.convert_element_type.default, noise, torch.int64)
+        rows = editor.call(ops.combine_rows, centred, seed, kept, estimator)
+        stored = [seed]  # made again in the backward pass it would be another one
+        if mean is not None:
+            stored.append(mean)
+        if site.encoding == "rows":
+            stored.append(rows)
+        for product in site.products:
+            dy = _operand(editor, product, tangent=True)
+            combined = editor.call(ops.combine_rows, dy, seed, kept, estimator)
+            estimate = _product(editor, product, rows, combined)
+            if mean is not None:
+                estimate = _add_outer(editor, product, estimate, dy, mean, None)
+            product.node.replace_all_uses_with(estimate)
+            estimate.meta = {**product.node.meta, "val": estimate.meta["val"]}
+    return SampledSite(site, seed, stored, rows, site.products[0].stored_names)
 
 
 def _operand(editor: Editor, product: Product, tangent: bool) -> fx.Node:
@@ -202,12 +236,16 @@ def _draw(editor: Editor, site: Site, norms: list[fx.Node]) -> tuple[fx.Node, fx
     rows = editor.size(norms[0], -1)
     kept = _kept(editor, site, rows)
     size = editor.call(operator.add, rows, 1) if isinstance(rows, fx.Node) else rows + 1
-    noise = editor.call(
-        aten.rand.default, [*batch, size], dtype=torch.float32, device=value.device, pin_memory=False
-    )
-    noise.meta[NOISE] = site.placement
+    noise = _noise(editor, site, norms[0], [*batch, size])
     draw = editor.call(ops.choose_rows, norms, noise, kept, site.sampling.estimator)
     return draw, editor.call(operator.getitem, draw, 0), editor.call(operator.getitem, draw, 1)
+
+
+def _noise(editor: Editor, site: Site, like: fx.Node, size: list[Any]) -> fx.Node:
+    device = like.meta["val"].device
+    noise = editor.call(aten.rand.default, size, dtype=torch.float32, device=device, pin_memory=False)
+    noise.meta[NOISE] = site.placement
+    return noise
 
 
 def _kept(editor: Editor, site: Site, rows: Any) -> Any:
