@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import wtacrs_fx
 from wtacrs_fx import Policy
 
-RowsOnly = functools.partial(Policy, residuals="exact")
+RowsOnly = functools.partial(Policy, residuals="exact", min_features=1)
 """A policy that samples rows and stores everything else as Inductor would."""
 
 torch.set_num_threads(2)

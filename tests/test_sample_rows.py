@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import wtacrs_fx
-from wtacrs_fx import Policy
+from wtacrs_fx import Policy, Rule
 from wtacrs_passes import ops
 from wtacrs_passes.joint_graph import parameter_gradients
 from wtacrs_passes.ops import choose_rows
@@ -321,3 +321,47 @@ def test_combined_rows_are_stored_instead_of_all() -> None:
     site = next(s for s in wtacrs_fx.explain(model, X, policy=policy).sites if s.module == "1")
     assert site.estimator == "rmm-rademacher" and site.kept == 20
     assert (site.encoding, site.bytes_after) == ("rows", 20 * 16 * 4 + 2 * 8)  # combinations and the seed
+
+
+class Attention(nn.Module):
+    """One head, scores and probabilities written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).mT
+        return (scores.softmax(-1) @ self.v(x)).sin()
+
+
+def test_attention_products_are_sampled_on_request() -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    joint = wtacrs_fx.capture(model, X)
+    linears = Rule("?", ratio=1.0)
+    plain = wtacrs_fx.transform(joint, RowsOnly(min_rows=4, rules=(linears,)))
+    assert draws(plain) == 0 and len(plain.report.sites) == 3
+    policy = RowsOnly(min_rows=4, ratio=0.5, attention=True, rules=(linears,))
+    rewritten = wtacrs_fx.transform(joint, policy)
+    products = [site for site in rewritten.report.sites if not site.parameter]
+    assert len(products) == 4  # dQ, dK, dV over tokens, dP over features
+    assert sorted(site.rows for site in products) == [8, 16, 16, 16]
+    assert draws(rewritten) == 4
+    exact = run_joint(joint, model, X, 1)
+    for name, samples in run_joint(rewritten, model, X, 600).items():
+        assert samples.std(0).max() > 0
+        assert is_unbiased(samples, exact[name][0]), name
+
+
+def test_attention_products_of_a_real_model() -> None:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=50, d_model=64, d_kv=32, d_ff=128, num_layers=1, num_heads=2)
+    model = T5EncoderModel(config)
+    ids = torch.randint(50, (2, 64))
+    policy = RowsOnly(attention=True)
+    names = [
+        site.module for site in wtacrs_fx.explain(model, ids, policy=policy).sampled if not site.parameter
+    ]
+    assert len(names) == 3 and all(name.endswith("SelfAttention") for name in names)  # 32 features are kept

@@ -171,7 +171,7 @@ def lifted_inputs(gm: fx.GraphModule) -> tuple[NamedInput, ...]:
         name = source.name() if callable(source.name) else source.name
         if isinstance(argument.example, torch.nn.Parameter):
             found.append(NamedInput(index, path_from_source(name), "parameter"))
-        elif "_buffers[" in name:
+        elif "_buffers[" in name or "['_buffers'][" in name:
             found.append(NamedInput(index, path_from_source(name), "buffer"))
         elif (mask := last_name(name)) in MASK_NAMES:
             found.append(NamedInput(index, mask, "mask"))

@@ -263,8 +263,11 @@ def path_from_source(source: str) -> str:
     'layers.0.weight'
     >>> path_from_source("L['self'].layers.0")
     'layers.0'
+    >>> path_from_source("L['self'].__dict__['_modules']['inner']._modules['0']")
+    'inner.0'
     """
     path = re.sub(r"^[LG]\['[^']*'\]\.?", "", source)
+    path = re.sub(r"__dict__\['(_modules|_parameters|_buffers)'\]", r"\1", path)
     path = re.sub(r"_(modules|parameters|buffers)\['([^']*)'\]", r"\2", path)
     path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
     return path.replace("._orig_mod", "").removeprefix("_orig_mod.").strip(".")

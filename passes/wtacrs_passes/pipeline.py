@@ -57,7 +57,7 @@ def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[NamedInput]) -> 
     jg.merge_equal(graph)
     names = {known.index: known for known in table}
     annotations = take_annotations(graph, names)
-    analysis = analyse(graph, names)
+    analysis = analyse(graph, names, policy.samples_attention)
     plan = make_plan(analysis, graph, policy, annotations)
     sites = sample_rows(graph, plan)
     tangent = jg.tangent_cone(graph)

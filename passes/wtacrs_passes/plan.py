@@ -96,6 +96,9 @@ def _reason_for_exact(product: Product, sampling: Sampling | None) -> str | None
         return "excluded by the policy"
     if sampling.ratio == 1.0:
         return "ratio 1.0"
+    features = product.x.meta["val"].shape[-1 if product.residual >= 0 else -2]
+    if isinstance(features, int) and features < sampling.min_features:
+        return f"{features} features, fewer than min_features"
     rows = product.rows
     if isinstance(rows, torch.SymInt):
         return None  # k is bounded by the rows at run time

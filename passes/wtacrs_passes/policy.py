@@ -57,6 +57,8 @@ class Sampling:
     Args:
         ratio: share of the rows that are kept, in (0, 1]; 1.0 leaves the product exact, bit for bit.
         min_rows: lower bound on the rows kept; a product with no more rows than this stays exact.
+        min_features: a product of an input with fewer features than this stays exact: its input is small
+            beside what choosing rows of its output's gradient costs. (B of a LoRA is such a one.)
         estimator: ``wta-systematic``, ``wta-crs`` (Liu et al. 2023), ``crs`` (Drineas et al. 2006):
             unbiased; ``topk``: biased; ``rmm-rademacher``, ``rmm-gaussian`` (Bershatsky et al. 2022): k
             random combinations of all rows, unbiased, at more work than the exact product.
@@ -68,6 +70,8 @@ class Sampling:
             a nonlinear function, 3 for bounded coefficients; ``small``: 4 bits, 2 for coefficients.
         rounding: of residuals stored as integers; ``stochastic`` makes their error zero in the mean.
         center: subtract the mean row before sampling and add its exact product.
+        attention: sample the gradients of products of two activations as well: ``QK^T`` and ``PV`` where they
+            are written as ``matmul`` or ``bmm``. Their error reaches the layers below; it is unbiased there.
 
     Raises:
         PolicyError: a value outside its range.
@@ -75,11 +79,13 @@ class Sampling:
 
     ratio: float = 0.3
     min_rows: int = 32
+    min_features: int = 32
     estimator: Estimator = "wta-systematic"
     placement: Placement = "auto"
     residuals: Residuals = "balanced"
     rounding: Rounding = "nearest"
     center: bool = False
+    attention: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
@@ -89,10 +95,13 @@ class Sampling:
                 f"ratio must be in (0, 1], got {self.ratio}; use 1.0 for exact gradients, "
                 f"with residuals='exact' to the last bit"
             )
-        if isinstance(self.min_rows, bool) or not isinstance(self.min_rows, int) or self.min_rows < 1:
-            raise PolicyError(f"min_rows must be a whole number of rows, at least 1, got {self.min_rows!r}")
-        if not isinstance(self.center, bool):
-            raise PolicyError(f"center must be True or False, got {self.center!r}")
+        for name, unit in (("min_rows", "rows"), ("min_features", "features")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PolicyError(f"{name} must be a whole number of {unit}, at least 1, got {value!r}")
+        for name in ("center", "attention"):
+            if not isinstance(getattr(self, name), bool):
+                raise PolicyError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _check_choice("estimator", self.estimator, ESTIMATORS)
         _check_choice("placement", self.placement, PLACEMENTS)
         _check_choice("residuals", self.residuals, RESIDUALS)
@@ -116,7 +125,8 @@ class Rule:
 
     Args:
         pattern: fnmatch pattern over module paths as ``named_modules()`` prints them.
-        overrides: any of ratio, min_rows, estimator, placement, residuals, rounding, center.
+        overrides: any of ratio, min_rows, min_features, estimator, placement, residuals, rounding, center,
+            attention.
     """
 
     pattern: str
@@ -178,6 +188,11 @@ class Policy(Sampling):
             if fnmatch.fnmatchcase(module, rule.pattern):
                 return Sampling(**{**fields, **dict(rule.overrides)})
         return Sampling(**fields)
+
+    def samples_attention(self, module: str) -> bool:
+        """Tell whether products of two activations of `module` (a path) are sampled."""
+        sampling = self.sampling(module)
+        return sampling is not None and sampling.attention
 
     def unmatched(self, modules: Iterable[str]) -> tuple[str, ...]:
         """Return the patterns that match none of `modules` (paths)."""

@@ -30,10 +30,10 @@ def simplify(size: Any) -> Size:
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
-    """One weight-gradient product, or a parameter that has none.
+    """One weight-gradient product, a product of two activations, or a parameter that has none.
 
     Attributes:
-        module: path of the module; parameter: name of its weight.
+        module: path of the module; parameter: name of its weight; empty in attention.
         rows: N; kept: k.
         estimator, placement: how and where rows are chosen; empty where the product is exact.
         encoding: how X reaches the backward pass: ``exact`` (stored in full), ``recompute`` (derived

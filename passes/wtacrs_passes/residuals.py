@@ -25,12 +25,12 @@ _LINEAR = jg.VIEWS | jg.COPIES | jg.CASTS | _SUMS | {aten.expand.default, aten.s
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A weight-gradient product ``X^T dY`` (or its transpose).
+    """A weight-gradient product ``X^T dY`` (or its transpose), or a like product of two activations.
 
     Attributes:
         node: the ``mm`` or ``bmm``.
         tangent_side: which operand is dY, 0 or 1; the other one is X.
-        parameter: name of the parameter whose gradient it is part of.
+        parameter: name of the parameter whose gradient it is part of; empty in attention.
         module: path of the module that reads the parameter there.
         x: X, ``[..., rows, features]``, or its transpose where `node` reads it that way.
         residual: equal for products that share X.
@@ -82,8 +82,12 @@ def rows_first(product: fx.Node, side: int) -> tuple[fx.Node, bool]:
     return operand, True
 
 
-def analyse(graph: fx.Graph, table: Mapping[int, NamedInput]) -> Analysis:
-    """Find the weight-gradient products of a joint graph."""
+def analyse(graph: fx.Graph, table: Mapping[int, NamedInput], attention: Callable[[str], bool]) -> Analysis:
+    """Find the weight-gradient products of a joint graph.
+
+    Args:
+        attention: whether the products of two activations of a module count as well.
+    """
     tangent = jg.tangent_cone(graph)
     statics = jg.static_inputs(graph, table)
     inputs = {n for n in graph.find_nodes(op="placeholder") if n not in statics and not jg.is_tangent(n)}
@@ -106,6 +110,8 @@ def analyse(graph: fx.Graph, table: Mapping[int, NamedInput]) -> Analysis:
         if reached:
             products.append(_product(node, sides.index(True), reached[0], numbers, names))
             covered.update(reached)
+        elif attention(jg.module_path(node) or ""):
+            products.append(_product(node, sides.index(True), "", numbers, names))
     unsampled = tuple(
         (name, _reason_without_product(node))
         for node, name in gradients.items()
