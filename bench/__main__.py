@@ -14,6 +14,8 @@ BENCHMARKS = (
     ["synthetic_variance"],
     ["gradient_variance"],
     ["gradient_error"],
+    ["gradient_norms"],
+    ["paper_tables", "--check"],
     ["compile_time"],
     ["memory_time"],
     ["memory_time", "--dtype", "bfloat16", "--rounds", "0"],

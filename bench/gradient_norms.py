@@ -169,7 +169,7 @@ def main(
     epochs: int = 3,
     probes: Annotated[int, typer.Option(help="Steps of each epoch that are measured.")] = 4,
     draws: int = 50,
-    rounds: int = 21,
+    rounds: Annotated[int, typer.Option(help="Timed steps with and without the memory.")] = 21,
     seed: int = 0,
     wordnet_file: Annotated[Path, typer.Option("--wordnet")] = WORDNET,
     quick: Annotated[bool, typer.Option(help="Two batches an epoch; keep no rows.")] = False,
@@ -187,7 +187,7 @@ def main(
             **figures, **circumstances(),
         )  # fmt: skip
 
-    times = overhead(task, rounds)
+    times = overhead(task, rounds) if rounds else {}
     rows = [
         describe("MiniLM", name, "step time", "s", **summarise(values, times["without"]))
         for name, values in times.items()

@@ -151,6 +151,30 @@ TABLES: dict[str, Table] = {
         lambda row: _both(row) if row.unit == "MiB" else _value(row),
     ),
     "accuracy": Table("accuracy", "task", _any, _variant, lambda row: f"{row.model}: {row.metric}", _four),
+    "gradient-norms": Table(
+        "gradient_norms",
+        "known of the gradient's rows",
+        lambda row: row.unit == "1",
+        _variant,
+        lambda row: row.model.removeprefix("MiniLM, "),
+        _value,
+    ),
+    "paper-memory": Table(
+        "paper_tables",
+        "fine-tuning",
+        lambda row: row.metric.startswith("memory"),
+        _variant,
+        lambda row: row.model + ("" if row.metric == "memory" else ", published ratio"),
+        lambda row: f"{row.value:.1f} GB ({row.ratio:.2f})" if row.unit == "GB" else f"{row.value:.2f}",
+    ),
+    "largest-batch": Table(
+        "paper_tables",
+        "fine-tuning",
+        lambda row: row.metric.startswith("largest"),
+        _variant,
+        lambda row: f"{row.model}, {row.metric.split(', ')[1]}",
+        lambda row: f"{row.value:.0f}" + (f" ({row.ratio:.1f})" if row.ratio else ""),
+    ),
     "synthetic-variance": Table(
         "synthetic_variance", "rows", lambda row: row.metric == "variance / wta-crs", _model, _variant, _value
     ),

@@ -20,6 +20,16 @@ def test_capture_on_meta_allocates_nothing() -> None:
     assert report.sites[0].kept == 9831
 
 
+def test_a_loss_on_meta_is_seen_as_on_cpu() -> None:
+    reports = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model, tokens = Transformer(dropout=0.1), torch.zeros(4, 32, dtype=torch.long)
+        reports.append(wtacrs_fx.explain(model, tokens, policy=RowsOnly()))
+    assert len(reports[0].sampled) == 7 and reports[0] == reports[1]
+    assert next(model.parameters()).is_meta  # the model itself stays as it was
+
+
 def test_capture_names_parameters_as_the_model_does() -> None:
     joint = wtacrs_fx.capture(Transformer(), TOKENS)
     names = {static.name for static in joint.meta["wtacrs_static_inputs"]}

@@ -53,3 +53,9 @@ def test_peak_bytes() -> None:
 
 def test_peak_bytes_of_an_idle_step() -> None:
     assert peak_bytes(lambda: None, CPU) == 0
+
+
+def test_saved_bytes_without_memory() -> None:
+    model, x = perceptron()
+    model, x = model.to("meta"), x.to("meta")
+    assert saved_bytes(lambda: model(x).sum(), [*model.parameters(), x]) == HIDDEN_BYTES

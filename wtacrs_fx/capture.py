@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from wtacrs_passes import torch_api
 from wtacrs_passes.joint_graph import copy_joint, is_tangent, outputs_with_descriptors, static_inputs
@@ -49,7 +51,7 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
             joint.meta[STATIC_INPUTS] = table
         raise _Captured
 
-    args, kwargs = _by_name(model, args, kwargs)
+    model, args, kwargs = _without_memory(model, *_by_name(model, args, kwargs))
 
     # A wrapper of its own, so that Dynamo neither reuses nor keeps code compiled for the model.
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -82,6 +84,30 @@ def _by_name(
         return args, kwargs
     names = list(signature.parameters)[:count]
     return (), {**dict(zip(names, args, strict=True)), **kwargs}
+
+
+def _without_memory(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Return a model and inputs on the meta device as fake tensors of the CPU; others as they are.
+
+    On meta, Inductor's decomposition of the cross entropy loses the gradient (torch 2.13), and its folding
+    takes every value for a constant.
+    """
+    tensors = [*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs))]
+    if not any(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors):
+        return model, args, kwargs
+    twin = copy.deepcopy(model)
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_meta:
+            return value
+        empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+        return empty.requires_grad_(value.requires_grad)
+
+    with torch_api.FakeTensorMode(allow_non_fake_inputs=True):
+        twin._apply(fake)  # type: ignore[no-untyped-call]
+        return twin, tree_map(fake, args), tree_map(fake, kwargs)
 
 
 def transform(graph_module: fx.GraphModule, policy: Policy | None = None) -> fx.GraphModule:

@@ -18,13 +18,13 @@ def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor]) -> int
         forward: returns the loss, a scalar; its backward is run as well, so that nothing stays saved.
         exclude: parameters, buffers and inputs, which live on whether saved or not.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    known = {tensor.untyped_storage()._cdata for tensor in exclude}
     sizes: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in known:  # the storage itself: on the meta device all addresses are zero
+            sizes[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

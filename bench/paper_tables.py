@@ -1,0 +1,230 @@
+"""Memory of fine-tuning T5 as in the paper's table 2, and the largest batch, without allocating anything.
+
+    python -m bench.paper_tables
+
+Models of one and of two layers a stack are traced on the meta device, in float32, in training mode with
+dropout 0.1; the bytes of L layers follow, because layers are alike (`--check` partitions one model in full
+and compares). Eager: all tensors that autograd keeps. wtacrs: the tensors that cross the partition. Memory
+is weights, gradients and AdamW's two moments of what is trained, plus those activations; what is held for a
+moment only, such as the gradient of the logits, is left out.
+
+Published: Liu et al. 2023 (arXiv 2305.15265), table 2, batch 64 (Base) and 100 (Large); figure 6 for the
+largest batch. Their decoder saw a label of a few tokens; here it has 8. LoRA: rank 32 on all linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+import wtacrs_fx
+from bench.harness import Row, circumstances, record
+from wtacrs_fx import Policy
+from wtacrs_fx.measure import saved_bytes
+
+TOKENS, LABEL_TOKENS = 128, 8
+ADAMW = 4 * 4  # bytes for each trained weight: itself, its gradient, two moments
+GB = 1e9
+CARDS = (24, 40, 80)  # GB
+
+
+@dataclass(frozen=True)
+class Size:
+    """A published T5: sizes, layers of each stack, the batch of the paper's table."""
+
+    d: int
+    d_ff: int
+    d_kv: int
+    heads: int
+    layers: int
+    batch: int
+
+
+SIZES = {
+    "T5-Base": Size(768, 3072, 64, 12, 12, 64),
+    "T5-Large": Size(1024, 4096, 64, 16, 24, 100),
+    "T5-3B": Size(1024, 16384, 128, 32, 24, 32),
+}
+PUBLISHED = {
+    "T5-Base": {"rows 0.3": 2.1, "rows 0.1": 2.4, "LoRA, rows 0.3": 2.7, "LoRA, rows 0.1": 3.2},
+    "T5-Large": {"rows 0.3": 2.1, "rows 0.1": 2.5, "LoRA, rows 0.3": 2.6, "LoRA, rows 0.1": 3.13},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table; without a policy it is eager."""
+
+    lora: bool = False
+    policy: Policy | None = None
+
+
+def _rows(ratio: float, residuals: Any, lora: bool = False) -> Method:
+    return Method(lora, Policy(ratio=ratio, residuals=residuals))
+
+
+METHODS = {
+    "full": Method(),
+    "LoRA": Method(lora=True),
+    "rows 0.3": _rows(0.3, "exact"),
+    "rows 0.1": _rows(0.1, "exact"),
+    "LoRA, rows 0.3": _rows(0.3, "exact", lora=True),
+    "LoRA, rows 0.1": _rows(0.1, "exact", lora=True),
+    "balanced 0.3": _rows(0.3, "balanced"),
+    "balanced 0.1": _rows(0.1, "balanced"),
+    "LoRA, balanced 0.3": _rows(0.3, "balanced", lora=True),
+    "LoRA, balanced 0.1": _rows(0.1, "balanced", lora=True),
+}
+
+
+class Loss(nn.Module):
+    """A T5 whose forward is the training objective."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross entropy of the label's tokens: a scalar."""
+        loss: Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
+        return loss
+
+
+def build(size: Size, layers: int, lora: bool) -> Loss:
+    """Return a model on the meta device."""
+    config = T5Config(
+        vocab_size=32128, d_model=size.d, d_ff=size.d_ff, d_kv=size.d_kv, num_heads=size.heads,
+        num_layers=layers, decoder_start_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model: Any = T5ForConditionalGeneration(config)
+        if lora:
+            targets = ["q", "k", "v", "o", "wi", "wo"]
+            model = get_peft_model(model, LoraConfig(r=32, target_modules=targets))
+    return Loss(model.train())
+
+
+def inputs(batch: int) -> tuple[Tensor, Tensor]:
+    """Return the ids of the text [batch, TOKENS] and of the label [batch, LABEL_TOKENS], on meta."""
+    return tuple(torch.zeros(batch, n, dtype=torch.long, device="meta") for n in (TOKENS, LABEL_TOKENS))  # type: ignore[return-value]
+
+
+def activations(size: Size, method: Method, layers: int, batch: int) -> int:
+    """Return the bytes of a batch that cross from the forward to the backward pass."""
+    model, arguments = build(size, layers, method.lora), inputs(batch)
+    if method.policy is None:
+        owned = [*model.parameters(), *model.buffers(), *arguments]
+        return saved_bytes(lambda: model(*arguments), owned)
+    return int(wtacrs_fx.explain(model, *arguments, policy=method.policy).saved_bytes_after)
+
+
+def of_all_layers(size: Size, method: Method, batch: int) -> int:
+    """Return the bytes of the whole model from those of one and of two layers a stack."""
+    one, two = (activations(size, method, layers, batch) for layers in (1, 2))
+    return one + (size.layers - 1) * (two - one)
+
+
+def weights_bytes(size: Size, lora: bool) -> int:
+    """Return the bytes of weights, gradients and optimizer state."""
+    parameters = list(build(size, size.layers, lora).parameters())
+    return sum(p.numel() * (ADAMW if p.requires_grad else 4) for p in parameters)
+
+
+def figures_of(size: Size, method: Method, batch: int) -> dict[str, tuple[float, str]]:
+    """Return metric -> (value, unit) of one line."""
+    kept, fixed = of_all_layers(size, method, batch), weights_bytes(size, method.lora)
+    largest = {card: max(0, int((card * GB - fixed) * batch // kept)) for card in CARDS}
+    return {
+        "activations": (kept / GB, "GB"),
+        "memory": ((kept + fixed) / GB, "GB"),
+        **{f"largest batch, {card} GB": (count, "samples") for card, count in largest.items()},
+    }
+
+
+def measure(name: str, methods: Sequence[str], batch: int) -> list[Row]:
+    """Return memory and largest batches of one model.
+
+    A ratio is how many times better a line is than full fine-tuning in eager mode, as the paper has it.
+    """
+    size, rows = SIZES[name], []
+    full = figures_of(size, METHODS["full"], batch)
+    shapes = f"batch={batch} tokens={TOKENS}+{LABEL_TOKENS}"
+    for label in methods:
+        for metric, (value, unit) in figures_of(size, METHODS[label], batch).items():
+            before = full[metric][0]
+            better, worse = (value, before) if metric.startswith("largest") else (before, value)
+            ratio = better / worse if worse else None
+            rows.append(
+                Row(
+                    "paper_tables",
+                    name,
+                    label,
+                    metric,
+                    value,
+                    unit,
+                    ratio,
+                    shapes=shapes,
+                    **circumstances("meta"),
+                )
+            )
+        published = PUBLISHED.get(name, {}).get(label)
+        if published is not None:
+            rows.append(
+                Row(
+                    "paper_tables",
+                    name,
+                    label,
+                    "memory, published ratio",
+                    published,
+                    "1",
+                    shapes=shapes,
+                    **circumstances("meta"),
+                )
+            )
+    return rows
+
+
+def main(
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"Any of {', '.join(SIZES)}; all by default.")
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"Any of {', '.join(METHODS)}; all by default.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="0: the paper's.")] = 0,
+    check: Annotated[bool, typer.Option(help="Partition all layers of T5-Base once, and compare.")] = False,
+    quick: Annotated[bool, typer.Option(help="T5-Base, two lines; keep no rows.")] = False,
+) -> None:
+    """Compute the tables; append rows to bench/results."""
+    names, methods = model or list(SIZES), method or list(METHODS)
+    if quick:
+        names, methods = ["T5-Base"], ["full", "balanced 0.3"]
+    for name in names:
+        record(measure(name, methods, batch or SIZES[name].batch), keep=not quick)
+    if check:
+        size, line = SIZES["T5-Base"], METHODS["balanced 0.3"]
+        whole, sum_of_layers = activations(size, line, size.layers, 64), of_all_layers(size, line, 64)
+        error = sum_of_layers / whole - 1
+        shapes, metric = f"batch=64 tokens={TOKENS}+{LABEL_TOKENS}", "error of the sum over layers"
+        row = Row(
+            "paper_tables",
+            "T5-Base",
+            "balanced 0.3",
+            metric,
+            error,
+            "1",
+            shapes=shapes,
+            **circumstances("meta"),
+        )
+        record([row], keep=not quick)
+
+
+if __name__ == "__main__":
+    typer.run(main)
