@@ -26,8 +26,9 @@ import wtacrs_fx
 from bench.accuracy import WORDNET, Task, wordnet
 from bench.gradient_variance import MIN_ROWS, Batch, gradients, rows_of, sampled_linears
 from bench.harness import VARIANTS, Row, Step, circumstances, interleave, record, step_seconds, summarise
-from bench.variance import gram, relative_variance, squared_errors
+from bench.variance import gram, squared_errors
 from wtacrs_fx import gradient_norms
+from wtacrs_fx.diagnose import relative_variance
 from wtacrs_fx.gradient_norms import GradientNorms
 from wtacrs_passes.estimators import gradient_weights
 

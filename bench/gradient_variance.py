@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 import wtacrs_fx
 from bench.harness import Backend, Row, Step, circumstances, inductor, record, summarise
-from bench.variance import gram, projection_variance, relative_variance, squared_errors
+from bench.variance import gram, projection_variance, squared_errors
 from wtacrs_fx.demo import Classifier, load_encoder, load_texts
+from wtacrs_fx.diagnose import relative_variance
 from wtacrs_passes.estimators import ESTIMATORS, PROJECTIONS
 
 RATIOS = (0.3, 0.1)

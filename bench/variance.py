@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import torch
 from torch import Tensor
 
@@ -64,23 +62,3 @@ def projection_variance(products: Tensor, weights: Tensor, kept: int, estimator:
     if estimator == "rmm-rademacher":
         total = total - 2 * (squares[0] * squares[1]).sum()
     return float(total / kept)
-
-
-def relative_variance(samples: Iterable[Sequence[Tensor]]) -> list[float]:
-    """Return E ||g - E g||^2 / E ||g||^2 of each of several tensors g, from two or more samples of all.
-
-    With n samples, (sum ||g||^2 - ||sum g||^2 / n) / (n - 1) is the unbiased variance and sum ||g||^2 / n the
-    second moment. Only sums are held.
-    """
-    count = 0
-    totals: list[Tensor] = []
-    squares: list[float] = []
-    for sample in samples:
-        count += 1
-        totals = totals or [torch.zeros_like(g) for g in sample]
-        squares = squares or [0.0] * len(sample)
-        for i, gradient in enumerate(sample):
-            totals[i] += gradient
-            squares[i] += float(gradient.square().sum())
-    spread = [s - float(t.square().sum()) / count for s, t in zip(squares, totals, strict=True)]
-    return [count / (count - 1) * v / s for v, s in zip(spread, squares, strict=True)]

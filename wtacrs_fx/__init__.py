@@ -7,10 +7,13 @@ from wtacrs_passes.report import Report, SiteReport
 
 from .backend import Backend, PatternWarning, backend, reports
 from .capture import capture, explain, transform
+from .diagnose import Diagnosis, DiagnosisError, diagnose
 from .gradient_norms import GradientNormError, GradientNorms, token_mask, track_gradient_norms
 
 __all__ = [
     "Backend",
+    "Diagnosis",
+    "DiagnosisError",
     "GradientNormError",
     "GradientNorms",
     "NoTangentsError",
@@ -23,6 +26,7 @@ __all__ = [
     "SiteReport",
     "backend",
     "capture",
+    "diagnose",
     "explain",
     "reports",
     "token_mask",

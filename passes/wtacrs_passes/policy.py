@@ -179,6 +179,16 @@ class Policy(Sampling):
             if not isinstance(rule, Rule):
                 raise PolicyError(f"rules must be a tuple of Rule, got {rule!r}")
 
+    @classmethod
+    def from_diagnosis(cls, diagnosis: Any, max_bytes: float | None = None) -> Policy:
+        """Return a policy with a ratio for each layer, as ``diagnosis.policy(max_bytes)``.
+
+        Args:
+            diagnosis: of ``wtacrs_fx.diagnose``; max_bytes: of all stored rows together.
+        """
+        policy: Policy = diagnosis.policy(max_bytes)
+        return policy
+
     def sampling(self, module: str) -> Sampling | None:
         """Return how the products of `module` (a path) are sampled, or None where they stay exact."""
         if matches_any(module, self.exclude) or not matches_any(module, self.include):

@@ -186,9 +186,9 @@ class Report:
             total += f" ({after / before:.2f} of Inductor's)"
         cached = "; code from the cache" if self.from_cache else ""
         count = f"{len(self.sampled)} of {len(self.sites)} weight gradients sampled{cached}"
-        tables = [*_align([header, *lines])]
+        tables = [*align([header, *lines])]
         if residual_lines:
-            tables += ["", *_align([residual_header, *residual_lines])]
+            tables += ["", *align([residual_header, *residual_lines])]
         return "\n".join([*tables, "", total, count])
 
 
@@ -204,7 +204,8 @@ def format_bytes(size: Size) -> str:
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _align(table: Sequence[Sequence[str]]) -> Iterable[str]:
+def align(table: Sequence[Sequence[str]]) -> Iterable[str]:
+    """Return the lines of a table, its columns padded to equal widths."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -1,0 +1,412 @@
+"""How much noise a policy adds to each layer's gradient, beside the noise that the minibatch has anyway."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wtacrs_passes.estimators import inclusion_probabilities
+from wtacrs_passes.policy import Policy, Rule
+from wtacrs_passes.report import SiteReport, align
+
+from .capture import explain
+
+RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+"""The ratios at which the added variance is computed."""
+
+_SHARE = 0.1  # of the minibatch noise: what added noise may be without being felt
+_ACROSS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # where the mass of the largest rows is shown
+
+
+class DiagnosisError(ValueError):
+    """A model or batches that cannot be diagnosed; the message states rule, value and remedy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDiagnosis:
+    """One linear layer.
+
+    Attributes:
+        module: path of the layer; group: of the first layer that shares its draw, itself where none does.
+        placement: where its rows are chosen; rows: N of the first batch; kept: k.
+        added: variance of the estimate over ||dW||^2, a mean over batches, at the policy's ratio.
+        curve: the same at each of :data:`RATIOS`.
+        minibatch: variance of dW between batches over its mean square.
+        mass: share of the total weight that the k largest rows have (Liu et al. 2023, figure 3).
+        masses: the same for the largest 1, 2, 5, ... 100 % of the rows.
+        row_bytes: bytes that a kept row costs; zero where rows are chosen in the backward pass.
+    """
+
+    module: str
+    group: str
+    placement: str
+    rows: int
+    kept: int
+    added: float
+    curve: tuple[float, ...]
+    minibatch: float
+    mass: float
+    masses: tuple[float, ...]
+    row_bytes: float
+
+    @property
+    def ratio(self) -> float | None:
+        """The smallest of :data:`RATIOS` at which the added noise is a tenth of the minibatch's."""
+        return next(
+            (r for r, v in zip(RATIOS, self.curve, strict=True) if v <= _SHARE * self.minibatch), None
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """The layers of a model under a policy; ``print`` shows a table, :meth:`plot` draws it."""
+
+    layers: tuple[LayerDiagnosis, ...]
+    batches: int
+    base: Policy
+
+    def __str__(self) -> str:
+        header = (
+            "module",
+            "placement",
+            "rows",
+            "kept",
+            "added",
+            "minibatch",
+            "of it",
+            "ratio for 0.1",
+            "mass",
+        )
+        lines = [
+            (
+                layer.module,
+                layer.placement,
+                str(layer.rows),
+                str(layer.kept),
+                f"{layer.added:.2g}",
+                f"{layer.minibatch:.2g}",
+                f"{layer.added / layer.minibatch:.2f}" if layer.minibatch else "",
+                "1.0" if layer.ratio is None else f"{layer.ratio:g}",
+                f"{layer.mass:.2f}",
+            )
+            for layer in self.layers
+        ]
+        means = [
+            sum(values) / len(self.layers)
+            for values in zip(*((x.added, x.minibatch) for x in self.layers), strict=True)
+        ]
+        total = (
+            f"mean over {len(self.layers)} layers and {self.batches} batches: "
+            f"added {means[0]:.2g}, minibatch {means[1]:.2g}"
+        )
+        return "\n".join([*align([header, *lines]), "", total])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and strings."""
+        return {"batches": self.batches, "layers": [dataclasses.asdict(layer) for layer in self.layers]}
+
+    def plot(self, path: str | Path) -> None:
+        """Draw added and minibatch noise of each layer, and the mass of the largest rows."""
+        import matplotlib.pyplot as plt
+
+        names = [layer.module for layer in self.layers]
+        height = max(3.0, 0.22 * len(names) + 1.2)
+        figure, (left, right) = plt.subplots(
+            1, 2, figsize=(12, height), layout="constrained", width_ratios=(3, 2)
+        )
+        positions = range(len(names))
+        left.scatter(
+            [x.minibatch for x in self.layers], positions, marker="o", color="#0072b2", label="minibatch"
+        )
+        left.scatter(
+            [max(x.added, 1e-6) for x in self.layers],
+            positions,
+            marker="x",
+            color="#d55e00",
+            label="added by the policy",
+        )
+        left.set(xscale="log", xlabel="variance of dW / ||dW||²", yticks=list(positions))
+        left.set_yticklabels(names, fontsize=7)
+        left.invert_yaxis()
+        left.grid(alpha=0.3)
+        left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+        for layer in self.layers:
+            right.plot([100 * share for share in _ACROSS], layer.masses, color="#009e73", alpha=0.4, lw=1)
+        right.plot([0, 100], [0, 1], color="grey", ls=":", lw=1)
+        right.set(
+            xlabel="largest rows, %", ylabel="share of the total weight, one line a layer", ylim=(0, 1.02)
+        )
+        right.grid(alpha=0.3)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+    def policy(self, max_bytes: float | None = None) -> Policy:
+        """Return the policy with a ratio for each layer: the least noise for the bytes of the rows.
+
+        Where rows cost no bytes (they are chosen in the backward pass), and where `max_bytes` allows, a layer
+        gets the smallest ratio at which its added noise is a tenth of the minibatch's. Otherwise ratios
+        minimise the sum over layers of added over minibatch noise while all rows together take no more.
+
+        Raises:
+            DiagnosisError: the smallest ratios take more than `max_bytes`.
+        """
+        groups: dict[str, list[LayerDiagnosis]] = {}
+        for layer in self.layers:
+            groups.setdefault(layer.group, []).append(layer)
+        ratios = {name: _unbounded(layers) for name, layers in groups.items()}
+        if max_bytes is not None and _bytes(groups, ratios) > max_bytes:
+            least = _bytes(groups, dict.fromkeys(groups, RATIOS[0]))
+            if least > max_bytes:
+                raise DiagnosisError(
+                    f"max_bytes must be at least {least:.0f}, as ratio {RATIOS[0]} takes, got {max_bytes:g}"
+                )
+            low, high = -30.0, 30.0  # log2 of the price of a byte
+            for _ in range(60):
+                price = (low + high) / 2
+                ratios = {name: _cheapest(layers, 2.0**price) for name, layers in groups.items()}
+                low, high = (price, high) if _bytes(groups, ratios) > max_bytes else (low, price)
+            ratios = {name: _cheapest(layers, 2.0**high) for name, layers in groups.items()}
+        rules = tuple(Rule(glob.escape(layer.module), ratio=ratios[layer.group]) for layer in self.layers)
+        return dataclasses.replace(self.base, rules=(*rules, *self.base.rules))
+
+
+def diagnose(
+    model: nn.Module, batches: Iterable[Mapping[str, Any] | Sequence[Any]], policy: Policy | None = None
+) -> Diagnosis:
+    """Measure, on some batches, the noise that a policy would add to the gradient of each linear layer.
+
+    The model runs in eager mode as it is (``model.eval()`` leaves dropout out of the minibatch noise). The
+    added variance is that of fixed-size sampling with the policy's inclusion probabilities, for maximal
+    entropy (Hajek 1964): sum c_i ||g_i / q_i||^2 - ||sum c_i g_i / q_i||^2 / sum c_i with g_i = x_i dy_i^T
+    and c_i = q_i (1 - q_i). It holds for `wta-systematic`; other estimators add more. Nothing is trained.
+
+    Args:
+        model: its forward returns the loss, or an object or a tuple that holds it.
+        batches: two or more, each the keyword or positional arguments of a call.
+
+    Raises:
+        DiagnosisError: fewer than two batches, or nothing that the policy would sample.
+    """
+    policy = Policy() if policy is None else policy
+    given = list(batches)
+    if len(given) < 2:
+        raise DiagnosisError(
+            f"diagnose needs two or more batches, for the noise between them, got {len(given)}"
+        )
+    report = explain(model, *_args(given[0]), policy=policy, **_kwargs(given[0]))
+    sites = {site.module: site for site in report.sampled if site.parameter}
+    if not sites:
+        reasons = sorted({site.reason for site in report.sites})
+        raise DiagnosisError(f"the policy samples no layer of the model ({'; '.join(reasons)})")
+    found: dict[str, list[_Layer]] = {}
+    noise = _Noise()
+    for batch in given:
+        rows = _rows_of(model, batch, sites)
+        weights = _weights(rows, sites)
+        noise.add({path: x.T.double() @ dy.double() for path, (x, dy) in rows.items()})
+        for path, (x, dy) in rows.items():
+            found.setdefault(path, []).append(_measure(x, dy, *weights[path], policy, path))
+    minibatch = noise.relative()
+    layers = [_summary(sites[path], found[path], minibatch[path]) for path in sites if path in found]
+    return Diagnosis(tuple(layers), len(given), policy)
+
+
+def relative_variance(samples: Iterable[Sequence[Tensor]]) -> list[float]:
+    """Return E ||g - E g||^2 / E ||g||^2 of each of several tensors g, from two or more samples of all."""
+    noise = _Noise()
+    for sample in samples:
+        noise.add({str(i): gradient for i, gradient in enumerate(sample)})
+    return list(noise.relative().values())
+
+
+class _Noise:
+    """Sums from which the variance of tensors over samples follows.
+
+    With n samples, (sum ||g||^2 - ||sum g||^2 / n) / (n - 1) is the unbiased variance and sum ||g||^2 / n the
+    second moment.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.totals: dict[str, Tensor] = {}
+        self.squares: dict[str, float] = {}
+
+    def add(self, sample: Mapping[str, Tensor]) -> None:
+        self.count += 1
+        for name, value in sample.items():
+            self.totals[name] = self.totals[name] + value if name in self.totals else value.clone()
+            self.squares[name] = self.squares.get(name, 0.0) + float(value.square().sum())
+
+    def relative(self) -> dict[str, float]:
+        found = {}
+        for name, total in self.totals.items():
+            spread = self.squares[name] - float(total.square().sum()) / self.count
+            scale = self.count / (self.count - 1)
+            found[name] = scale * spread / self.squares[name] if self.squares[name] else 0.0
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """What one batch says about one layer; variances and squares are absolute."""
+
+    group: str
+    square: float
+    added: float
+    curve: tuple[float, ...]
+    mass: float
+    masses: tuple[float, ...]
+
+
+def _rows_of(
+    model: nn.Module, batch: Mapping[str, Any] | Sequence[Any], sites: Mapping[str, SiteReport]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Run a step and return the input x: [rows, in] and output gradient dy: [rows, out] of each layer."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    calls: dict[str, int] = {}
+    handles = []
+
+    def watch(path: str, module: nn.Module) -> Any:
+        def on_forward(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            calls[path] = calls.get(path, 0) + 1
+            x = args[0].detach().flatten(0, -2)
+            output.register_hook(  # type: ignore[no-untyped-call]
+                lambda dy: seen.update({path: (x, dy.detach().flatten(0, -2))})
+            )
+
+        return module.register_forward_hook(on_forward)
+
+    modules = dict(model.named_modules())
+    handles = [watch(path, modules[path]) for path in sites if isinstance(modules.get(path), nn.Module)]
+    kept = {parameter: parameter.grad for parameter in model.parameters()}
+    model.zero_grad(set_to_none=True)  # what is added to a gradient is added in place
+    try:
+        _loss(model(*_args(batch), **_kwargs(batch))).backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, gradient in kept.items():
+            parameter.grad = gradient
+    return {path: rows for path, rows in seen.items() if calls[path] == 1}
+
+
+def _weights(
+    rows: Mapping[str, tuple[Tensor, Tensor]], sites: Mapping[str, SiteReport]
+) -> dict[str, tuple[str, Tensor]]:
+    """Return for each layer the first that shares its input, and the weights of its rows: [rows]."""
+    groups: dict[Any, list[str]] = {}
+    for path, (x, _) in rows.items():
+        groups.setdefault((x.data_ptr(), x.shape, sites[path].placement), []).append(path)
+    found = {}
+    for paths in groups.values():
+        weights = rows[paths[0]][0].double().norm(dim=-1)
+        if sites[paths[0]].placement == "backward":
+            squares = [rows[path][1].double().square().sum(-1) for path in paths]
+            weights = weights * torch.stack(squares).sum(0).sqrt()
+        found.update(dict.fromkeys(paths, (paths[0], weights)))
+    return found
+
+
+def _measure(x: Tensor, dy: Tensor, group: str, weights: Tensor, policy: Policy, path: str) -> _Layer:
+    x, dy = x.double(), dy.double()
+    rows = len(x)
+    sampling = policy.sampling(path)
+    assert sampling is not None
+    norms = x.norm(dim=-1) * dy.norm(dim=-1)
+    curve = tuple(_variance(x, dy, norms, weights, max(1, math.ceil(ratio * rows))) for ratio in RATIOS)
+    ordered = weights.sort(descending=True).values.cumsum(0) / weights.sum().clamp(min=1e-300)
+    masses = tuple(float(ordered[max(1, math.ceil(share * rows)) - 1]) for share in _ACROSS)
+    kept = int(sampling.kept(rows))
+    return _Layer(
+        group,
+        float((x.T @ dy).square().sum()),
+        _variance(x, dy, norms, weights, kept),
+        curve,
+        float(ordered[kept - 1]),
+        masses,
+    )
+
+
+def _variance(x: Tensor, dy: Tensor, norms: Tensor, weights: Tensor, kept: int) -> float:
+    """Return Hajek's variance of the estimate of x^T dy from `kept` rows."""
+    if kept >= len(x):
+        return 0.0
+    q = inclusion_probabilities(weights, kept)
+    if bool(((q == 0) & (norms > 0)).any()):
+        return math.inf
+    c = q * (1 - q)
+    total = c.sum()
+    if total <= 1e-12:
+        return 0.0
+    inverse = torch.where(q > 0, 1 / q, 0.0)
+    mean = (x * (c * inverse).unsqueeze(-1)).T @ dy
+    variance = (c * (norms * inverse).square()).sum() - mean.square().sum() / total
+    return max(0.0, float(variance))
+
+
+def _summary(site: SiteReport, found: Sequence[_Layer], minibatch: float) -> LayerDiagnosis:
+    square = sum(layer.square for layer in found) or 1.0
+    count = len(found)
+    stores = site.encoding == "rows"
+    return LayerDiagnosis(
+        module=site.module,
+        group=found[0].group,
+        placement=site.placement,
+        rows=int(site.rows),
+        kept=int(site.kept),
+        added=sum(layer.added for layer in found) / square,
+        curve=tuple(sum(values) / square for values in zip(*(layer.curve for layer in found), strict=True)),
+        minibatch=minibatch,
+        mass=sum(layer.mass for layer in found) / count,
+        masses=tuple(sum(values) / count for values in zip(*(layer.masses for layer in found), strict=True)),
+        row_bytes=float(site.bytes_after) / int(site.kept) if stores else 0.0,
+    )
+
+
+def _unbounded(layers: Sequence[LayerDiagnosis]) -> float:
+    return max(1.0 if layer.ratio is None else layer.ratio for layer in layers)
+
+
+def _cheapest(layers: Sequence[LayerDiagnosis], price: float) -> float:
+    """Return the ratio with the least noise and cost, for a price of a byte."""
+    size = sum(layer.row_bytes * layer.rows for layer in layers)
+    if not size:
+        return _unbounded(layers)
+
+    def cost(index: int) -> float:
+        noise = sum(layer.curve[index] / max(layer.minibatch, 1e-12) for layer in layers)
+        return noise + price * size * RATIOS[index]
+
+    return RATIOS[min(range(len(RATIOS)), key=cost)]
+
+
+def _bytes(groups: Mapping[str, Sequence[LayerDiagnosis]], ratios: Mapping[str, float]) -> float:
+    return sum(
+        layer.row_bytes * layer.rows * ratios[name] for name, layers in groups.items() for layer in layers
+    )
+
+
+def _args(batch: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
+    return () if isinstance(batch, Mapping) else tuple(batch)
+
+
+def _kwargs(batch: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
+    return dict(batch) if isinstance(batch, Mapping) else {}
+
+
+def _loss(output: Any) -> Tensor:
+    loss = getattr(output, "loss", output)
+    loss = loss[0] if isinstance(loss, tuple | list) else loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise DiagnosisError(
+            f"the model must return its loss, a scalar, or an object or tuple that holds it first, got "
+            f"{type(output).__name__}"
+        )
+    return loss
