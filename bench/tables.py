@@ -21,7 +21,8 @@ from bench.harness import RESULTS, Row, read
 from bench.models import Shape
 from bench.targets import TARGETS
 
-README = RESULTS.parents[1] / "README.md"
+ROOT = RESULTS.parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 @dataclass(frozen=True)
@@ -212,9 +213,10 @@ def rewrite(text: str, folder: Path = RESULTS) -> str:
 
 
 def main(write: Annotated[bool, typer.Option(help="Rewrite the blocks of README.md.")] = False) -> None:
-    """Print every table, or write the marked ones into README.md."""
+    """Print every table, or write the marked ones into README.md and docs."""
     if write:
-        README.write_text(rewrite(README.read_text()))
+        for page in PAGES:
+            page.write_text(rewrite(page.read_text()))
         return
     for name in (*TABLES, "targets"):
         print(f"\n## {name}\n\n{render(name)}")

@@ -249,3 +249,30 @@ def test_a_mixture_of_encodings_is_taken_back() -> None:
     with mode(MIXTURES["int4"]):
         assert MODES["balanced"] == MIXTURES["int4"]
     assert before == MODES
+
+
+@pytest.mark.parametrize("method", ["full", "LoRA, balanced 0.3"])
+def test_layers_of_a_table_add_up(method: str) -> None:
+    pytest.importorskip("peft")
+    from bench.paper_tables import METHODS, Size, activations, of_all_layers, weights_bytes
+
+    tiny = Size(d=64, d_ff=128, d_kv=32, heads=2, layers=3, batch=4)
+    line = METHODS[method]
+    whole = activations(tiny, line, tiny.layers, 4)
+    assert of_all_layers(tiny, line, 4) == pytest.approx(whole, rel=0.02)
+    full = weights_bytes(tiny, lora=False)
+    assert weights_bytes(tiny, lora=True) < 0.6 * full  # frozen weights have no gradient and no moments
+
+
+def test_forms_of_remembered_norms() -> None:
+    from bench.gradient_norms import FORMS, by_position
+
+    norms = torch.rand(3, 10) + 0.5
+    norms[2] = 0  # not seen
+    assert FORMS["token, float32"](norms).equal(norms)
+    assert (FORMS["token, uint8"](norms)[:2] / norms[:2] - 1).abs().max() < 0.1
+    buckets = FORMS["bucket 4, uint8"](norms)
+    assert buckets.shape == norms.shape and buckets[0, 0] == buckets[0, 3] != buckets[0, 4]
+    assert not buckets[2].any()
+    mean = norms[:2].square().mean(0).sqrt()
+    torch.testing.assert_close(by_position(norms, 5), mean.expand(5, -1))

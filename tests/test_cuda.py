@@ -11,7 +11,7 @@ from torch import Tensor
 
 import wtacrs_fx
 from wtacrs_fx import Policy
-from wtacrs_passes.estimators import ESTIMATORS, choose_rows
+from wtacrs_passes.estimators import ESTIMATORS, choose_rows, combine_rows
 
 pytestmark = [
     pytest.mark.cuda,
@@ -78,3 +78,28 @@ def test_cuda_graphs_draw_anew_in_each_replay() -> None:
     runs = torch.stack([step(model, call, tokens)["head.weight"].flatten().cpu() for _ in range(200)])
     assert is_unbiased(runs, exact)
     assert runs.std(0).max() > 0
+
+
+def test_norms_are_remembered_without_waiting() -> None:
+    model, tokens = Transformer().cuda(), torch.randint(50, (4, 32), device="cuda")
+    tracker = wtacrs_fx.track_gradient_norms(model, num_samples=10, seq_len=32)
+    policy = RowsOnly(min_rows=8, placement="forward")
+    call = torch.compile(model, backend=wtacrs_fx.backend(policy))
+    exact = step(model, model, tokens)["head.weight"].flatten().cpu()
+    runs = []
+    for turn in range(200):
+        if turn == 2:
+            torch.cuda.set_sync_debug_mode("error")
+        with tracker.batch([1, 5, 2, 9]):
+            step(model, call, tokens)
+        torch.cuda.set_sync_debug_mode("default")
+        runs.append(model.head.weight.grad.flatten().cpu())
+    assert tracker.nbytes and all(record.device.type == "cpu" for record in tracker._buffers.values())
+    assert is_unbiased(torch.stack(runs[2:]), exact)
+
+
+@pytest.mark.parametrize("estimator", ["rmm-rademacher", "rmm-gaussian"])
+def test_combinations_of_rows_agree_with_the_cpu(estimator: str) -> None:
+    x, seed = torch.randn(100, 8), torch.tensor([3, 5])
+    expected = combine_rows(x, seed, 40, estimator)
+    torch.testing.assert_close(combine_rows(x.cuda(), seed.cuda(), 40, estimator).cpu(), expected)

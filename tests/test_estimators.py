@@ -14,6 +14,7 @@ from wtacrs_passes.estimators import (
     choose_rows,
     combine_rows,
     estimate_product,
+    gradient_weights,
     inclusion_probabilities,
 )
 
@@ -215,3 +216,22 @@ def test_a_projection_depends_on_its_seed_alone(estimator: str, monkeypatch: pyt
     assert correlation.abs().max() < 4 / 1000**0.5
     if estimator == "rmm-rademacher":
         assert (matrix * 20**0.5).abs().allclose(torch.ones(()))
+
+
+@pytest.mark.parametrize("estimator", UNBIASED)
+def test_rows_are_scaled_where_nothing_is_taken_for_sure(estimator: str) -> None:
+    _, scales = draw(torch.ones(ROWS), KEPT, estimator, runs=50)
+    torch.testing.assert_close(scales, torch.full_like(scales, ROWS / KEPT))
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, *PROJECTIONS])
+def test_the_host_reads_nothing(estimator: str) -> None:
+    """On the meta device there are no values: whatever reads one raises."""
+    weights, noise = torch.ones(2, ROWS, device="meta"), torch.rand(2, ROWS + 1, device="meta")
+    if estimator in PROJECTIONS:
+        x, seed = torch.ones(ROWS, 3, device="meta"), torch.ones(2, dtype=torch.long, device="meta")
+        assert combine_rows(x, seed, KEPT, estimator).shape == (KEPT, 3)
+    else:
+        indices, scales = choose_rows(weights, noise, KEPT, estimator)
+        assert indices.shape == scales.shape == (2, KEPT)
+    gradient_weights(torch.ones(ROWS, device="meta"), torch.ones(ROWS, device="meta"), 0.0)
