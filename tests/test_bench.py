@@ -256,7 +256,7 @@ def test_layers_of_a_table_add_up(method: str) -> None:
     pytest.importorskip("peft")
     from bench.paper_tables import METHODS, Size, activations, of_all_layers, weights_bytes
 
-    tiny = Size(d=64, d_ff=128, d_kv=32, heads=2, layers=3, batch=4)
+    tiny = Size(d=64, d_ff=128, d_kv=32, heads=2, layers=3, batches=(4,))
     line = METHODS[method]
     whole = activations(tiny, line, tiny.layers, 4)
     assert of_all_layers(tiny, line, 4) == pytest.approx(whole, rel=0.02)
