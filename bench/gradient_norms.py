@@ -69,7 +69,7 @@ def probe(
     """Return the relative variance of every linear for all that may be known about its gradient norms."""
     generator = torch.Generator().manual_seed(seed)
     exact = rows_of(model, batch)
-    records = {path: tracker._buffers.get(path.replace(".", "/")) for path in exact}
+    records = {path: tracker.records.get(path) for path in exact}
     mask = batch["attention_mask"].flatten()
     every = torch.ones_like(mask)
     found: Figures = {}
@@ -147,7 +147,7 @@ def overhead(task: Task, rounds: int) -> dict[str, list[float]]:
         pass
     tracked = Step(task.model, batch, VARIANTS["wtacrs 0.3 remembered"]())
     tracker.remove()
-    memory = tracked.model.get_submodule(gradient_norms.NAME)
+    memory = getattr(tracked.model, gradient_norms.NAME)
     assert isinstance(memory, GradientNorms)
 
     def remember() -> float:

@@ -94,7 +94,7 @@ def test_norms_are_remembered_without_waiting() -> None:
             step(model, call, tokens)
         torch.cuda.set_sync_debug_mode("default")
         runs.append(model.head.weight.grad.flatten().cpu())
-    assert tracker.nbytes and all(record.device.type == "cpu" for record in tracker._buffers.values())
+    assert tracker.nbytes and all(record.device.type == "cpu" for record in tracker.records.values())
     assert is_unbiased(torch.stack(runs[2:]), exact)
 
 

@@ -100,9 +100,9 @@ def trained() -> tuple[Encoder, GradientNorms, Callable[..., Tensor], Tensor, Te
 def test_the_norms_of_a_step_are_recorded(trained: tuple) -> None:
     model, tracker, _, ids, x, mask = trained
     expected = exact_norms(model, x, mask)
-    assert {"first", "last"} < set(tracker._buffers) <= set(expected)
-    assert len(tracker._buffers) == 3  # left and right share a record
-    for name, record in tracker._buffers.items():
+    assert {"first", "last"} < set(tracker.records) <= set(expected)
+    assert len(tracker.records) == 3  # left and right share a record
+    for name, record in tracker.records.items():
         torch.testing.assert_close(
             record[ids, :10], expected[name].clamp(min=ops.SMALLEST_NORM), rtol=1e-4, atol=1e-7
         )
@@ -115,7 +115,7 @@ def test_bytes_are_as_announced(trained: tuple) -> None:
     tracker = trained[1]
     assert tracker.bytes_per_layer == SAMPLES * LENGTH * 4
     assert tracker.nbytes == 3 * tracker.bytes_per_layer
-    assert tracker.nbytes == sum(record.nbytes for record in tracker._buffers.values())
+    assert tracker.nbytes == sum(record.nbytes for record in tracker.records.values())
 
 
 def test_the_next_step_reads_them(trained: tuple) -> None:
@@ -123,7 +123,7 @@ def test_the_next_step_reads_them(trained: tuple) -> None:
     shuffled = ids[torch.tensor([3, 1, 0])]
     with tracker.batch(shuffled):
         for i, path in enumerate(tracker.layers):
-            record = tracker._buffers.get(path)
+            record = tracker.records.get(path)
             expected = torch.zeros(3, LENGTH) if record is None else record[shuffled]
             assert tracker._linears[i].wtacrs_known[:3].equal(expected)
     assert not tracker._linears[0].wtacrs_known.any()  # outside nothing is known
@@ -131,23 +131,23 @@ def test_the_next_step_reads_them(trained: tuple) -> None:
 
 def test_a_block_without_a_backward_pass_changes_nothing(trained: tuple) -> None:
     _, tracker, call, ids, x, mask = trained
-    before = copy.deepcopy(dict(tracker._buffers))
+    before = copy.deepcopy(dict(tracker.records))
     with tracker.batch(ids), torch.no_grad():
         call(x, mask)
     with pytest.raises(KeyError), tracker.batch(ids):
         raise KeyError
-    assert all(record.equal(before[name]) for name, record in tracker._buffers.items())
+    assert all(record.equal(before[name]) for name, record in tracker.records.items())
 
 
 def test_what_is_not_finite_changes_nothing(trained: tuple) -> None:
     model, tracker, call, ids, x, mask = trained
-    before = copy.deepcopy(dict(tracker._buffers))
+    before = copy.deepcopy(dict(tracker.records))
     broken = x.clone()
     broken[2] = torch.inf
     with tracker.batch(ids):
         call(broken, mask).backward()
     model.zero_grad()
-    for name, record in tracker._buffers.items():
+    for name, record in tracker.records.items():
         assert record[ids[2]].equal(before[name][ids[2]])
         assert record.isfinite().all()
 
@@ -172,7 +172,7 @@ def test_micro_batches_and_a_smaller_last_batch(trained: tuple) -> None:
             call(x, mask).backward()
     model.zero_grad()
     for start, size in zip((10, 20, 30), sizes, strict=True):
-        record = tracker._buffers["last"][start : start + size, :10]
+        record = tracker.records["last"][start : start + size, :10]
         torch.testing.assert_close(record, expected[start].clamp(min=ops.SMALLEST_NORM), rtol=1e-4, atol=1e-7)
 
 
@@ -189,7 +189,7 @@ def test_batch_sizes_vary_without_compiling_again() -> None:
         with tracker.batch(range(size)):
             call(x, mask).backward()
         model.zero_grad()
-        record = tracker._buffers["last"][:size, :positions]
+        record = tracker.records["last"][:size, :positions]
         expected = exact_norms(model, x, mask)["last"].clamp(min=ops.SMALLEST_NORM)
         torch.testing.assert_close(record.float(), expected, rtol=2**-8, atol=1e-7)
     assert len(compiled) == 1
@@ -393,7 +393,7 @@ def recorded(**options: object) -> tuple[GradientNorms, Tensor]:
 def test_buckets_keep_the_root_mean_square() -> None:
     tracker, norms = recorded(dtype=torch.float32, bucket=5)
     expected = torch.stack([part.square().mean(1).sqrt() for part in norms.split(5, 1)], 1)
-    torch.testing.assert_close(tracker._buffers["first"][5:8], expected)
+    torch.testing.assert_close(tracker.records["first"][5:8], expected)
     torch.testing.assert_close(
         tracker._read(torch.tensor([6]))[0, 0], expected[1].repeat_interleave(5)[:LENGTH]
     )
@@ -445,23 +445,27 @@ def test_records_survive_a_checkpoint(tmp_path: Path, trained: tuple) -> None:
 
 def test_records_can_stay_out_of_checkpoints() -> None:
     tracker, _ = recorded(persistent=False)
-    assert tracker.nbytes and not tracker.state_dict()
-    assert set(tracker._model[0].state_dict()) == set(Encoder().state_dict())
+    assert tracker.nbytes
+    assert set(tracker._model.state_dict()) == set(Encoder().state_dict())
 
 
 def test_casts_and_copies_of_the_model() -> None:
     tracker, _ = recorded()
-    model = tracker._model[0].double()
-    assert tracker._buffers["first"].dtype == torch.bfloat16
+    model = tracker._model.double()
+    assert tracker.records["first"].dtype == torch.bfloat16
     with tracker.batch([5, 6, 7]):
         assert model.first.wtacrs_known.dtype == torch.float32
         assert model.first.wtacrs_known.data_ptr() == tracker._known.data_ptr()
     twin = copy.deepcopy(model)
-    memory = twin.get_submodule("wtacrs_gradient_norms")
+    memory = twin.wtacrs_gradient_norms
     with memory.batch([5, 6, 7]):
         assert twin.first.wtacrs_known.any() and not model.first.wtacrs_known.any()
         twin.first.wtacrs_fresh.fill_(9.0)
-    assert (memory._buffers["first"][5] == 9).all() and (tracker._buffers["first"][5] != 9).all()
+    assert (memory.records["first"][5] == 9).all() and (tracker.records["first"][5] != 9).all()
+    name = "wtacrs_gradient_norms.first"
+    assert (twin.state_dict()[name][5] == 9).all() and (model.state_dict()[name][5] != 9).all()
+    twin.load_state_dict(model.state_dict())
+    assert memory.records["first"].equal(tracker.records["first"])
 
 
 def test_a_removed_tracker_leaves_no_trace() -> None:
@@ -539,10 +543,10 @@ def _rank(rank: int, folder: str) -> None:
         with tracker.batch([9]):
             model.last.wtacrs_fresh[:1] = 5.0
     parallel(*batch()).backward()
-    assert tracker._buffers["first"][rank, 0] == rank + 1
+    assert tracker.records["first"][rank, 0] == rank + 1
     tracker.synchronise()
-    first = tracker._buffers["first"][:3, 0].tolist()
-    assert first == [1.0, 2.0, 1.5] and tracker._buffers["last"][9, 0] == 5, first
+    first = tracker.records["first"][:3, 0].tolist()
+    assert first == [1.0, 2.0, 1.5] and tracker.records["last"][9, 0] == 5, first
     torch.distributed.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,9 +30,10 @@ from wtacrs_passes.annotations import FRESH, KNOWN
 from wtacrs_passes.report import format_bytes
 
 NAME = "wtacrs_gradient_norms"
-"""Name of the tracker among the children of the model that it tracks."""
+"""Attribute of the model that holds its tracker, and the start of its records' names in a ``state_dict``."""
 
 _LOG = logging.getLogger("wtacrs_fx")
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel leaves alone
 _DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 _RESOLUTIONS = ("token", "position")
 _STEPS_PER_OCTAVE, _SMALLEST_EXPONENT = 4, -50  # of the 8-bit form: 2 ** -50 to 2 ** 13 in steps of 19 %
@@ -75,21 +76,16 @@ def track_gradient_norms(
     Raises:
         GradientNormError: a value outside its range, or records that may not fit.
     """
-    tracker = GradientNorms(model, num_samples, seq_len, dtype, resolution, bucket, max_bytes, persistent)
-    model.add_module(NAME, tracker)
-    ignored = [f"{NAME}.{_key(path)}" for path in tracker.layers]
-    ignored += [f"{path}.{buffer}".lstrip(".") for path in tracker.layers for buffer in (KNOWN, FRESH)]
-    earlier = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    model._ddp_params_and_buffers_to_ignore = [*earlier, *ignored]  # type: ignore[assignment]
-    return tracker
+    return GradientNorms(model, num_samples, seq_len, dtype, resolution, bucket, max_bytes, persistent)
 
 
-class GradientNorms(nn.Module):
+class GradientNorms:
     """The memory of gradient norms; made by :func:`track_gradient_norms`.
 
     Attributes:
-        layers: paths of the tracked linears. Those that record (one of several that share an input)
-            have a buffer each, ``[num_samples, buckets]``, in main memory, whatever the model is moved to.
+        layers: paths of the tracked linears.
+        records: path of a layer -> ``[num_samples, buckets]``, in main memory; only of layers that record
+            (one of several that share an input).
     """
 
     def __init__(
@@ -103,7 +99,6 @@ class GradientNorms(nn.Module):
         max_bytes: int | None,
         persistent: bool,
     ) -> None:
-        super().__init__()
         for name, value in (("num_samples", num_samples), ("seq_len", seq_len), ("bucket", bucket)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise GradientNormError(f"{name} must be a whole number, at least 1, got {value!r}")
@@ -124,10 +119,16 @@ class GradientNorms(nn.Module):
         if not modules:
             raise GradientNormError(f"{type(model).__name__} has no trainable linear layer to track")
         self.layers = tuple(modules)
-        # In tuples, so that they do not become children of this module.
-        self._linears, self._model = tuple(modules.values()), (model,)
+        self._linears, self._model = tuple(modules.values()), model
+        self.records: dict[str, Tensor] = {}
         self._check_size(max_bytes)
         self._handles = [module.register_forward_pre_hook(_mark) for module in self._linears]
+        self._handles.append(model._register_state_dict_hook(self._save))  # type: ignore[no-untyped-call]
+        self._handles.append(model._register_load_state_dict_pre_hook(self._load))  # type: ignore[no-untyped-call]
+        setattr(model, NAME, self)  # not a child: containers call their children
+        self._ignored_before = list(getattr(model, _IGNORED, ()))
+        staging = [f"{path}.{buffer}".lstrip(".") for path in self.layers for buffer in (KNOWN, FRESH)]
+        setattr(model, _IGNORED, [*self._ignored_before, *staging])
         self._known = self._fresh = torch.zeros(0, 0, 0)
         self._staged: tuple[Tensor, Tensor | None] | None = None
         self._pending: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
@@ -138,13 +139,13 @@ class GradientNorms(nn.Module):
     @property
     def bytes_per_layer(self) -> int:
         """Bytes of one layer's record."""
-        return self.num_samples * math.ceil(self.seq_len / self.bucket) * self.dtype.itemsize
+        return self.num_samples * self._shape[1] * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
         """Bytes of all records so far: after the first step, of those that will ever be."""
         self._settle()
-        return len(self._buffers) * self.bytes_per_layer
+        return len(self.records) * self.bytes_per_layer
 
     def _check_size(self, max_bytes: int | None) -> None:
         most = len(self.layers) * self.bytes_per_layer
@@ -204,7 +205,8 @@ class GradientNorms(nn.Module):
             for name in (KNOWN, FRESH):
                 module._buffers.pop(name, None)
                 module._non_persistent_buffers_set.discard(name)
-        self._model[0]._modules.pop(NAME, None)
+        setattr(self._model, _IGNORED, self._ignored_before)
+        delattr(self._model, NAME)
 
     def _checked(self, sample_ids: Sequence[int] | Tensor) -> Tensor:
         ids = torch.as_tensor(sample_ids).cpu()
@@ -241,13 +243,13 @@ class GradientNorms(nn.Module):
         if self._staged is not None and self._staged[0].equal(ids):
             staged, self._staged = self._staged[1], None
             return staged
-        if not self._buffers:
+        if not self.records:
             return None
         pinned = self._known.is_cuda
         found = torch.zeros(len(self.layers), len(ids), self.seq_len, pin_memory=pinned)
         rows = ids if self.resolution == "token" else torch.zeros_like(ids)
         for i, path in enumerate(self.layers):
-            record = self._buffers.get(_key(path))
+            record = self.records.get(path)
             if record is not None:
                 values = _decoded(record[rows]).repeat_interleave(self.bucket, -1)
                 found[i] = values[:, : self.seq_len]
@@ -279,11 +281,7 @@ class GradientNorms(nn.Module):
         ):
             self._staged = None
         for i in fresh.flatten(1).any(-1).nonzero().flatten().tolist():
-            key = _key(self.layers[i])
-            if key not in self._buffers:
-                self._add_record(key)
-            record = self._buffers[key]
-            assert record is not None
+            record = self._record(self.layers[i])
             values, seen = _pooled(fresh[i], self.bucket)
             if self.resolution == "position":
                 values, seen = _mean_over_samples(values, seen)
@@ -292,9 +290,15 @@ class GradientNorms(nn.Module):
                 ids = torch.zeros(1, dtype=torch.long)
             record[ids] = torch.where(seen, _encoded(values, self.dtype), record[ids])
 
-    def _add_record(self, key: str) -> None:
-        shape = (self.num_samples, math.ceil(self.seq_len / self.bucket))
-        self.register_buffer(key, torch.zeros(shape, dtype=self.dtype), persistent=self.persistent)
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.num_samples, math.ceil(self.seq_len / self.bucket)
+
+    def _record(self, path: str) -> Tensor:
+        """Return the record of a layer, a new one where it has none."""
+        if path not in self.records:
+            self.records[path] = torch.zeros(self._shape, dtype=self.dtype, device="cpu")
+        return self.records[path]
 
     def synchronise(self, group: Any = None) -> None:
         """Give every rank what any rank has recorded, as samples move between ranks from epoch to epoch.
@@ -303,13 +307,10 @@ class GradientNorms(nn.Module):
         becomes their mean.
         """
         self._settle()
-        keys: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size(group))]
-        torch.distributed.all_gather_object(keys, set(self._buffers), group)
-        for key in sorted(set().union(*keys)):
-            if key not in self._buffers:
-                self._add_record(key)
-            record = self._buffers[key]
-            assert record is not None
+        paths: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather_object(paths, set(self.records), group)
+        for path in sorted(set().union(*paths)):
+            record = self._record(path)
             total = _decoded(record).to(self._known.device)
             count = (total > 0).float()
             torch.distributed.all_reduce(total, group=group)
@@ -317,29 +318,23 @@ class GradientNorms(nn.Module):
             record.copy_(_encoded((total / count.clamp(min=1)).cpu(), self.dtype))
         self._staged = None
 
-    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> GradientNorms:
-        """Stay in main memory, in the given dtype, when the model is moved or cast."""
-        return self
-
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+        """Put the records into a ``state_dict``."""
         self._settle()
-        super()._save_to_state_dict(*args)
+        if self.persistent:
+            state_dict.update({f"{prefix}{NAME}.{path}": record for path, record in self.records.items()})
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        known = {_key(path) for path in self.layers}
-        for name, value in state_dict.items():
-            key = name.removeprefix(prefix)
-            if not name.startswith(prefix) or key not in known:
-                continue
-            shape = (self.num_samples, math.ceil(self.seq_len / self.bucket))
-            if tuple(value.shape) != shape or value.dtype != self.dtype:
+    def _load(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the records out of a ``state_dict``."""
+        start = f"{prefix}{NAME}."
+        for name in [name for name in state_dict if name.startswith(start)]:
+            value, path = state_dict.pop(name), name.removeprefix(start)
+            if tuple(value.shape) != self._shape or value.dtype != self.dtype:
                 raise GradientNormError(
-                    f"the record of {key} in the checkpoint is {tuple(value.shape)} {value.dtype}, this "
-                    f"tracker has {shape} {self.dtype}; make the tracker as it was made then"
+                    f"the record of {path} in the checkpoint is {tuple(value.shape)} {value.dtype}, this "
+                    f"tracker has {self._shape} {self.dtype}; make the tracker as it was made then"
                 )
-            if key not in self._buffers:
-                self._add_record(key)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            self._record(path).copy_(value)
         self._staged = self._pending = None
 
 
@@ -378,11 +373,6 @@ def _is_tracked(module: nn.Module) -> bool:
 def _mark(module: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.is_grad_enabled() and args[0].dim() == 3:
         ops.norm_state(args[0], getattr(module, KNOWN), getattr(module, FRESH))
-
-
-def _key(path: str) -> str:
-    """Return a path as the name of a buffer, which must not contain dots."""
-    return path.replace(".", "/") or "/"
 
 
 def _pooled(norms: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
