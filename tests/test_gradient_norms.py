@@ -297,7 +297,7 @@ def declared() -> tuple[Declared, Callable[..., Tensor], Tensor, Tensor]:
 def test_a_declared_mask_is_in_the_report_and_unbiased(declared: tuple) -> None:
     model, call, x, mask = declared
     assert {site.weights for report in wtacrs_fx.reports() for site in report.sampled} >= {
-        "||x||, zero where token_mask is 0"
+        "||x||, zero unless token_mask"
     }
     exact = exact_dw(model, x, mask)
     samples = torch.stack([dw_samples(lambda *a: call(*a, mask), model, (x, mask), 1)[0] for _ in range(300)])
@@ -324,7 +324,7 @@ def test_masked_rows_may_overflow(declared: tuple) -> None:
 
 def test_an_attention_mask_is_found(trained: tuple) -> None:
     weights = {site.weights for report in wtacrs_fx.reports() for site in report.sampled}
-    assert "||x|| remembered ||dy||, 1/64 where attention_mask is 0" in weights
+    assert "||x|| remembered ||dy||, zero unless attention_mask" in weights
 
 
 def test_a_mask_of_other_sizes_is_left_alone() -> None:
@@ -341,7 +341,7 @@ def test_a_mask_of_other_sizes_is_left_alone() -> None:
     report = wtacrs_fx.explain(Pooled(), x, mask, policy=FORWARD)
     assert {site.module: site.weights for site in report.sites} == {
         "head": "||x||",
-        "inner": "||x||, 1/64 where attention_mask is 0",
+        "inner": "||x||, zero unless attention_mask",
     }
 
 

@@ -7,8 +7,8 @@ Both enter the joint graph through markers, operations without a result (``ops.t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from torch import Tensor, fx
 
@@ -30,20 +30,21 @@ class TokenMask:
     """Rows without a gradient.
 
     Attributes:
-        node: ``[batch, positions]``, zero for such rows.
+        node: one element a row, zero for such rows.
         name: as the report calls it.
-        certain: the user says so: the rows have weight zero, and the backward pass verifies it. Otherwise
-            their weight is a 64th of what it would be: the estimate is unbiased if the guess is wrong.
+        origin: ``declared`` by the user: the backward pass verifies it. ``proven`` from the graph: see
+            `zero_rows`. ``supposed`` from its name: the rows' weight is a 64th of what it would be, so that
+            the estimate is unbiased if the guess is wrong; the weight is zero in the other cases.
     """
 
     node: fx.Node
     name: str
-    certain: bool
+    origin: Literal["declared", "proven", "supposed"]
 
     @property
     def factor(self) -> float:
         """What the weights of masked rows are multiplied by."""
-        return 0.0 if self.certain else _SUPPOSED
+        return _SUPPOSED if self.origin == "supposed" else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +69,22 @@ class Annotations:
     masks: tuple[TokenMask, ...] = ()
     states: Mapping[str, NormState] = dataclasses.field(default_factory=dict)
 
-    def mask(self, x: fx.Node, rows: Any) -> TokenMask | None:
-        """Return the mask of a residual's rows; the user's own before a guessed one."""
+    def mask(self, x: fx.Node, rows: Any, zero: Iterable[fx.Node]) -> TokenMask | None:
+        """Return what is known best about the rows of a residual: declared, then proven, then supposed.
+
+        Args:
+            zero: of the gradient that meets `x`, from `zero_rows`.
+        """
         leading = _leading_sizes(x)
-        for mask in self.masks:
-            sizes = tuple(mask.node.meta["val"].shape)
-            if leading == sizes or (leading is None and _product(sizes) == jg.sympy_size(rows)):
-                return mask
-        return None
+        found = [mask for mask in self.masks if _describes(mask.node, leading, rows)]
+        names = {mask.node: mask.name for mask in self.masks}
+        found += [
+            TokenMask(node, _name(node, names), "proven")
+            for node in sorted(zero, key=lambda node: node.name)
+            if _product(tuple(node.meta["val"].shape)) == jg.sympy_size(rows)
+        ]
+        order = ("declared", "proven", "supposed")
+        return min(found, key=lambda mask: order.index(mask.origin), default=None)
 
 
 def erase_markers(graph: fx.Graph) -> None:
@@ -89,10 +98,10 @@ def take_annotations(graph: fx.Graph, table: Mapping[int, NamedInput]) -> Annota
     """Return what the markers and the names of a joint graph's inputs say, and erase the markers."""
     buffers = jg.static_inputs(graph, table)
     masks = [
-        TokenMask(node.args[0], "token_mask", certain=True)
+        TokenMask(node.args[0], "token_mask", "declared")
         for node in graph.find_nodes(op="call_function", target=ops.token_mask)
     ]
-    masks += [TokenMask(node, name, certain=False) for node, name in _named_masks(graph, table)]
+    masks += [TokenMask(node, name, "supposed") for node, name in _named_masks(graph, table)]
     states = {}
     for node in graph.find_nodes(op="call_function", target=ops.norm_state):
         x, known, fresh = node.args
@@ -109,6 +118,20 @@ def _named_masks(graph: fx.Graph, table: Mapping[int, NamedInput]) -> list[tuple
         if isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point():
             found.append((node, known.name))
     return found
+
+
+def _name(condition: fx.Node, names: Mapping[fx.Node, str]) -> str:
+    """Return how the report calls a condition; what a loss compares with -100 are labels."""
+    if condition.target is aten.ne.Scalar:
+        source, value = jg.content_of(condition.args[0]), condition.args[1]  # type: ignore[arg-type]
+        name = "labels" if value == -100 else source.name
+        return f"{names.get(source, name)} != {value}"
+    return names.get(condition, condition.name)
+
+
+def _describes(mask: fx.Node, leading: tuple[Any, ...] | None, rows: Any) -> bool:
+    sizes = tuple(mask.meta["val"].shape)
+    return leading == sizes or (leading is None and bool(_product(sizes) == jg.sympy_size(rows)))
 
 
 def _leading_sizes(x: fx.Node) -> tuple[Any, ...] | None:

@@ -11,8 +11,9 @@ from torch import fx
 
 from .annotations import Annotations, NormState, TokenMask
 from .policy import Policy, Sampling
-from .residuals import Analysis, Product, available_in_backward
+from .residuals import Analysis, Product, available_in_backward, rows_first
 from .storage import MODES
+from .zero_rows import zero_rows
 
 Encoding = Literal["exact", "rows"]
 
@@ -71,6 +72,7 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: 
     at_hand = available_in_backward(analysis, graph, {product.node for product, _ in wanted})
     sites: list[Site] = []
     order = {product.node: i for i, product in enumerate(analysis.products)}
+    zero = zero_rows(graph, analysis.tangent)
     calls = Counter(product.module for product in analysis.products)
     for product, sampling in wanted:
         available = analysis.numbers[product.x] in at_hand or MODES[sampling.residuals].lossy
@@ -80,7 +82,9 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: 
         encoding: Encoding = "rows" if placement == "forward" and not available else "exact"
         site = Site((product,), sampling, placement, encoding, sampling.kept(product.rows))
         if placement == "forward" and product.x.meta["val"].dim() == 2:
-            mask = annotations.mask(product.x, product.rows)
+            gradient, transposed = rows_first(product.node, product.tangent_side)
+            known = zero.get(gradient, ()) if not transposed else ()
+            mask = annotations.mask(product.x, product.rows, known)
             state = annotations.states.get(product.module) if calls[product.module] == 1 else None
             site = dataclasses.replace(site, mask=mask, state=state)
         shared = next((i for i, other in enumerate(sites) if _share_a_draw(other, site, order)), None)

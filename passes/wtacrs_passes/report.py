@@ -283,7 +283,7 @@ def _weights(site: Site) -> str:
     weights = "||x|| remembered ||dy||" if site.state else "||x||"
     if site.mask is None:
         return weights
-    return f"{weights}, {'zero' if site.mask.certain else '1/64'} where {site.mask.name} is 0"
+    return f"{weights}, {'1/64' if site.mask.factor else 'zero'} unless {site.mask.name}"
 
 
 def _effect(stored: Stored) -> str:

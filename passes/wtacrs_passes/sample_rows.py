@@ -203,8 +203,8 @@ def _gradient_weights(editor: Editor, site: Site, norms: fx.Node) -> fx.Node:
 
 def _observe(editor: Editor, site: Site, dys: list[fx.Node]) -> fx.Node | None:
     """Remember the norms of dY for the next time, and verify the mask; return the zero of the check."""
-    certain = site.mask is not None and site.mask.certain
-    if site.state is None and not certain:
+    declared = site.mask is not None and site.mask.origin == "declared"
+    if site.state is None and not declared:
         return None
     norms = _row_norms(editor, dys)
     if site.state is not None:
@@ -212,7 +212,7 @@ def _observe(editor: Editor, site: Site, dys: list[fx.Node]) -> fx.Node | None:
         record.meta["partitioner_tag"] = (
             "is_backward"  # else the partitioner takes a mutation for the forward's
         )
-    return editor.call(ops.require_zero, norms, site.mask.node) if certain and site.mask else None
+    return editor.call(ops.require_zero, norms, site.mask.node) if declared and site.mask else None
 
 
 def _positions(editor: Editor, site: Site) -> Any:
