@@ -468,6 +468,18 @@ def test_casts_and_copies_of_the_model() -> None:
     assert memory.records["first"].equal(tracker.records["first"])
 
 
+def test_a_tracker_that_serves_nothing_says_so() -> None:
+    tracker = track_gradient_norms(Encoder(), SAMPLES, LENGTH)
+    for _ in range(2):
+        with tracker.batch([1]):
+            pass
+    with (
+        pytest.warns(UserWarning, match="recorded no gradient norms.*placement='forward'"),
+        tracker.batch([1]),
+    ):
+        pass
+
+
 def test_a_removed_tracker_leaves_no_trace() -> None:
     model = Encoder()
     names = set(dict(model.named_buffers())), set(model.state_dict()), set(dict(model.named_modules()))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,7 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"  # what DistributedDataParallel l
 _DTYPES = (torch.float32, torch.bfloat16, torch.uint8)
 _RESOLUTIONS = ("token", "position")
 _STEPS_PER_OCTAVE, _SMALLEST_EXPONENT = 4, -50  # of the 8-bit form: 2 ** -50 to 2 ** 13 in steps of 19 %
+_PATIENCE = 3  # steps without a record before the user is warned
 _MOMENTUM = 0.9  # of the running mean by position
 
 
@@ -132,6 +134,7 @@ class GradientNorms:
         self._known = self._fresh = torch.zeros(0, 0, 0)
         self._staged: tuple[Tensor, Tensor | None] | None = None
         self._pending: tuple[Tensor, Tensor, torch.cuda.Event] | None = None
+        self._empty_blocks = 0
         self._stage(1, torch.device("cpu"))
 
     # Size
@@ -280,7 +283,16 @@ class GradientNorms:
             self.resolution == "position" or bool(torch.isin(ids, self._staged[0]).any())
         ):
             self._staged = None
-        for i in fresh.flatten(1).any(-1).nonzero().flatten().tolist():
+        recorded = fresh.flatten(1).any(-1).nonzero().flatten().tolist()
+        self._empty_blocks = 0 if recorded or self.records else self._empty_blocks + 1
+        if self._empty_blocks == _PATIENCE:
+            warnings.warn(
+                f"{_PATIENCE} training steps have recorded no gradient norms: the tracker serves rows chosen in "
+                f"the forward pass, see the column 'weights' of wtacrs_fx.reports()[-1]; use "
+                f"Policy(placement='forward'), or remove the tracker",
+                stacklevel=2,
+            )
+        for i in recorded:
             record = self._record(self.layers[i])
             values, seen = _pooled(fresh[i], self.bucket)
             if self.resolution == "position":
