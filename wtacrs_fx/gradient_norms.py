@@ -287,8 +287,8 @@ class GradientNorms:
         self._empty_blocks = 0 if recorded or self.records else self._empty_blocks + 1
         if self._empty_blocks == _PATIENCE:
             warnings.warn(
-                f"{_PATIENCE} training steps have recorded no gradient norms: the tracker serves rows chosen in "
-                f"the forward pass, see the column 'weights' of wtacrs_fx.reports()[-1]; use "
+                f"{_PATIENCE} training steps have recorded no gradient norms: the tracker serves rows chosen "
+                f"in the forward pass, see the column 'weights' of wtacrs_fx.reports()[-1]; use "
                 f"Policy(placement='forward'), or remove the tracker",
                 stacklevel=2,
             )
