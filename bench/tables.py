@@ -130,6 +130,12 @@ def _both(row: Row) -> str:
     return f"{row.value:.3g} {row.unit} ({row.ratio:.2f})"
 
 
+_ACCURACY = {
+    "": "held out",
+    "standard error": "standard error",
+    "gain over exact": "difference to exact",
+    "gain over exact, standard error": "its standard error",
+}
 TABLES: dict[str, Table] = {
     "memory": _of_models("saved units a layer", "bfloat16", _one_digit),
     "memory-float32": _of_models("saved units a layer", "float32", _one_digit),
@@ -151,12 +157,19 @@ TABLES: dict[str, Table] = {
         lambda row: f"{row.model.removeprefix('MiniLM, ')}: {row.metric}",
         lambda row: _both(row) if row.unit == "MiB" else _value(row),
     ),
-    "accuracy": Table("accuracy", "task", _any, _variant, lambda row: f"{row.model}: {row.metric}", _four),
+    "accuracy": Table(
+        "accuracy",
+        "task, variant",
+        _any,
+        lambda row: f"{row.model}: {row.variant}",
+        lambda row: _ACCURACY[", ".join(row.metric.split(", ")[1:])],
+        _four,
+    ),
     "gradient-norms": Table(
         "gradient_norms",
         "known of the gradient's rows",
         lambda row: row.unit == "1",
-        _variant,
+        lambda row: row.variant.replace("||", "‖"),  # a bar would end the cell
         lambda row: row.model.removeprefix("MiniLM, "),
         _value,
     ),

@@ -52,7 +52,7 @@ def projection_variance(products: Tensor, weights: Tensor, kept: int, estimator:
     """Return E ||dW_est - dW||^2 of `rmm-rademacher` or `rmm-gaussian` in closed form.
 
     (||X||^2 ||dY||^2 + ||dW||^2) / k for normal entries; for signs less 2 sum ||x_i||^2 ||dy_i||^2 / k, as
-    their fourth moment is 1 instead of 3 (Bershatsky et al. 2022, arXiv 2201.13195, lemma 2.2).
+    their fourth moment is 1 instead of 3 (Bershatsky et al. 2022, arXiv 2201.13195).
 
     Args:
         products: [rows, rows], of :func:`gram`; weights: [2, rows]: ||x_i|| and ||dy_i||.

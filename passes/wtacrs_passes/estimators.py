@@ -172,7 +172,7 @@ def combine_rows(x: Tensor, seed: Tensor, kept: int, estimator: str) -> Tensor:
 
     S [kept, rows] has entries of variance 1 / kept, signs or normal numbers. They are a function of `seed`,
     row and column, computed block by block: S is never stored, and two calls with one seed use the same S.
-    Source: Bershatsky et al. 2022, arXiv 2201.13195, section 2.
+    Source: Bershatsky et al. 2022, arXiv 2201.13195.
 
     Args:
         x: [..., rows, features], float.
