@@ -122,5 +122,29 @@ TARGETS = (
         )
         for step in (0, 60)
     ),
+    *(
+        Target(
+            f"relative variance of dW, MiniLM on WordNet, {what}, epoch {epoch}",
+            "gradient_norms",
+            f"MiniLM, epoch {epoch}",
+            f"{variant}, ratio 0.3",
+            "relative variance",
+            bound,
+        )
+        for epoch, what, variant, bound in (
+            (1, "token mask", "||x||, token mask", 0.5),
+            (2, "remembered", "remembered by token, bfloat16", 0.08),
+            (3, "remembered", "remembered by token, bfloat16", 0.08),
+        )
+    ),
+    Target(
+        "step time with remembered norms / without",
+        "gradient_norms",
+        "MiniLM",
+        "remembered",
+        "step time",
+        1.03,
+        is_ratio=True,
+    ),
     *(_compile(model, placement) for model in ("bert", "llama") for placement in PLACEMENTS),
 )

@@ -232,7 +232,7 @@ def test_several_graphs() -> None:
 
 
 def test_options_of_torch_compile() -> None:
-    model, x = nn.Linear(16, 16), torch.randn(128, 16)
+    model, x = nn.Linear(32, 32), torch.randn(128, 32)
     options = {
         "wtacrs.ratio": 0.5,
         "wtacrs.estimator": "wta-crs",
@@ -296,7 +296,7 @@ def test_default_policy_does_not_warn() -> None:
 CACHED = """
 import torch, wtacrs_fx
 torch.manual_seed(0)
-model, x = torch.nn.Linear(16, 12), torch.randn(128, 16)
+model, x = torch.nn.Linear(32, 12), torch.randn(128, 32)
 backend = wtacrs_fx.backend(wtacrs_fx.Policy(ratio={ratio}))
 call = torch.compile(lambda x: model(x).square().mean(), backend=backend)
 call(x).backward()
