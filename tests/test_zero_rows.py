@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import RowsOnly
+from conftest import RowsOnly, is_unbiased
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -103,6 +103,59 @@ def test_the_report_names_the_condition(kind: str) -> None:
     weights = {site.weights for site in report.sampled}
     assert len(report.sampled) == 3 and len(weights) == 1
     assert weights == {f"||x||, zero unless {PROVEN[kind]}"}
+
+
+class SequenceFirst(nn.Module):
+    """Rows in the order [LENGTH, BATCH], with a mask [BATCH, LENGTH]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(D, 6)
+
+    def forward(self, x: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        y = self.linear(x.view(LENGTH, BATCH, D))
+        return (y * attention_mask.t().unsqueeze(-1)).square().mean()
+
+
+def test_a_transposed_mask_does_not_leave_out_other_rows() -> None:
+    policy = RowsOnly(placement="forward", min_rows=4)
+    report = wtacrs_fx.explain(SequenceFirst(), X, MASK, LABELS, policy=policy)
+    [site] = report.sampled
+    # the mask in the order of the rows, not as it came in
+    assert site.weights.startswith("||x||, zero unless permute")
+
+
+class TwoHeads(nn.Module):
+    """Two linears that share an input: one loss ignores labels, the other counts every row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.masked, self.whole = nn.Linear(D, 6), nn.Linear(D, 6)
+
+    def forward(self, x: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        loss = self.whole(x).square().mean()
+        return loss + F.cross_entropy(self.masked(x).flatten(0, 1), labels.flatten())
+
+
+def test_a_proof_for_one_product_is_none_for_another_that_shares_its_input() -> None:
+    model = TwoHeads()
+    policy = RowsOnly(placement="forward", min_rows=4)
+    report = wtacrs_fx.explain(model, X, MASK, LABELS, policy=policy)
+    assert {site.module: site.weights for site in report.sampled} == {
+        "masked": "||x||, zero unless labels != -100",
+        "whole": "||x||",
+    }
+    model(X, MASK, LABELS).backward()
+    exact = model.whole.weight.grad.flatten().clone()
+    call = torch.compile(model, backend=wtacrs_fx.backend(policy))
+    samples = []
+    for _ in range(400):
+        model.zero_grad()
+        call(X, MASK, LABELS).backward()
+        samples.append(model.whole.weight.grad.flatten().clone())
+    assert is_unbiased(torch.stack(samples), exact)
 
 
 def test_attention_ends_the_proof() -> None:

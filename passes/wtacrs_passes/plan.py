@@ -100,7 +100,7 @@ def _reason_for_exact(product: Product, sampling: Sampling | None) -> str | None
         return "excluded by the policy"
     if sampling.ratio == 1.0:
         return "ratio 1.0"
-    features = product.x.meta["val"].shape[-1 if product.residual >= 0 else -2]
+    features = product.node.meta["val"].shape[-1 - product.tangent_side]  # of X: the side that is not dY's
     if isinstance(features, int) and features < sampling.min_features:
         return f"{features} features, fewer than min_features"
     rows = product.rows
@@ -121,4 +121,5 @@ def _share_a_draw(site: Site, other: Site, order: dict[fx.Node, int]) -> bool:
     last, first = site.products[-1], other.products[0]
     same = last.residual == first.residual and site.sampling == other.sampling
     adjacent = order[first.node] == order[last.node] + 1
-    return same and (site.placement == "forward" or adjacent)
+    # A row that is proven to have no gradient in one product may have one in another.
+    return same and site.mask == other.mask and (site.placement == "forward" or adjacent)

@@ -23,7 +23,8 @@ _NOTHING: Conditions = frozenset()
 _LIKE_ITS_OPERAND = {aten.neg.default, aten.mul.Scalar, aten.div.Scalar} | jg.CASTS | jg.COPIES
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
-_OF_A_MASK = jg.VIEWS | jg.CASTS | jg.COPIES
+_TRANSPOSITIONS = {aten.permute.default, aten.t.default, aten.transpose.int}  # other rows in another order
+_OF_A_MASK = (jg.VIEWS - _TRANSPOSITIONS) | jg.CASTS | jg.COPIES
 
 
 def zero_rows(graph: fx.Graph, tangent: set[fx.Node]) -> dict[fx.Node, Conditions]:
