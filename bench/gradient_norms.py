@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 import wtacrs_fx
 from bench.accuracy import WORDNET, Task, wordnet
-from bench.gradient_variance import MIN_ROWS, Batch, gradients, rows_of, sampled_linears
+from bench.gradient_variance import MIN_ROWS, Batch, gradients, sampled_linears
 from bench.harness import VARIANTS, Row, Step, circumstances, interleave, record, step_seconds, summarise
 from bench.variance import gram, squared_errors
 from wtacrs_fx import gradient_norms
-from wtacrs_fx.diagnose import relative_variance
+from wtacrs_fx.diagnose import relative_variance, rows_of
 from wtacrs_fx.gradient_norms import GradientNorms
 from wtacrs_passes.estimators import gradient_weights
 
@@ -68,7 +68,7 @@ def probe(
 ) -> Figures:
     """Return the relative variance of every linear for all that may be known about its gradient norms."""
     generator = torch.Generator().manual_seed(seed)
-    exact = rows_of(model, batch)
+    exact = rows_of(model, batch, sampled_linears(model))
     records = {path: tracker.records.get(path) for path in exact}
     mask = batch["attention_mask"].flatten()
     every = torch.ones_like(mask)
@@ -124,7 +124,6 @@ def train(task: Task, epochs: int, probes: int, draws: int, seed: int) -> list[t
             if step % ceil(steps / probes) == steps // probes // 2:
                 for name, values in probe(model, tracker, ids, batch, draws, seed + step).items():
                     figures.setdefault(name, []).extend(values)
-                optimizer.zero_grad()
             fixed = [*fixed, batch][-16:]
             with tracker.batch(ids):
                 call(**batch).backward()

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 from math import ceil
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -26,7 +26,7 @@ import wtacrs_fx
 from bench.harness import Backend, Row, Step, circumstances, inductor, record, summarise
 from bench.variance import gram, projection_variance, squared_errors
 from wtacrs_fx.demo import Classifier, load_encoder, load_texts
-from wtacrs_fx.diagnose import relative_variance
+from wtacrs_fx.diagnose import relative_variance, rows_of
 from wtacrs_passes.estimators import ESTIMATORS, PROJECTIONS
 
 RATIOS = (0.3, 0.1)
@@ -93,29 +93,11 @@ def sampled_linears(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in linears.items() if "pooler" not in name and "head" not in name}
 
 
-def rows_of(model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run a step and return the input x: [rows, in] and output gradient dy: [rows, out] of each linear."""
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def watch(name: str, linear: nn.Linear) -> Any:
-        def on_forward(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-            x = inputs[0].detach().flatten(0, -2)
-            output.register_hook(lambda dy: seen.update({name: (x, dy.flatten(0, -2))}))
-
-        return linear.register_forward_hook(on_forward)
-
-    handles = [watch(name, linear) for name, linear in sampled_linears(model).items()]
-    model(**batch).backward()
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
 def estimator_errors(model: nn.Module, batch: Batch, draws: int, seed: int) -> Figures:
     """Return the errors of every estimator, ratio and placement on one batch."""
     generator = torch.Generator().manual_seed(seed)
     errors: Figures = {}
-    for x, dy in rows_of(model, batch).values():
+    for x, dy in rows_of(model, batch, sampled_linears(model)).values():
         products = gram(x, dy)
         weights = {"forward": x.norm(dim=-1), "backward": x.norm(dim=-1) * dy.norm(dim=-1)}
         for estimator in PROJECTIONS:

@@ -174,7 +174,9 @@ class Row:
     metric: str
     value: float  # the median, where there are rounds
     unit: str
-    ratio: float | None = None  # to Inductor's default in the same run: the median over the rounds
+    ratio: float | None = (
+        None  # to Inductor in the same run, unless the benchmark says: median over the rounds
+    )
     p20: float | None = None
     p50: float | None = None
     p80: float | None = None
@@ -193,7 +195,7 @@ class Row:
     date: str = ""
 
     def __str__(self) -> str:
-        ratio = "" if self.ratio is None else f" ({self.ratio:.3f} of {BASELINE})"
+        ratio = "" if self.ratio is None else f" (ratio {self.ratio:.3f})"
         return f"{self.model} {self.dtype} {self.variant}: {self.metric} {self.value:.4g} {self.unit}{ratio}"
 
 

@@ -208,7 +208,7 @@ def diagnose(
     found: dict[str, list[_Layer]] = {}
     noise = _Noise()
     for batch in given:
-        rows = _rows_of(model, batch, sites)
+        rows = rows_of(model, batch, sites)
         weights = _weights(rows, sites)
         noise.add({path: x.T.double() @ dy.double() for path, (x, dy) in rows.items()})
         for path, (x, dy) in rows.items():
@@ -265,13 +265,15 @@ class _Layer:
     masses: tuple[float, ...]
 
 
-def _rows_of(
-    model: nn.Module, batch: Mapping[str, Any] | Sequence[Any], sites: Mapping[str, SiteReport]
+def rows_of(
+    model: nn.Module, batch: Mapping[str, Any] | Sequence[Any], paths: Iterable[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run a step and return the input x: [rows, in] and output gradient dy: [rows, out] of each layer."""
+    """Run a step and return the input x: [rows, in] and output gradient dy: [rows, out] of each layer.
+
+    Gradients of the model stay as they were. A layer that is called more than once is left out.
+    """
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     calls: dict[str, int] = {}
-    handles = []
 
     def watch(path: str, module: nn.Module) -> Any:
         def on_forward(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -284,7 +286,7 @@ def _rows_of(
         return module.register_forward_hook(on_forward)
 
     modules = dict(model.named_modules())
-    handles = [watch(path, modules[path]) for path in sites if isinstance(modules.get(path), nn.Module)]
+    handles = [watch(path, modules[path]) for path in paths if path in modules]
     kept = {parameter: parameter.grad for parameter in model.parameters()}
     model.zero_grad(set_to_none=True)  # what is added to a gradient is added in place
     try:

@@ -283,7 +283,11 @@ def _weights(site: Site) -> str:
     weights = "||x|| remembered ||dy||" if site.state else "||x||"
     if site.mask is None:
         return weights
-    return f"{weights}, {'1/64' if site.mask.factor else 'zero'} unless {site.mask.name}"
+    return f"{weights}, {_share(site.mask.factor)} unless {site.mask.name}"
+
+
+def _share(factor: float) -> str:
+    return f"1/{1 / factor:g}" if factor else "zero"
 
 
 def _effect(stored: Stored) -> str:
