@@ -57,12 +57,6 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def by_position(record: Tensor, batch: int) -> Tensor:
-    """Return the mean over samples for each position, for a batch: [batch, seq_len]."""
-    mean, seen = gradient_norms._mean_over_samples(record, record > 0)
-    return torch.where(seen, mean, 0.0).expand(batch, -1)
-
-
 def probe(
     model: nn.Module, tracker: GradientNorms, ids: list[int], batch: Batch, draws: int, seed: int
 ) -> Figures:
@@ -88,11 +82,19 @@ def probe(
         nothing = torch.zeros(len(ids), mask.numel() // len(ids))
         variants = {"||x||": (nothing, every, 1.0), "||x||, token mask": (nothing, mask, 0.0)}
         if known is not None:
-            mine = known[ids]
+            samples = torch.tensor(ids)
             for name, form in FORMS.items():
-                variants[f"remembered by {name}"] = form(mine), mask, 1 / 64
-            variants["remembered by token, float32, no mask"] = mine, every, 1.0
-            variants["remembered by position"] = by_position(known, len(ids)), mask, 1 / 64
+                variants[f"remembered by {name}"] = (
+                    gradient_norms._recalled(form(known), samples),
+                    mask,
+                    1 / 64,
+                )
+            variants["remembered by token, float32, no mask"] = (
+                gradient_norms._recalled(known, samples),
+                every,
+                1.0,
+            )
+            variants["remembered by position"] = known[-1:].expand(len(ids), -1), mask, 1 / 64
         weights = {
             name: norms * gradient_weights(values.flatten(), rows, factor)
             for name, (values, rows, factor) in variants.items()

@@ -48,9 +48,11 @@ def inductor(budget: float = 1.0) -> Backend:
     return compile_at_budget
 
 
-def wtacrs(ratio: float, placement: Placement = "auto", residuals: Residuals = "exact") -> Backend:
+def wtacrs(
+    ratio: float, placement: Placement = "auto", residuals: Residuals = "exact", center: bool = False
+) -> Backend:
     """Return the backend that samples weight gradients, and encodes what else is stored."""
-    return wtacrs_fx.backend(Policy(ratio=ratio, placement=placement, residuals=residuals))
+    return wtacrs_fx.backend(Policy(ratio=ratio, placement=placement, residuals=residuals, center=center))
 
 
 VARIANTS: dict[str, Callable[[], Backend | None]] = {
@@ -69,6 +71,9 @@ VARIANTS: dict[str, Callable[[], Backend | None]] = {
     "wtacrs 0.3 remembered": lambda: wtacrs(0.3, "forward", "balanced"),  # with track_gradient_norms
     "wtacrs 0.1 remembered": lambda: wtacrs(0.1, "forward", "balanced"),
     "wtacrs 0.1 balanced": lambda: wtacrs(0.1, residuals="balanced"),
+    "wtacrs 0.3 centred": lambda: wtacrs(0.3, residuals="balanced", center=True),
+    "wtacrs 0.5 centred": lambda: wtacrs(0.5, residuals="balanced", center=True),
+    "wtacrs 0.7 centred": lambda: wtacrs(0.7, residuals="balanced", center=True),
 }
 
 

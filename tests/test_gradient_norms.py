@@ -113,7 +113,7 @@ def test_the_norms_of_a_step_are_recorded(trained: tuple) -> None:
 
 def test_bytes_are_as_announced(trained: tuple) -> None:
     tracker = trained[1]
-    assert tracker.bytes_per_layer == SAMPLES * LENGTH * 4
+    assert tracker.bytes_per_layer == (SAMPLES + 1) * LENGTH * 4
     assert tracker.nbytes == 3 * tracker.bytes_per_layer
     assert tracker.nbytes == sum(record.nbytes for record in tracker.records.values())
 
@@ -397,7 +397,7 @@ def test_buckets_keep_the_root_mean_square() -> None:
     torch.testing.assert_close(
         tracker._read(torch.tensor([6]))[0, 0], expected[1].repeat_interleave(5)[:LENGTH]
     )
-    assert tracker.bytes_per_layer == SAMPLES * 3 * 4
+    assert tracker.bytes_per_layer == (SAMPLES + 1) * 3 * 4
 
 
 def test_positions_keep_a_running_mean() -> None:
@@ -492,6 +492,19 @@ def test_a_removed_tracker_leaves_no_trace() -> None:
     track_gradient_norms(model, SAMPLES, LENGTH)
 
 
+def test_a_sample_that_was_not_seen_has_the_running_mean_of_its_positions() -> None:
+    tracker, norms = recorded(dtype=torch.float32)
+    assert _decoded(tracker.records["first"][41]).count_nonzero() == 0
+    known = tracker._read(torch.tensor([41, 6]))[0]
+    torch.testing.assert_close(known[0], norms.square().mean(0).sqrt())
+    torch.testing.assert_close(known[1], norms[1])
+    with tracker.batch([1, 2]):  # of three positions; the second sample ends after two
+        tracker._linears[0].wtacrs_fresh[:2, :3] = torch.tensor([[1.0, 1, 1], [1, 1, ops.SMALLEST_NORM]])
+    moved = tracker._read(torch.tensor([41]))[0, 0]
+    torch.testing.assert_close(moved[:3], 0.9 * known[0, :3] + 0.1)
+    torch.testing.assert_close(moved[3:], known[0, 3:])
+
+
 # Errors
 
 
@@ -503,7 +516,7 @@ def test_a_removed_tracker_leaves_no_trace() -> None:
         ({"bucket": 0}, "bucket must be"),
         ({"dtype": torch.float16}, "dtype must be one of .* float16 has too small"),
         ({"resolution": "batch"}, "resolution must be 'token' or 'position', got 'batch'"),
-        ({"max_bytes": 1000}, r"4 linears x 50 samples x 12 norms x 2 B = 4.7 KiB, the limit is 1000 B; use"),
+        ({"max_bytes": 1000}, r"4 linears x \(50 samples \+ 1 mean\) x 12 .* = 4.8 KiB, the limit is 1000 B"),
         ({"num_samples": 10**12}, "resolution='position', or raise max_bytes"),
     ],
 )  # fmt: skip

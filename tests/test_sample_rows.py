@@ -298,6 +298,15 @@ def test_norms_hold_where_squares_leave_float32(size: float) -> None:
     assert one[1] == two[1] == 0
     assert ops.row_norms([x.double()]).dtype == torch.float64
     assert ops.row_norms([torch.tensor([[torch.nan, 1.0], [torch.inf, 1.0]])]).isfinite().any() == 0
+    assert ops.row_norms([x[:0]]).shape == (0,)
+
+
+@pytest.mark.parametrize("largest", [1e-20, 1e-11, 1e-9, 1.0, 1e18])
+def test_norms_hold_for_every_row_that_counts_beside_the_largest(largest: float) -> None:
+    """Neither the one pass over ordinary rows nor the two over others lose 1e-9 of the largest."""
+    x = torch.tensor([[largest, 0.0], [0.0, 1e-9 * largest], [0.0, 0.0]])
+    torch.testing.assert_close(ops.row_norms([x]), x.amax(1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(ops.row_norms([x, x]), 2**0.5 * x.amax(1), rtol=0.3, atol=0)
 
 
 @pytest.mark.parametrize("placement", ["forward", "backward"])

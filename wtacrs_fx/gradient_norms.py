@@ -86,8 +86,9 @@ class GradientNorms:
 
     Attributes:
         layers: paths of the tracked linears.
-        records: path of a layer -> ``[num_samples, buckets]``, in main memory; only of layers that record
-            (one of several that share an input).
+        records: path of a layer -> ``[num_samples + 1, buckets]``, in main memory; only of layers that record
+            (one of several that share an input). The last row is a running mean over samples, which
+            stands in for what was not seen yet; by position it is the only one.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class GradientNorms:
             raise GradientNormError(f"resolution must be 'token' or 'position', got {resolution!r}")
         if hasattr(model, NAME):
             raise GradientNormError("the model is tracked already; call its tracker's remove() first")
-        self.num_samples = num_samples if resolution == "token" else 1
+        self.num_samples = num_samples if resolution == "token" else 0
         self.seq_len, self.dtype, self.resolution, self.bucket = seq_len, dtype, resolution, bucket
         self.persistent = persistent
         self._samples = num_samples
@@ -142,7 +143,7 @@ class GradientNorms:
     @property
     def bytes_per_layer(self) -> int:
         """Bytes of one layer's record."""
-        return self.num_samples * self._shape[1] * self.dtype.itemsize
+        return math.prod(self._shape) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -154,7 +155,7 @@ class GradientNorms:
         most = len(self.layers) * self.bytes_per_layer
         limit = psutil.virtual_memory().available // 2 if max_bytes is None else max_bytes
         size = (
-            f"{len(self.layers)} linears x {self.num_samples} samples x "
+            f"{len(self.layers)} linears x ({self.num_samples} samples + 1 mean) x "
             f"{math.ceil(self.seq_len / self.bucket)} norms x {self.dtype.itemsize} B = {format_bytes(most)}"
         )
         if most > limit:
@@ -250,12 +251,11 @@ class GradientNorms:
             return None
         pinned = self._known.is_cuda
         found = torch.zeros(len(self.layers), len(ids), self.seq_len, pin_memory=pinned)
-        rows = ids if self.resolution == "token" else torch.zeros_like(ids)
         for i, path in enumerate(self.layers):
             record = self.records.get(path)
             if record is not None:
-                values = _decoded(record[rows]).repeat_interleave(self.bucket, -1)
-                found[i] = values[:, : self.seq_len]
+                values = _recalled(record, ids if self.num_samples else ids[:0])
+                found[i] = values.repeat_interleave(self.bucket, -1)[:, : self.seq_len]
         return found
 
     def _fetch(self, ids: Tensor) -> None:
@@ -292,19 +292,20 @@ class GradientNorms:
                 f"Policy(placement='forward'), or remove the tracker",
                 stacklevel=2,
             )
-        for i in recorded:
-            record = self._record(self.layers[i])
-            values, seen = _pooled(fresh[i], self.bucket)
-            if self.resolution == "position":
-                values, seen = _mean_over_samples(values, seen)
-                old = _decoded(record)
-                values = torch.where(old > 0, _MOMENTUM * old + (1 - _MOMENTUM) * values, values)
-                ids = torch.zeros(1, dtype=torch.long)
-            record[ids] = torch.where(seen, _encoded(values, self.dtype), record[ids])
+        values, seen = _pooled(fresh[recorded], self.bucket)
+        means, ever = _mean_over_samples(values, seen)
+        codes = _encoded(values, self.dtype)
+        for i, layer in enumerate(recorded):
+            record = self._record(self.layers[layer])
+            old = _decoded(record[-1])
+            mean = torch.where(old > 0, _MOMENTUM * old + (1 - _MOMENTUM) * means[i], means[i])
+            record[-1] = torch.where(ever[i], _encoded(mean, self.dtype), record[-1])
+            if self.num_samples:
+                record[ids] = torch.where(seen[i], codes[i], record[ids])
 
     @property
     def _shape(self) -> tuple[int, int]:
-        return self.num_samples, math.ceil(self.seq_len / self.bucket)
+        return self.num_samples + 1, math.ceil(self.seq_len / self.bucket)
 
     def _record(self, path: str) -> Tensor:
         """Return the record of a layer, a new one where it has none."""
@@ -392,17 +393,30 @@ def _pooled(norms: Tensor, bucket: int) -> tuple[Tensor, Tensor]:
 
     A norm that is not finite counts as not recorded.
     """
-    padded = torch.nn.functional.pad(norms, (0, -norms.shape[-1] % bucket)).view(len(norms), -1, bucket)
+    padded = torch.nn.functional.pad(norms, (0, -norms.shape[-1] % bucket))
+    padded = padded.reshape(*norms.shape[:-1], padded.shape[-1] // bucket, bucket)
     seen = (padded > 0) & padded.isfinite()
     squares = torch.where(seen, padded, 0.0).square().sum(-1)
     return (squares / seen.sum(-1).clamp(min=1)).sqrt(), seen.any(-1)
 
 
 def _mean_over_samples(values: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the root mean square over the samples with a gradient at a position: [1, buckets]."""
+    """Return the root mean square over the samples with a gradient at a position: [..., buckets]."""
     seen = seen & (values > ops.SMALLEST_NORM)
-    squares = torch.where(seen, values, 0.0).square().sum(0, keepdim=True)
-    return (squares / seen.sum(0, keepdim=True).clamp(min=1)).sqrt(), seen.any(0, keepdim=True)
+    squares = torch.where(seen, values, 0.0).square().sum(-2)
+    return (squares / seen.sum(-2).clamp(min=1)).sqrt(), seen.any(-2)
+
+
+def _recalled(record: Tensor, ids: Tensor) -> Tensor:
+    """Return the norms of samples, or the running mean by position where there is none: [batch, buckets].
+
+    Without samples, the mean alone: [1, buckets].
+    """
+    mean = _decoded(record[-1:])
+    if not len(ids):
+        return mean
+    values = _decoded(record[ids])
+    return torch.where(values > 0, values, mean)
 
 
 def _encoded(norms: Tensor, dtype: torch.dtype) -> Tensor:

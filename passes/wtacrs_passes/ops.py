@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -10,8 +13,9 @@ from . import estimators
 _LIBRARY = torch.library.Library("wtacrs", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
     "choose_rows(Tensor[] norms, Tensor noise, SymInt kept, str estimator) -> (Tensor, Tensor)",
-    "row_norms(Tensor[] operands) -> Tensor",
-    "gather_rows(Tensor x, Tensor indices, Tensor? scales=None) -> Tensor",
+    "row_norms(Tensor[] operands, Tensor? center=None) -> Tensor",
+    "gather_rows(Tensor x, Tensor indices, Tensor? scales=None, Tensor? center=None) -> Tensor",
+    "append_row(Tensor rows, Tensor row) -> Tensor",
     "combine_rows(Tensor x, Tensor seed, SymInt kept, str estimator) -> Tensor",
     "gradient_weights(Tensor norms, Tensor? known, Tensor? mask, float masked, SymInt positions) -> Tensor",
     "record_norms(Tensor(a!) fresh, Tensor norms, SymInt positions) -> ()",
@@ -23,7 +27,10 @@ for _schema in (
 
 # Squares of smaller norms lose precision in float32, of larger ones overflow; the maximum stands in.
 SMALLEST_SQUARE, LARGEST_SQUARE = 1e-30, 1e38
+# Where the largest norm is between these no row overflows, and one that underflows is below 1e-9 of it.
+SMALL_NORM, LARGE_NORM = 1e-10, LARGEST_SQUARE**0.5
 SMALLEST_NORM = 1e-15  # stands for a norm that was seen to be zero (zero: not seen); its square is a number
+_ROWS_IN_CACHE = 128
 
 
 def _choose_rows(norms: list[Tensor], noise: Tensor, kept: int, estimator: str) -> tuple[Tensor, Tensor]:
@@ -41,33 +48,51 @@ def _choose_rows_fake(norms: list[Tensor], noise: Tensor, kept: int, estimator: 
     )
 
 
-def _row_norms(operands: list[Tensor]) -> Tensor:
-    dtypes = [torch.promote_types(x.dtype, torch.float32) for x in operands]
-    pairs = list(zip(operands, dtypes, strict=True))
-    norms = [torch.linalg.vector_norm(x, dim=-1, dtype=dtype) for x, dtype in pairs]
+def _row_norms(operands: list[Tensor], center: Tensor | None = None) -> Tensor:
+    norms = [_norms_of_rows(x, center, 2) for x in operands]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum(0).sqrt()
+    if norm.device.type == "cpu" and (norm.numel() == 0 or SMALL_NORM < float(norm.max()) < LARGE_NORM):
+        return norm  # no second pass over the operands
+    peaks = [_norms_of_rows(x, center, torch.inf) for x in operands]
     unsafe = (norm < SMALLEST_SQUARE**0.5) | (norm > LARGEST_SQUARE**0.5)
-    if norm.device.type != "cpu" or bool(unsafe.any()):
-        peaks = [torch.linalg.vector_norm(x, torch.inf, dim=-1, dtype=dtype) for x, dtype in pairs]
-        norm = torch.where(unsafe, torch.stack(peaks).amax(0), norm)
-    return norm
+    return torch.where(unsafe, torch.stack(peaks).amax(0), norm)
 
 
-def _row_norms_fake(operands: list[Tensor]) -> Tensor:
+def _norms_of_rows(x: Tensor, center: Tensor | None, order: float) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norms_of = partial(torch.linalg.vector_norm, ord=order, dim=-1, dtype=dtype)
+    if center is None:
+        return cast(Tensor, norms_of(x))
+    center = center.to(dtype)
+    blocks = torch.split(x, _ROWS_IN_CACHE, -2)  # the difference is not written to memory as a whole
+    return torch.cat([norms_of(rows - center) for rows in blocks], -1)
+
+
+def _row_norms_fake(operands: list[Tensor], center: Tensor | None = None) -> Tensor:
     x = operands[0]
     return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _gather_rows(x: Tensor, indices: Tensor, scales: Tensor | None = None) -> Tensor:
+def _gather_rows(
+    x: Tensor, indices: Tensor, scales: Tensor | None = None, center: Tensor | None = None
+) -> Tensor:
     if x.dim() == 2:
         rows = x.index_select(0, indices)
     else:
         rows = x.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, x.shape[-1]))
-    return rows if scales is None else (rows * scales.unsqueeze(-1)).to(x.dtype)
+    if center is not None:
+        rows = rows - center.to(torch.promote_types(x.dtype, torch.float32))
+    return (rows if scales is None else rows * scales.unsqueeze(-1)).to(x.dtype)
 
 
-def _gather_rows_fake(x: Tensor, indices: Tensor, scales: Tensor | None = None) -> Tensor:
+def _gather_rows_fake(
+    x: Tensor, indices: Tensor, scales: Tensor | None = None, center: Tensor | None = None
+) -> Tensor:
     return x.new_empty((*indices.shape, x.shape[-1]))
+
+
+def _append_row(rows: Tensor, row: Tensor) -> Tensor:
+    return torch.cat([rows, row], -2)
 
 
 def _combine_rows_fake(x: Tensor, seed: Tensor, kept: int, estimator: str) -> Tensor:
@@ -127,6 +152,7 @@ for _name, _kernel, _fake in (
     ("choose_rows", _choose_rows, _choose_rows_fake),
     ("row_norms", _row_norms, _row_norms_fake),
     ("gather_rows", _gather_rows, _gather_rows_fake),
+    ("append_row", _append_row, _append_row),
     ("combine_rows", estimators.combine_rows, _combine_rows_fake),
     ("gradient_weights", _gradient_weights, _gradient_weights_fake),
     ("record_norms", _record_norms, lambda fresh, norms, positions: None),
@@ -143,14 +169,23 @@ choose_rows = torch.ops.wtacrs.choose_rows.default
 The weights are the product of `norms`, in float64: a product of small norms is no zero.
 """
 row_norms = torch.ops.wtacrs.row_norms.default
-"""``operands -> norms``: the joint Euclidean norms of the rows of tensors ``[..., rows, features]``.
+"""``(operands, center) -> norms``: the joint norms of the rows of tensors ``[..., rows, features]``.
+
+`center` ``[..., 1, features]`` is subtracted from every row first.
 
 ``[..., rows]``, float32 (float64 for float64). Where the square leaves the range of float32 the largest
-element stands in: a norm is zero only where every element is zero.
+element stands in: a norm is zero only where every element is zero, or, on CPU, less than 1e-9 of the
+largest norm.
 """
 
 gather_rows = torch.ops.wtacrs.gather_rows.default
-"""``(x [..., rows, features], indices [..., kept], scales [..., kept] or None) -> [..., kept, features]``."""
+"""``(x [..., rows, features], indices [..., kept], scales, center) -> [..., kept, features]``.
+
+The rows less `center` ``[..., 1, features]``, times `scales` ``[..., kept]``; either may be None.
+"""
+
+append_row = torch.ops.wtacrs.append_row.default
+"""``(rows [..., kept, features], row [..., 1, features]) -> [..., kept + 1, features]``."""
 
 combine_rows = torch.ops.wtacrs.combine_rows.default
 """As :func:`estimators.combine_rows`."""

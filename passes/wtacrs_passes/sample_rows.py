@@ -9,13 +9,17 @@ After, with placement ``forward`` (the first three lines run in the forward pass
     weights = norm(X)
     indices, scales = choose_rows([weights], rand(...), k)
     rows = index(X, indices) * scales                         # stored instead of X
-    dW = mm(permute(index(dY, indices)), rows) + 0 * sum(dY)
+    dW = mm(permute(index(dY, indices) + 0 * sum(dY)), rows)
 
 After, with placement ``backward`` (only the first line runs in the forward pass)::
 
     norm_x = norm(X)
     indices, scales = choose_rows([norm_x, norm(dY)], rand(...), k)
     dW = mm(permute(index(dY, indices)), index(X, indices) * scales)
+
+Centred, every X is X less a row c, its mean, and ``c^T sum(dY)`` is one row more of the product::
+
+    dW = mm(permute(cat(index(dY, indices), sum(dY))), cat((index(X, indices) - c) * scales, c))
 
 The estimators of :data:`PROJECTIONS` replace indices and scales by a matrix S that is made again where it
 is needed: ``dW = mm(permute(combine_rows(dY, seed)), combine_rows(X, seed))``.
@@ -24,7 +28,8 @@ In the forward placement ``gradient_weights(known norms, token mask)`` is a seco
 where either is known; the backward pass then records the norms of dY and verifies the mask.
 
 Products that share X share the draw; their weights are ``||x_i|| sqrt(sum_j ||dy_ij||^2)``.
-In the forward placement ``0 * sum(dY)`` carries NaN and Inf of rows that were not drawn into dW.
+In the forward placement ``0 * sum(dY)`` carries NaN and Inf of rows that were not drawn into dW. (In the
+backward placement such rows have infinite weights.)
 
 Norms and the gather of dY read tensors that exist anyway; so does that of an X that no fused kernel
 computes, in the backward pass. On CPU, where Inductor would give each of them a loop and a C++ file of its
@@ -91,8 +96,8 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
         dys = [_operand(editor, product, tangent=True) for product in site.products]
         stored: list[fx.Node] = []
 
-        mean = _mean_row(editor, x) if site.sampling.center else None
-        norms = _row_norms(editor, [x if mean is None else _subtract(editor, x, mean)])
+        center = _mean_row(editor, x) if site.sampling.center else None
+        norms = _row_norms(editor, [x], center)
         factors = [norms]
         if site.placement == "backward":
             factors.append(_row_norms(editor, dys))
@@ -100,26 +105,27 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
         elif site.mask or site.state:
             factors.append(_gradient_weights(editor, site, norms))
         zero = _observe(editor, site, dys)
-        if mean is not None:
-            stored.append(mean)
+        if center is not None:
+            stored.append(center)
 
         draw, indices, scales = _draw(editor, site, factors)
-        if mean is None and site.placement == "backward" and _on_cpu(x) and _in_memory(x):
-            rows = editor.call(ops.gather_rows, x, indices, scales)
+        if site.placement == "backward" and _on_cpu(x) and _in_memory(x):
+            rows = editor.call(ops.gather_rows, x, indices, scales, center)
         else:
-            rows = _gather(editor, x, indices)
-            rows = _scale(editor, rows if mean is None else _subtract(editor, rows, mean), scales)
+            rows = _scale(editor, _subtract(editor, _gather(editor, x, indices), center), scales)
+        rows = rows if center is None else _append(editor, rows, center)
         if site.placement == "forward":
             stored += [indices, scales]
         if site.encoding == "rows":
             stored.append(rows)
 
         for product, dy in zip(site.products, dys, strict=True):
-            estimate = _product(editor, product, rows, _gather_stored(editor, dy, indices))
-            if mean is not None or site.placement == "forward":
-                estimate = _add_outer(editor, product, estimate, dy, mean, zero)
-            product.node.replace_all_uses_with(estimate)
-            estimate.meta = {**product.node.meta, "val": estimate.meta["val"]}
+            drawn = _gather_stored(editor, dy, indices)
+            if center is not None:
+                drawn = _append(editor, drawn, _total(editor, dy, zero))
+            elif site.placement == "forward":
+                drawn = _carry(editor, drawn, _total(editor, dy, None), zero)
+            _replace(product, _product(editor, product, rows, drawn))
     return SampledSite(site, draw, stored, rows, site.products[0].stored_names)
 
 
@@ -128,26 +134,29 @@ def _combine_site(editor: Editor, site: Site) -> SampledSite:
     last = site.products[-1].node
     with editor.before(last):
         x = _operand(editor, site.products[0], tangent=False)
-        mean = _mean_row(editor, x) if site.sampling.center else None
-        centred = x if mean is None else _subtract(editor, x, mean)
+        center = _mean_row(editor, x) if site.sampling.center else None
         kept, estimator = _kept(editor, site, editor.size(x, -2)), site.sampling.estimator
         noise = editor.call(aten.mul.Tensor, _noise(editor, site, x, [2]), 2**24)
         seed = editor.call(prims.convert_element_type.default, noise, torch.int64)
-        rows = editor.call(ops.combine_rows, centred, seed, kept, estimator)
+        rows = editor.call(ops.combine_rows, _subtract(editor, x, center), seed, kept, estimator)
+        rows = rows if center is None else _append(editor, rows, center)
         stored = [seed]  # made again in the backward pass it would be another one
-        if mean is not None:
-            stored.append(mean)
+        if center is not None:
+            stored.append(center)
         if site.encoding == "rows":
             stored.append(rows)
         for product in site.products:
             dy = _operand(editor, product, tangent=True)
             combined = editor.call(ops.combine_rows, dy, seed, kept, estimator)
-            estimate = _product(editor, product, rows, combined)
-            if mean is not None:
-                estimate = _add_outer(editor, product, estimate, dy, mean, None)
-            product.node.replace_all_uses_with(estimate)
-            estimate.meta = {**product.node.meta, "val": estimate.meta["val"]}
+            if center is not None:
+                combined = _append(editor, combined, _total(editor, dy, None))
+            _replace(product, _product(editor, product, rows, combined))
     return SampledSite(site, seed, stored, rows, site.products[0].stored_names)
+
+
+def _replace(product: Product, estimate: fx.Node) -> None:
+    product.node.replace_all_uses_with(estimate)
+    estimate.meta = {**product.node.meta, "val": estimate.meta["val"]}
 
 
 def _operand(editor: Editor, product: Product, tangent: bool) -> fx.Node:
@@ -176,13 +185,15 @@ def _cast_like(editor: Editor, node: fx.Node, like: fx.Node) -> fx.Node:
     return editor.call(prims.convert_element_type.default, node, dtype)
 
 
-def _row_norms(editor: Editor, operands: list[fx.Node]) -> fx.Node:
-    """Return the joint norms of the rows: ``[..., rows]``, zero only where every element is zero."""
+def _row_norms(editor: Editor, operands: list[fx.Node], center: fx.Node | None = None) -> fx.Node:
+    """Return the joint norms of the rows less `center`: ``[..., rows]``, as ``ops.row_norms``."""
     if _on_cpu(operands[0]):
-        return editor.call(ops.row_norms, operands)
+        return editor.call(ops.row_norms, operands, center)
     squares, largest = None, None
     for operand in operands:
         wide = _accumulate(editor, operand)
+        if center is not None:
+            wide = editor.call(aten.sub.Tensor, wide, _accumulate(editor, center))
         square = editor.call(aten.sum.dim_IntList, editor.call(aten.mul.Tensor, wide, wide), [-1])
         peak = editor.call(aten.amax.default, editor.call(aten.abs.default, wide), [-1])
         squares = square if squares is None else editor.call(aten.add.Tensor, squares, square)
@@ -222,12 +233,39 @@ def _positions(editor: Editor, site: Site) -> Any:
 
 
 def _mean_row(editor: Editor, x: fx.Node) -> fx.Node:
-    return editor.call(aten.mean.dim, _accumulate(editor, x), [-2], True)
+    """Return the mean of the rows, rounded to the dtype of X: ``[..., 1, features]``."""
+    return _cast_like(editor, editor.call(aten.mean.dim, _accumulate(editor, x), [-2], True), x)
 
 
-def _subtract(editor: Editor, x: fx.Node, mean: fx.Node) -> fx.Node:
-    difference = editor.call(aten.sub.Tensor, _accumulate(editor, x), mean)
+def _subtract(editor: Editor, x: fx.Node, center: fx.Node | None) -> fx.Node:
+    if center is None:
+        return x
+    difference = editor.call(aten.sub.Tensor, _accumulate(editor, x), _accumulate(editor, center))
     return _cast_like(editor, difference, x)
+
+
+def _total(editor: Editor, dy: fx.Node, zero: fx.Node | None) -> fx.Node:
+    """Return the sum of all rows of dY: ``[..., 1, features]``.
+
+    Args:
+        zero: the result of a check, which has to be read for the check to be made.
+    """
+    # As autograd writes the gradient of a bias, so that both are one sum.
+    total = editor.call(aten.sum.dim_IntList, _accumulate(editor, dy), [dy.meta["val"].dim() - 2], True)
+    return total if zero is None else editor.call(aten.add.Tensor, total, zero)
+
+
+def _carry(editor: Editor, drawn: fx.Node, total: fx.Node, zero: fx.Node | None) -> fx.Node:
+    """Let NaN and Inf of any row reach the drawn rows of dY."""
+    nothing = editor.call(aten.mul.Tensor, total, 0.0 if zero is None else zero)
+    return _cast_like(editor, editor.call(aten.add.Tensor, _accumulate(editor, drawn), nothing), drawn)
+
+
+def _append(editor: Editor, rows: fx.Node, row: fx.Node) -> fx.Node:
+    row = _cast_like(editor, row, rows)
+    if _on_cpu(rows):  # Inductor's cat is a kernel of scalar instructions there
+        return editor.call(ops.append_row, rows, row)
+    return editor.call(aten.cat.default, [rows, row], rows.meta["val"].dim() - 2)
 
 
 def _draw(editor: Editor, site: Site, norms: list[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -297,29 +335,3 @@ def _product(editor: Editor, product: Product, x: fx.Node, dy: fx.Node) -> fx.No
     target = product.node.target
     assert callable(target)
     return editor.call(target, _transpose(editor, left), right)
-
-
-def _add_outer(
-    editor: Editor,
-    product: Product,
-    estimate: fx.Node,
-    dy: fx.Node,
-    mean: fx.Node | None,
-    zero: fx.Node | None,
-) -> fx.Node:
-    """Add ``mean^T sum_i dy_i``; without a mean, zero times it, so that NaN and Inf are not hidden.
-
-    Args:
-        zero: the result of a check, which has to be read for the check to be made.
-    """
-    total = editor.call(aten.sum.dim_IntList, _accumulate(editor, dy), [-2], True)
-    if product.tangent_side == 0:
-        total = _transpose(editor, total)
-    elif mean is not None:
-        mean = _transpose(editor, mean)
-    factor: Any = 0.0 if zero is None else zero
-    if mean is not None:
-        factor = mean if zero is None else editor.call(aten.add.Tensor, mean, zero)
-    term = editor.call(aten.mul.Tensor, total, factor)
-    wide = editor.call(aten.add.Tensor, _accumulate(editor, estimate), term)
-    return _cast_like(editor, wide, estimate)
