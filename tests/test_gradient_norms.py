@@ -572,6 +572,8 @@ def _rank(rank: int, folder: str) -> None:
     tracker.synchronise()
     first = tracker.records["first"][:3, 0].tolist()
     assert first == [1.0, 2.0, 1.5] and tracker.records["last"][9, 0] == 5, first
+    del parallel  # after its process group it may wait for ever
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
