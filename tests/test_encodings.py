@@ -35,9 +35,9 @@ SHAPES = st.lists(st.integers(0, 5), max_size=2).flatmap(
 
 
 def decoded(x: Tensor, bits: int, noise: Tensor | None = None) -> Tensor:
-    codes, scales = quantise(x, bits, noise)
+    codes, scales = quantise(x, noise, bits=bits)
     assert codes.element_size() == 1 and codes.shape[-1] == math.ceil(x.shape[-1] * bits / 8)
-    return dequantise(codes, scales, bits, x.shape[-1], x.dtype)
+    return dequantise(codes, scales, bits=bits, features=x.shape[-1], dtype=x.dtype)
 
 
 def bound(x: Tensor, bits: int) -> Tensor:
@@ -113,7 +113,7 @@ def test_packing_is_exact(rows: int, n: int, bits: int) -> None:
 def test_masks_are_exact() -> None:
     mask = torch.rand(5, 3, 43) > 0.3
     assert pack_mask(mask).shape == (5, 3, 6)
-    assert torch.equal(unpack_mask(pack_mask(mask), 43), mask)
+    assert torch.equal(unpack_mask(pack_mask(mask), n=43), mask)
 
 
 def derivative(x: Tensor) -> Tensor:
@@ -126,20 +126,24 @@ def test_tables_give_the_value_of_the_piece(bits: int) -> None:
     table = tabulate(derivative, bits)
     assert table is not None and table.bits == bits
     x = torch.randn(7, 43) * 3
-    stored = encode_table(x, table)
+    stored = encode_table(x, table=table)
     assert sum(codes.nbytes for codes in stored[:-1]) == 7 * sum(
         math.ceil(43 * width / 8) for width in ((2, 1) if bits == 3 else (bits,))
     )
     piece = torch.searchsorted(torch.tensor(table.boundaries), x)
-    assert torch.equal(decode_table(stored, table, 43, torch.float32), torch.tensor(table.values)[piece])
+    assert torch.equal(
+        decode_table(*stored, table=table, features=43, dtype=torch.float32),
+        torch.tensor(table.values)[piece],
+    )
     x[0, 0], x[1, 0] = torch.nan, torch.inf
-    y = decode_table(encode_table(x, table), table, 43, torch.float32)
+    y = decode_table(*encode_table(x, table=table), table=table, features=43, dtype=torch.float32)
     assert not bool(y[:2].isfinite().any()) and bool(y[2:].isfinite().all())
 
 
 def test_even_tables_read_the_magnitude() -> None:
     table = Table((1.0,), (2.0, 3.0), True, 0.0)
-    y = decode_table(encode_table(torch.tensor([[-4.0, -0.5, 0.5, 4.0]]), table), table, 4, torch.float32)
+    x = torch.tensor([[-4.0, -0.5, 0.5, 4.0]])
+    y = decode_table(*encode_table(x, table=table), table=table, features=4, dtype=torch.float32)
     assert y.tolist() == [[3.0, 2.0, 2.0, 3.0]]
 
 

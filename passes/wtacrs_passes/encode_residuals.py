@@ -17,7 +17,7 @@ What lies between a stored residual and its readers is computed again from the d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -79,13 +79,12 @@ def _encode(editor: Editor, item: Stored) -> tuple[fx.Node, ...]:
         if item.encoding == "bits":
             return editor.trace(encodings.pack_mask, source)
         if item.table is not None:
-            table = item.table
-            return editor.trace(lambda x: encodings.encode_table(x, table), source)
+            return editor.trace(encodings.encode_table, source, table=item.table)
         bits = encodings.INTEGER_BITS[item.encoding]
         if not item.stochastic:
-            return editor.trace(lambda x: encodings.quantise(x, bits), source)
+            return editor.trace(encodings.quantise, source, bits=bits)
         noise = _noise(editor, source)
-        return editor.trace(lambda x, noise: encodings.quantise(x, bits, noise), source, noise)
+        return editor.trace(encodings.quantise, source, noise, bits=bits)
 
 
 def _noise(editor: Editor, source: fx.Node) -> fx.Node:
@@ -96,16 +95,19 @@ def _noise(editor: Editor, source: fx.Node) -> fx.Node:
     return noise
 
 
-def _decoder(item: Stored) -> Callable[..., Tensor]:
+def _decode(editor: Editor, item: Stored, stored: tuple[fx.Node, ...]) -> fx.Node:
     value = item.node.meta["val"]
     features, dtype = value.shape[-1], value.dtype
     if item.encoding == "bits":
-        return lambda packed: encodings.unpack_mask(packed, features)
-    if item.table is not None:
-        table = item.table
-        return lambda *stored: encodings.decode_table(stored, table, features, dtype)
-    bits = encodings.INTEGER_BITS[item.encoding]
-    return lambda codes, scales: encodings.dequantise(codes, scales, bits, features, dtype)
+        [decoded] = editor.trace(encodings.unpack_mask, *stored, n=features)
+    elif item.table is not None:
+        [decoded] = editor.trace(
+            encodings.decode_table, *stored, table=item.table, features=features, dtype=dtype
+        )
+    else:
+        bits = encodings.INTEGER_BITS[item.encoding]
+        [decoded] = editor.trace(encodings.dequantise, *stored, bits=bits, features=features, dtype=dtype)
+    return decoded
 
 
 class _Rebuild:
@@ -142,7 +144,7 @@ class _Rebuild:
     def _build(self, node: fx.Node) -> fx.Node:
         item = self.stored.get(node)
         if item is not None:
-            return self.editor.trace(_decoder(item), *self.encoded[node])[0]
+            return _decode(self.editor, item, self.encoded[node])
         rebuilt = {operand: self.built[operand] for operand in self._operands(node)}
         if all(new is old for old, new in rebuilt.items()):
             return node

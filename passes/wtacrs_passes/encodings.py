@@ -71,13 +71,13 @@ def encoded_bits(encoding: str, features: Any, itemsize: int, bits: int = 0) -> 
 INTEGER_BITS = {"int8": 8, "int4": 4}
 
 
-def quantise(x: Tensor, bits: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, noise: Tensor | None = None, *, bits: int) -> tuple[Tensor, Tensor]:
     """Encode `x` as integers with one scale for each group.
 
     Args:
         x: [..., features], float.
-        bits: 8 or 4.
         noise: like `x`, uniform in [0, 1): round stochastically; to the nearest without it.
+        bits: 8 or 4.
 
     Returns:
         codes: int8 [..., features] for 8 bits, uint8 [..., ceil(features / 2)] for 4;
@@ -97,7 +97,7 @@ def quantise(x: Tensor, bits: int, noise: Tensor | None = None) -> tuple[Tensor,
     return codes, scales.squeeze(-1)
 
 
-def dequantise(codes: Tensor, scales: Tensor, bits: int, features: Any, dtype: torch.dtype) -> Tensor:
+def dequantise(codes: Tensor, scales: Tensor, *, bits: int, features: Any, dtype: torch.dtype) -> Tensor:
     """Decode what :func:`quantise` returned: ``[..., features]`` of `dtype`."""
     steps = codes.float() if bits == 8 else unpack(codes, 4, features).float() - 2 ** (bits - 1)
     groups = _blocks(steps, -1, group_size(features, bits))
@@ -147,7 +147,7 @@ def pack_mask(mask: Tensor) -> Tensor:
     return pack(mask.to(torch.uint8), 1)
 
 
-def unpack_mask(packed: Tensor, n: Any) -> Tensor:
+def unpack_mask(packed: Tensor, *, n: Any) -> Tensor:
     """Invert :func:`pack_mask`."""
     return unpack(packed, 1, n).to(torch.bool)
 
@@ -174,7 +174,7 @@ class Table:
         return max(1, (len(self.values) - 1).bit_length())
 
 
-def encode_table(x: Tensor, table: Table) -> tuple[Tensor, ...]:
+def encode_table(x: Tensor, *, table: Table) -> tuple[Tensor, ...]:
     """Return which piece each element of `x` lies in, packed, and what marks rows that are not finite.
 
     Args:
@@ -193,7 +193,7 @@ def encode_table(x: Tensor, table: Table) -> tuple[Tensor, ...]:
     return (*(pack((codes >> low) & (2**width - 1), width) for low, width in _planes(table.bits)), marks)
 
 
-def decode_table(stored: tuple[Tensor, ...], table: Table, features: Any, dtype: torch.dtype) -> Tensor:
+def decode_table(*stored: Tensor, table: Table, features: Any, dtype: torch.dtype) -> Tensor:
     """Return the value of the piece of each element: ``[..., features]`` of `dtype`."""
     *planes, marks = stored
     codes: Tensor | None = None

@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from .torch_api import detect_fake_mode, inductor_prims, py_sym_types, trace_operations
+from .torch_api import detect_fake_mode, inductor_prims, make_graph_module, py_sym_types, trace_operations
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -165,7 +165,7 @@ def copy_joint(gm: fx.GraphModule) -> fx.GraphModule:
     output = graph.output(graph.graph_copy(gm.graph, {}))
     output.meta = copy.copy(output_of(gm.graph).meta)
     graph.set_codegen(copy.copy(gm.graph._codegen))
-    copied = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    copied = make_graph_module(gm, graph, class_name=type(gm).__name__)
     copied.meta = dict(gm.meta)
     return copied
 
@@ -304,6 +304,7 @@ class Editor:
         self.graph = graph
         values = [node.meta.get("val") for node in graph.nodes]
         self.mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+        self._traces: dict[Any, fx.Graph] = {}
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Insert ``target(*args, **kwargs)`` at the current insertion point."""
@@ -316,13 +317,29 @@ class Editor:
                 node.meta["val"] = target(*values[0], **values[1])
         return node
 
-    def trace(self, function: Callable[..., Any], *nodes: fx.Node) -> tuple[fx.Node, ...]:
-        """Insert the operations of ``function(*nodes)``, plain torch on tensors; return its results."""
-        with self.mode or contextlib.nullcontext():
-            traced = trace_operations(function, [node.meta["val"] for node in nodes])
-        arguments = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
-        results = self.graph.graph_copy(traced, arguments)
-        return tuple(torch.utils._pytree.arg_tree_leaves(results))
+    def trace(self, function: Callable[..., Any], *nodes: fx.Node, **constants: Any) -> tuple[fx.Node, ...]:
+        """Insert the operations of ``function(*nodes, **constants)``, plain torch; return its results.
+
+        Layers of one model ask for the same thing again and again: what was traced once for tensors of a
+        kind is repeated.
+        """
+        values = [node.meta["val"] for node in nodes]
+        sizes = [size for value in values for size in (*value.shape, *value.stride())]
+        kinds = [(value.dtype, value.device) for value in values]
+        key = (function, *constants.items(), *kinds, *sizes)
+        repeatable = not any(is_symbolic(part) for part in (*sizes, *constants.values()))
+        traced = self._traces.get(key) if repeatable else None
+        if traced is None:
+            with self.mode or contextlib.nullcontext():
+                traced = trace_operations(partial(function, **constants), values)
+            if repeatable:
+                self._traces[key] = traced
+        new = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
+        for node in traced.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
+                new[node] = self.call(node.target, *args, **kwargs)
+        return tuple(new[node] for node in torch.utils._pytree.arg_tree_leaves(*output_of(traced).args))
 
     def size(self, node: fx.Node, dim: int) -> Any:
         """Return a size of `node`: an int, or a node where it is symbolic."""

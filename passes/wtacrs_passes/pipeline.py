@@ -29,7 +29,7 @@ from .report import Report, make_report
 from .residuals import Analysis, analyse
 from .sample_rows import SampledSite, sample_rows
 from .storage import choose_storage, modes
-from .torch_api import CustomPartitionerFn, min_cut_rematerialization_partition
+from .torch_api import CustomPartitionerFn, min_cut_rematerialization_partition, without_code
 
 
 class NoTangentsError(ValueError):
@@ -80,17 +80,18 @@ def rewrite_and_partition(
     lower: Callable[[fx.Graph], None] | None = lower_noise,
 ) -> tuple[Partition, Report]:
     """Rewrite a copy of a joint graph and partition it; report the bytes beside those without the rewrite."""
-    plain = jg.copy_joint(gm)
-    erase_markers(plain.graph)
-    before = Partition(*partitioner(plain, num_fwd_outputs), ())
-    gm = jg.copy_joint(gm)
-    rewritten = rewrite(gm, policy, table)
-    if not rewritten.sites and not rewritten.residuals:
-        after = before
-    else:
-        if lower is not None:
-            lower(gm.graph)
-        after = partition(gm, rewritten.sites, rewritten.residuals, num_fwd_outputs, partitioner)
+    with without_code():
+        plain = jg.copy_joint(gm)
+        erase_markers(plain.graph)
+        before = Partition(*partitioner(plain, num_fwd_outputs), ())
+        gm = jg.copy_joint(gm)
+        rewritten = rewrite(gm, policy, table)
+        if not rewritten.sites and not rewritten.residuals:
+            after = before
+        else:
+            if lower is not None:
+                lower(gm.graph)
+            after = partition(gm, rewritten.sites, rewritten.residuals, num_fwd_outputs, partitioner)
     saved = [saved_tensors(p.forward, num_fwd_outputs) for p in (before, after)]
     return after, make_report(
         rewritten.analysis, rewritten.plan, rewritten.sites, after.stores_rows, rewritten.residuals, *saved

@@ -19,6 +19,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import py_sym_types
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy
@@ -32,6 +33,7 @@ __all__ = [
     "default_partition",
     "detect_fake_mode",
     "inductor_prims",
+    "make_graph_module",
     "min_cut_rematerialization_partition",
     "py_sym_types",
     "real_tensors",
@@ -39,7 +41,16 @@ __all__ = [
     "stable_topological_sort",
     "trace_joint",
     "trace_operations",
+    "without_code",
 ]
+
+
+make_graph_module = _make_graph_module
+
+
+def without_code() -> contextlib.AbstractContextManager[None]:
+    """Let modules made by `make_graph_module` write their Python code when it is asked for, not before."""
+    return _use_lazy_graph_module(True)
 
 
 @contextlib.contextmanager
