@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wtacrs_passes.estimators import choose_rows
+from wtacrs_passes.estimators import NOISE, choose_rows
 
 
 def gram(x: Tensor, dy: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def squared_errors(
         products: [rows, rows], of :func:`gram`; weights: [rows].
     """
     rows = len(weights)
-    noise = torch.rand(draws, rows + 1, dtype=torch.float64, generator=generator)
+    noise = torch.rand(draws, NOISE, dtype=torch.float64, generator=generator)
     indices, scales = choose_rows(weights.expand(draws, rows), noise, kept, estimator)
     error = torch.full((draws, rows), -1.0, dtype=torch.float64).scatter_add(-1, indices, scales.double())
     return ((error @ products) * error).sum(-1)

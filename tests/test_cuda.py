@@ -11,7 +11,7 @@ from torch import Tensor
 
 import wtacrs_fx
 from wtacrs_fx import Policy
-from wtacrs_passes.estimators import ESTIMATORS, choose_rows, combine_rows
+from wtacrs_passes.estimators import ESTIMATORS, NOISE, choose_rows, combine_rows
 
 pytestmark = [
     pytest.mark.cuda,
@@ -60,7 +60,7 @@ def test_encoded_residuals_keep_gradients_close(residuals: str) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_chooser_agrees_with_the_cpu(estimator: str) -> None:
-    weights, noise = torch.rand(3, 500), torch.rand(3, 501)
+    weights, noise = torch.rand(3, 500), torch.rand(3, NOISE)
     expected = choose_rows(weights, noise, 100, estimator)
     found = choose_rows(weights.cuda(), noise.cuda(), 100, estimator)
     if estimator == "topk":

@@ -8,14 +8,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.variance import gram, projection_variance
+from wtacrs_passes import estimators
 from wtacrs_passes.estimators import (
     ESTIMATORS,
+    NOISE,
     PROJECTIONS,
     choose_rows,
     combine_rows,
     estimate_product,
     gradient_weights,
+    grid,
     inclusion_probabilities,
+    random_order,
 )
 
 UNBIASED = ["wta-systematic", "wta-crs", "crs"]
@@ -23,7 +27,7 @@ ROWS, KEPT, RUNS = 60, 18, 4000
 
 
 def draw(weights: Tensor, kept: int, estimator: str, runs: int = RUNS) -> tuple[Tensor, Tensor]:
-    noise = torch.rand(runs, weights.shape[-1] + 1)
+    noise = torch.rand(runs, NOISE)
     return choose_rows(weights.expand(runs, -1), noise, kept, estimator)
 
 
@@ -124,7 +128,7 @@ def test_crs_variance_matches_its_closed_form() -> None:
 @pytest.mark.parametrize("estimator", [*UNBIASED, "topk"])
 def test_all_weights_zero_gives_zero(estimator: str) -> None:
     x, dy = torch.zeros(ROWS, 3), torch.randn(ROWS, 2)
-    noise = torch.rand(ROWS + 1)
+    noise = torch.rand(NOISE)
     product = estimate_product(x, dy, KEPT, estimator, torch.zeros(ROWS), noise)
     assert torch.equal(product, torch.zeros(3, 2))
 
@@ -144,7 +148,7 @@ def test_rows_that_are_not_finite_reach_the_product(estimator: str, bad: float) 
         x, dy = operands("flat")
         x[:count, 0] = bad
         weights = x.norm(dim=1) * dy.norm(dim=1)
-        product = estimate_product(x, dy, KEPT, estimator, weights, torch.rand(ROWS + 1))
+        product = estimate_product(x, dy, KEPT, estimator, weights, torch.rand(NOISE))
         assert not product[0].isfinite().any(), count
         if estimator == "wta-systematic" and count <= KEPT:
             assert torch.equal(product.isnan(), (x.T @ dy).isnan())
@@ -162,7 +166,7 @@ def test_any_size(rows: int, share: float, estimator: str, seed: int, scale: flo
     torch.manual_seed(seed)
     kept = max(1, int(rows * share))
     weights = torch.rand(2, rows).double() * scale
-    indices, scales = choose_rows(weights, torch.rand(2, rows + 1), kept, estimator)
+    indices, scales = choose_rows(weights, torch.rand(2, NOISE), kept, estimator)
     assert indices.shape == scales.shape == (2, kept)
     assert indices.dtype == torch.int64 and scales.dtype == torch.float32
     assert ((indices >= 0) & (indices < rows)).all()
@@ -227,7 +231,7 @@ def test_rows_are_scaled_where_nothing_is_taken_for_sure(estimator: str) -> None
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, *PROJECTIONS])
 def test_the_host_reads_nothing(estimator: str) -> None:
     """On the meta device there are no values: whatever reads one raises."""
-    weights, noise = torch.ones(2, ROWS, device="meta"), torch.rand(2, ROWS + 1, device="meta")
+    weights, noise = torch.ones(2, ROWS, device="meta"), torch.rand(2, NOISE, device="meta")
     if estimator in PROJECTIONS:
         x, seed = torch.ones(ROWS, 3, device="meta"), torch.ones(2, dtype=torch.long, device="meta")
         assert combine_rows(x, seed, KEPT, estimator).shape == (KEPT, 3)
@@ -235,3 +239,50 @@ def test_the_host_reads_nothing(estimator: str) -> None:
         indices, scales = choose_rows(weights, noise, KEPT, estimator)
         assert indices.shape == scales.shape == (2, KEPT)
     gradient_weights(torch.ones(ROWS, device="meta"), torch.ones(ROWS, device="meta"), 0.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 60), share=st.floats(0.01, 1.0), spread=st.floats(0, 20), seed=st.integers(0, 1000)
+)
+def test_probabilities_by_rounds_are_those_by_sorting(
+    rows: int, share: float, spread: float, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    kept = max(1, int(rows * share))
+    weights = (spread * torch.randn(3, rows, dtype=torch.float64)).exp()
+    weights[0, ::3] = 0
+    weights[1, : kept // 2] = torch.inf
+    rounds, sorting = (
+        torch.where(weights > 0, weights * scale(weights, kept), 0.0).nan_to_num(1).clamp(max=1)
+        for scale in (estimators._scale_by_rounds, estimators._scale_by_sorting)
+    )
+    torch.testing.assert_close(rounds, sorting, rtol=1e-9, atol=1e-300)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 60, 127, 1000])
+def test_a_random_order_has_every_place_once(rows: int) -> None:
+    order = random_order(rows, torch.randint(2**24, (20, 2)))
+    height, width = grid(rows)
+    assert rows <= height * width < rows + height
+    assert torch.equal(order.sort(-1).values, torch.arange(height * width).expand(20, -1))
+
+
+def test_a_random_order_prefers_neither_places_nor_neighbours() -> None:
+    """Counts of (place, row) and of (row, next row) against equal chances: two chi-square tests.
+
+    Statistics of 60 x 64 cells, normal to a good approximation: above mean + 5 deviations with p < 1e-6.
+    """
+    runs, places = 20_000, 64  # 60 rows on a grid of 8 x 8
+    order = random_order(60, torch.randint(2**24, (runs, 2)))
+    pairs = order[:, :-1] * places + order[:, 1:]
+    at = torch.arange(places) * places + order
+    for cells, chances in ((at, places), (pairs, places - 1)):
+        counts = torch.bincount(cells.flatten(), minlength=places**2).view(places, places).double()
+        possible = torch.ones(places, places, dtype=torch.bool)
+        if chances == places - 1:
+            possible.fill_diagonal_(False)
+        expected = cells.numel() / possible.sum()
+        statistic = ((counts - expected).square() / expected)[possible].sum()
+        degrees = (places - 1) ** 2
+        assert statistic < degrees + 5 * (2 * degrees) ** 0.5

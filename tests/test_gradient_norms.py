@@ -16,7 +16,7 @@ import wtacrs_fx
 from wtacrs_fx import GradientNormError, GradientNorms, track_gradient_norms
 from wtacrs_fx.gradient_norms import _decoded, _encoded
 from wtacrs_passes import ops
-from wtacrs_passes.estimators import DEFENCE, choose_rows, gradient_weights
+from wtacrs_passes.estimators import DEFENCE, NOISE, choose_rows, gradient_weights
 
 SAMPLES, LENGTH, D = 50, 12, 8
 FORWARD = RowsOnly(placement="forward", min_rows=8)
@@ -238,7 +238,7 @@ def test_unbiased_whatever_is_remembered(estimator: str) -> None:
     exact = (x.T @ dy).flatten()
 
     def samples(weights: Tensor) -> Tensor:
-        indices, scales = choose_rows(weights.expand(runs, -1), torch.rand(runs, rows + 1), kept, estimator)
+        indices, scales = choose_rows(weights.expand(runs, -1), torch.rand(runs, NOISE), kept, estimator)
         return torch.einsum("rki,rko,rk->rio", x[indices], dy[indices], scales).flatten(1)
 
     weights = x.norm(dim=1) * gradient_weights(known, torch.ones(rows), 1.0)

@@ -10,8 +10,13 @@ gradient; where an estimator cannot keep all such rows, every scale is NaN.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+NOISE = 3
+"""Random numbers that a draw takes: the start of a systematic sample, and a seed of two words."""
 
 
 def choose_rows(weights: Tensor, noise: Tensor, kept: int, estimator: str) -> tuple[Tensor, Tensor]:
@@ -19,7 +24,7 @@ def choose_rows(weights: Tensor, noise: Tensor, kept: int, estimator: str) -> tu
 
     Args:
         weights: [..., rows], float, non-negative.
-        noise: [..., rows + 1], uniform in [0, 1).
+        noise: [..., NOISE], uniform in [0, 1); all further random numbers are a function of these.
         kept: rows to choose, 1 <= kept <= rows.
         estimator: a key of :data:`ESTIMATORS`.
 
@@ -74,6 +79,30 @@ def inclusion_probabilities(weights: Tensor, kept: int) -> Tensor:
     Returns:
         [..., rows], float64; NaN where more than `kept` weights are infinite.
     """
+    scale = (_scale_by_rounds if weights.device.type == "cpu" else _scale_by_sorting)(weights, kept)
+    probability = torch.where(weights > 0, weights * scale, 0.0).clamp(max=1.0)
+    probability = torch.where(weights.isinf(), 1.0, probability)
+    overfull = weights.isinf().sum(-1, keepdim=True) > kept
+    return torch.where(overfull, torch.nan, probability)
+
+
+def _scale_by_rounds(weights: Tensor, kept: int) -> Tensor:
+    """Return lambda, [..., 1]: take out the rows that exceed one, and scale the rest again until none does.
+
+    A few rounds; each looks at its result, so it is for the CPU. (Tille 2006, section 2.10.)
+    """
+    winners = weights.isinf()
+    while True:
+        total = torch.where(winners, 0.0, weights).sum(-1, keepdim=True)
+        budget = kept - winners.sum(-1, keepdim=True)
+        more = (weights * budget > total) & ~winners
+        if not more.any():
+            return torch.where(total > 0, budget / total, torch.inf)
+        winners = winners | more
+
+
+def _scale_by_sorting(weights: Tensor, kept: int) -> Tensor:
+    """Return the same without reading a value: try every size of the take-all set at once."""
     finite = torch.where(weights.isinf(), 0.0, weights)
     ascending, order = weights.sort(-1)
     tail = torch.gather(finite, -1, order).cumsum(-1)  # tail[m - 1]: sum of the m smallest
@@ -84,11 +113,7 @@ def inclusion_probabilities(weights: Tensor, kept: int) -> Tensor:
     # The first tail that fits; where none does, the `kept` largest weights are all winners.
     size = torch.where(fits.any(-1), fits.int().argmax(-1), kept).unsqueeze(-1)
     total = torch.gather(total, -1, size.clamp(max=weights.shape[-1] - 1))
-    scale = torch.where(total > 0, (kept - size) / total, torch.inf)
-    probability = torch.where(weights > 0, weights * scale, 0.0).clamp(max=1.0)
-    probability = torch.where(weights.isinf(), 1.0, probability)
-    overfull = weights.isinf().sum(-1, keepdim=True) > kept
-    return torch.where(overfull, torch.nan, probability)
+    return torch.where(total > 0, (kept - size) / total, torch.inf)
 
 
 def _wta_systematic(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -98,16 +123,67 @@ def _wta_systematic(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, 
     row i is hit with probability q_i, a winner exactly once (Madow 1949; Hajek 1964 for the order).
     """
     rows = weights.shape[-1]
-    probability = inclusion_probabilities(weights, kept)
-    order = noise[..., :rows].argsort(-1)
-    edges = torch.gather(probability, -1, order).cumsum(-1)
-    points = noise[..., rows : rows + 1] + torch.arange(kept, dtype=edges.dtype, device=edges.device)
+    seed = _seed(noise)
+    order = _shuffled(rows, seed) if seed.device.type == "cpu" else random_order(rows, seed)
+    probability = torch.nn.functional.pad(inclusion_probabilities(weights, kept), (0, 1))
+    lengths = torch.gather(probability, -1, order.clamp(max=rows))
+    edges = lengths.cumsum(-1)
+    points = noise[..., :1] + torch.arange(kept, dtype=edges.dtype, device=edges.device)
     position = torch.searchsorted(edges, points, right=True)
-    indices = torch.gather(order, -1, position.clamp(max=rows - 1))
-    chosen = torch.gather(probability, -1, indices)
-    hit = (position < rows) & (chosen > 0)
+    inside = position.clamp(max=order.shape[-1] - 1)
+    chosen = torch.gather(lengths, -1, inside)
+    hit = (position == inside) & (chosen > 0)
+    indices = torch.where(hit, torch.gather(order, -1, inside), 0)
     scales = torch.where(hit, 1.0 / chosen, 0.0)
     return indices, torch.where(edges[..., -1:].isnan(), torch.nan, scales)
+
+
+def _shuffled(rows: int, seed: Tensor) -> Tensor:
+    """Return a random order of the rows, [..., rows]; it reads the seed, so it is for the CPU."""
+    generator = torch.Generator()
+    words = (seed[..., 0] << 24) + seed[..., 1]
+    orders = [torch.randperm(rows, generator=generator.manual_seed(w)) for w in words.flatten().tolist()]
+    return torch.stack(orders).view(*words.shape, rows)
+
+
+ROUNDS = 4
+
+
+def grid(rows: int) -> tuple[int, int]:
+    """Return the sides of the smallest grid, nearly square, with at least `rows` places."""
+    side = math.isqrt(max(rows - 1, 0)) + 1
+    return side, -(-rows // side)
+
+
+def random_order(rows: int, seed: Tensor) -> Tensor:
+    """Return a random order of the places of ``grid(rows)``, computed place by place: nothing is sorted.
+
+    A Feistel network (Luby and Rackoff 1988): rows are shifted by a random function of the column, columns
+    by one of the row, four times; with fewer, neighbours are seen to stay neighbours.
+
+    Args:
+        seed: [..., 2], int64.
+
+    Returns:
+        [..., places], int64, each of 0 to places - 1 once; `rows` and above are no rows.
+    """
+    height, width = grid(rows)
+    x = torch.arange(height, device=seed.device).repeat_interleave(width)
+    y = torch.arange(width, device=seed.device).repeat(height)
+    x, y = x.expand(*seed.shape[:-1], -1), y.expand(*seed.shape[:-1], -1)
+    for turn in range(ROUNDS):
+        x = _shifted(x, random_words(seed, 2 * turn, width), y, height)
+        y = _shifted(y, random_words(seed, 2 * turn + 1, height), x, width)
+    return x * width + y
+
+
+def _shifted(x: Tensor, words: Tensor, y: Tensor, size: int) -> Tensor:
+    moved = x + torch.gather(words % size, -1, y)
+    return torch.where(moved < size, moved, moved - size)
+
+
+def _seed(noise: Tensor) -> Tensor:
+    return (noise[..., 1:3] * 2**24).long()
 
 
 def _wta_crs(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -126,9 +202,8 @@ def _wta_crs(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]
     outside = torch.gather(tail, -1, winners)
     rank = torch.arange(weights.shape[-1], device=weights.device)
     edges = torch.where(rank < winners, 0.0, finite).cumsum(-1)
-    drawn = torch.searchsorted(edges, noise[..., :kept] * edges[..., -1:], right=True).clamp(
-        max=weights.shape[-1] - 1
-    )
+    drawn = torch.searchsorted(edges, _uniform(noise, kept) * edges[..., -1:], right=True)
+    drawn = drawn.clamp(max=weights.shape[-1] - 1)
     position = torch.where(size < winners, size, drawn)
     weight = torch.gather(finite, -1, position)
     scales = outside / ((kept - winners) * weight)
@@ -142,9 +217,8 @@ def _crs(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Column-row sampling with replacement, ``p_i = a_i / A`` (Drineas, Kannan, Mahoney 2006)."""
     edges = weights.cumsum(-1)
     total = edges[..., -1:]
-    indices = torch.searchsorted(edges, noise[..., :kept] * total, right=True).clamp(
-        max=weights.shape[-1] - 1
-    )
+    indices = torch.searchsorted(edges, _uniform(noise, kept) * total, right=True)
+    indices = indices.clamp(max=weights.shape[-1] - 1)
     weight = torch.gather(weights, -1, indices)
     scales = torch.where(weight > 0, total / (kept * weight), 0.0)
     return indices, torch.where(total.isfinite(), scales, torch.nan)
@@ -200,6 +274,16 @@ def combine_rows(x: Tensor, seed: Tensor, kept: int, estimator: str) -> Tensor:
     return combined
 
 
+def random_words(seed: Tensor, stream: int, count: int) -> Tensor:
+    """Return 32-bit words, int64 [..., count], a function of the seed [..., 2] and the stream."""
+    key = _mixed(seed[..., :1] + _mixed(seed[..., 1:] + stream))
+    return _mixed(torch.arange(count, device=seed.device) + key)
+
+
+def _uniform(noise: Tensor, count: int) -> Tensor:
+    return random_words(_seed(noise), 0, count).double() / 2**32
+
+
 def _mixed(words: Tensor) -> Tensor:
     """Return 32-bit words that look independent of `words`, int64 (the finaliser of MurmurHash3)."""
     words = words & _WORD
@@ -216,7 +300,7 @@ def estimate_product(
 
     Args:
         x: [rows, features_in]; dy: [rows, features_out]; weights: [rows];
-            noise: [rows + 1].
+            noise: [NOISE].
 
     Returns:
         [features_in, features_out]

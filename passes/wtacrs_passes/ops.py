@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import cast
 
 import torch
@@ -34,10 +35,19 @@ _ROWS_IN_CACHE = 128
 
 
 def _choose_rows(norms: list[Tensor], noise: Tensor, kept: int, estimator: str) -> tuple[Tensor, Tensor]:
+    if norms[0].is_cuda and estimator == "wta-systematic" and _has_triton():
+        from . import triton_kernels
+
+        return triton_kernels.choose_rows(norms, noise, kept)
     weights = norms[0].double()
     for factor in norms[1:]:
         weights = weights * factor.double()
     return estimators.choose_rows(weights, noise, kept, estimator)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _choose_rows_fake(norms: list[Tensor], noise: Tensor, kept: int, estimator: str) -> tuple[Tensor, Tensor]:

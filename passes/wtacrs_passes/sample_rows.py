@@ -46,7 +46,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import ops
+from . import estimators, ops
 from .estimators import PROJECTIONS
 from .joint_graph import VIEWS, Editor, aten, content_of, is_derivable, prims
 from .plan import Plan, Site
@@ -273,8 +273,7 @@ def _draw(editor: Editor, site: Site, norms: list[fx.Node]) -> tuple[fx.Node, fx
     batch = [editor.size(norms[0], d) for d in range(value.dim() - 1)]
     rows = editor.size(norms[0], -1)
     kept = _kept(editor, site, rows)
-    size = editor.call(operator.add, rows, 1) if isinstance(rows, fx.Node) else rows + 1
-    noise = _noise(editor, site, norms[0], [*batch, size])
+    noise = _noise(editor, site, norms[0], [*batch, estimators.NOISE])
     draw = editor.call(ops.choose_rows, norms, noise, kept, site.sampling.estimator)
     return draw, editor.call(operator.getitem, draw, 0), editor.call(operator.getitem, draw, 1)
 
