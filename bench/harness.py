@@ -61,6 +61,7 @@ VARIANTS: dict[str, Callable[[], Backend | None]] = {
     "inductor budget 0.9": lambda: inductor(0.9),
     "inductor budget 0.7": lambda: inductor(0.7),
     "inductor budget 0.5": lambda: inductor(0.5),
+    "inductor budget 0.3": lambda: inductor(0.3),
     "wtacrs 0.3 auto": lambda: wtacrs(0.3, "auto"),
     "wtacrs 0.3 forward": lambda: wtacrs(0.3, "forward"),
     "wtacrs 0.3 backward": lambda: wtacrs(0.3, "backward"),
@@ -68,6 +69,7 @@ VARIANTS: dict[str, Callable[[], Backend | None]] = {
     "wtacrs 0.3 lossless": lambda: wtacrs(0.3, residuals="lossless"),
     "wtacrs 0.3 balanced": lambda: wtacrs(0.3, residuals="balanced"),
     "wtacrs 0.3 small": lambda: wtacrs(0.3, residuals="small"),
+    "wtacrs 0.1 small": lambda: wtacrs(0.1, residuals="small"),
     "wtacrs 0.3 remembered": lambda: wtacrs(0.3, "forward", "balanced"),  # with track_gradient_norms
     "wtacrs 0.1 remembered": lambda: wtacrs(0.1, "forward", "balanced"),
     "wtacrs 0.1 balanced": lambda: wtacrs(0.1, residuals="balanced"),
@@ -221,7 +223,7 @@ def circumstances(device: str = "cpu") -> dict[str, Any]:
     name = Path(sys.argv[0]).stem
     return {
         "device": device,
-        "processor": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "processor": _processor(device),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -230,6 +232,12 @@ def circumstances(device: str = "cpu") -> dict[str, Any]:
         "command": shlex.join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _processor(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return _cpu_name()
 
 
 def _cpu_name() -> str:

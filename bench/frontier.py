@@ -1,0 +1,150 @@
+"""Memory against time of a training step: Inductor's budgets and checkpointing beside the policies of wtacrs.
+
+    python -m bench.frontier                     # BERT and Llama shapes on CPU; about 25 minutes
+    python -m bench.frontier --draw              # the picture and the verdict again, from the rows
+
+For each of Inductor's ways to save memory the verdict names a policy with no more bytes and no more time.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import torch
+import typer
+
+from bench.harness import (
+    BASELINE,
+    MIB,
+    RESULTS,
+    VARIANTS,
+    Row,
+    Step,
+    circumstances,
+    interleave,
+    read,
+    record,
+    saved_bytes,
+    step_seconds,
+    summarise,
+)
+from bench.models import TINY, Shape, make
+
+CHECKPOINTING = "inductor, checkpointing"
+INDUCTOR = (BASELINE, *(f"inductor budget {budget}" for budget in (0.9, 0.7, 0.5, 0.3)), CHECKPOINTING)
+POLICIES = (
+    "wtacrs 0.3 backward",
+    "wtacrs 0.1 backward",
+    "wtacrs 0.3 balanced",
+    "wtacrs 0.1 balanced",
+    "wtacrs 0.3 small",
+    "wtacrs 0.1 small",
+)
+Point = tuple[float, float]  # saved bytes and step time, as ratios to Inductor
+
+
+def make_step(name: str, shape: Shape, variant: str, device: str) -> Step:
+    """Return a compiled step; checkpointing recomputes each layer from its input."""
+    model, inputs = make(name, shape, device=device)
+    if variant == CHECKPOINTING:
+        model.encoder.config.use_cache = False  # type: ignore[union-attr]
+        model.encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return Step(model, inputs, VARIANTS[BASELINE if variant == CHECKPOINTING else variant]())
+
+
+def measure(name: str, shape: Shape, device: str, rounds: int) -> list[Row]:
+    """Return saved bytes and step time of every variant."""
+    steps = {}
+    for variant in (*INDUCTOR, *POLICIES):
+        steps[variant] = make_step(name, shape, variant, device)
+        print(f"{name}, {variant}: compiled in {steps[variant].first_call_seconds:.0f} s", flush=True)
+    saved = {variant: saved_bytes(step) for variant, step in steps.items()}
+    times = interleave({variant: partial(step_seconds, step) for variant, step in steps.items()}, rounds)
+    rows = []
+    for variant, step in steps.items():
+        step.check()
+        for metric, unit, figures in (
+            ("saved", "MiB", {"value": saved[variant] / MIB, "ratio": saved[variant] / saved[BASELINE]}),
+            ("step time", "s", summarise(times[variant], times[BASELINE])),
+        ):
+            rows.append(
+                Row(
+                    "frontier", name, variant, metric, unit=unit, shapes=str(shape),
+                    **figures, **circumstances(device),
+                )
+            )  # fmt: skip
+    return rows
+
+
+def points(rows: list[Row]) -> dict[str, Point]:
+    """Return the latest figures of every variant of one model."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        assert row.ratio is not None
+        found.setdefault(row.variant, {})[row.metric] = row.ratio
+    return {variant: (figures["saved"], figures["step time"]) for variant, figures in found.items()}
+
+
+def verdict(found: dict[str, Point]) -> dict[str, str | None]:
+    """Return for each of Inductor's ways the fastest policy with no more bytes and no more time."""
+    chosen: dict[str, str | None] = {}
+    for variant in INDUCTOR:
+        saved, time = found[variant]
+        better = [name for name in POLICIES if found[name][0] <= saved and found[name][1] <= time]
+        chosen[variant] = min(better, key=lambda name: found[name][1], default=None)
+    return chosen
+
+
+def draw(by_model: dict[str, dict[str, Point]]) -> None:
+    """Draw bytes against time for each model."""
+    figure, panels = plt.subplots(
+        1, len(by_model), figsize=(5.5 * len(by_model), 4.5), layout="constrained", squeeze=False
+    )
+    for axes, (name, found) in zip(panels[0], by_model.items(), strict=True):
+        for variants, marker, color in ((INDUCTOR, "s", "#0072B2"), (POLICIES, "o", "#D55E00")):
+            line = sorted(found[variant] for variant in variants)
+            axes.plot(*zip(*line, strict=True), marker + "-", color=color, alpha=0.8)
+            for variant in variants:
+                label = variant.removeprefix("inductor ").removeprefix("wtacrs ")
+                axes.annotate(
+                    label, found[variant], xytext=(4, 5), textcoords="offset points", fontsize=7, color=color
+                )
+        axes.set(xlabel="saved activations / Inductor", ylabel="step time / Inductor", title=name)
+        axes.set_xlim(left=0)
+        axes.margins(x=0.15, y=0.1)
+        axes.grid(alpha=0.3)
+    panels[0][0].plot([], [], "s-", color="#0072B2", label="Inductor: memory budgets, checkpointing")
+    panels[0][0].plot([], [], "o-", color="#D55E00", label="wtacrs: policies")
+    panels[0][0].legend(fontsize=8)
+    figure.savefig(RESULTS / "frontier.png", dpi=130)
+    plt.close(figure)
+
+
+def main(
+    model: Annotated[list[str] | None, typer.Option(help="bert and llama by default.")] = None,
+    rounds: int = 7,
+    redraw: Annotated[bool, typer.Option("--draw", help="Measure nothing.")] = False,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes and two rounds; keep no rows.")] = False,
+) -> None:
+    """Measure, append rows to bench/results, draw them, and say which policy beats what."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    by_model = {}
+    for name in model or ("bert", "llama"):
+        if redraw:
+            rows = [row for row in read("frontier") if row.model == name]
+        else:
+            rows = measure(name, TINY if quick else Shape(), device, 2 if quick else rounds)
+            record(rows, keep=not quick)
+        by_model[name] = points(rows)
+        for variant, policy in verdict(by_model[name]).items():
+            saved, time = by_model[name][variant]
+            answer = "none" if policy is None else f"{policy}: {by_model[name][policy]}"
+            print(f"{name}, {variant} (saved {saved:.2f}, time {time:.2f}) is beaten by {answer}")
+    if not quick:
+        draw(by_model)
+
+
+if __name__ == "__main__":
+    typer.run(main)
