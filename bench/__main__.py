@@ -20,6 +20,9 @@ BENCHMARKS = (
     ["memory_time"],
     ["memory_time", "--dtype", "bfloat16", "--rounds", "0"],
     ["memory_time", *shlex.split(DEEP)],
+    ["frontier"],
+    ["scaling"],
+    ["gpu"],
     ["accuracy"],
 )
 

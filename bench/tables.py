@@ -9,6 +9,7 @@ A block stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; NAME is
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -191,6 +192,33 @@ TABLES: dict[str, Table] = {
     ),
     "synthetic-variance": Table(
         "synthetic_variance", "rows", lambda row: row.metric == "variance / wta-crs", _model, _variant, _value
+    ),
+    "frontier": Table(
+        "frontier",
+        "saved, step time",
+        lambda row: row.device == "cpu",
+        _variant,
+        lambda row: f"{row.model}: {row.metric}",
+        _ratio,
+    ),
+    "gpu": Table(
+        "gpu",
+        "case",
+        lambda row: row.device == "cuda",
+        lambda row: f"{row.model}: {row.variant}",
+        lambda row: row.metric,
+        lambda row: _both(row) if row.ratio else "" if math.isnan(row.value) else _value(row),
+    ),
+    "scaling": Table(
+        "scaling",
+        "predicted, then run",
+        lambda row: row.ratio is not None,
+        _model,
+        lambda row: f"{row.variant}: {row.metric} / predicted",
+        _ratio,
+    ),
+    "plan-70b": Table(
+        "scaling", "of a GPU", lambda row: row.ratio is None, lambda row: row.metric, _variant, _four
     ),
     "compile-time": Table(
         "compile_time", "model", lambda row: row.shapes == str(Shape()), _model, _variant, _both

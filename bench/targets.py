@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.gpu import CASES
 from bench.harness import RESULTS, Row, read
 from bench.models import Shape
 
@@ -22,16 +24,18 @@ class Target:
     is_ratio: bool = False
     dtype: str = "float32"
     shapes: str | None = None  # None accepts any
+    device: str = "cpu"
 
     def measured(self, folder: Path = RESULTS) -> float | None:
         """Return the latest figure; None if there is none."""
         found = [row for row in read(self.benchmark, folder) if self._describes(row)]
         if not found:
             return None
-        return found[-1].ratio if self.is_ratio else found[-1].value
+        figure = found[-1].ratio if self.is_ratio else found[-1].value
+        return None if figure is None or math.isnan(figure) else figure
 
     def _describes(self, row: Row) -> bool:
-        asked = (self.model, self.variant, self.metric, self.dtype, self.shapes or row.shapes, "cpu")
+        asked = (self.model, self.variant, self.metric, self.dtype, self.shapes or row.shapes, self.device)
         return asked == (row.model, row.variant, row.metric, row.dtype, row.shapes, row.device)
 
 
@@ -58,10 +62,10 @@ def _gradient(placement: str) -> Target:
     return Target(what, "gradient_variance", "MiniLM, step 120", variant, metric, 0.01)
 
 
-def _compile(model: str, placement: str) -> Target:
-    what, variant = f"compile time / Inductor, {model}, {placement}", f"wtacrs 0.3 {placement}"
+def _compile(model: str, kind: str, bound: float) -> Target:
+    what, variant = f"compile time / Inductor, {model}, {kind}", f"wtacrs 0.3 {kind}"
     return Target(
-        what, "compile_time", model, variant, "compile time", 1.25, is_ratio=True, shapes=str(Shape())
+        what, "compile_time", model, variant, "compile time", bound, is_ratio=True, shapes=str(Shape())
     )
 
 
@@ -71,9 +75,19 @@ def _encoded(model: str, residuals: str, bound: float) -> Target:
     return Target(what, "memory_time", model, variant, metric, bound, dtype="bfloat16", shapes=shapes)
 
 
-def _encoded_time(model: str) -> Target:
-    what, variant = f"step time / Inductor, {model}, balanced", "wtacrs 0.3 balanced"
-    return Target(what, "memory_time", model, variant, "step time", 0.95, is_ratio=True, shapes=str(Shape()))
+def _encoded_ratio(model: str, ratio: float, metric: str, bound: float) -> Target:
+    what, variant = f"{metric} / Inductor, {model}, ratio {ratio}, balanced", f"wtacrs {ratio} balanced"
+    return Target(what, "memory_time", model, variant, metric, bound, is_ratio=True, shapes=str(Shape()))
+
+
+def _gpu(case: str, ratio: float, metric: str, bound: float) -> Target:
+    what, variant = f"{metric} / Inductor, GPU, {case}, ratio {ratio}, balanced", f"wtacrs {ratio} balanced"
+    return Target(what, "gpu", case, variant, metric, bound, is_ratio=True, dtype="bfloat16", device="cuda")
+
+
+def _chooser(device: str, bound: float) -> Target:
+    what = f"seconds to choose among 16384 rows, {device}"
+    return Target(what, "gpu", "chooser", "16384 rows", "time", bound, device=device)
 
 
 DEEP = Shape(layers=12, d=512, heads=8, batch=16, seq=256)
@@ -100,7 +114,11 @@ TARGETS = (
     _encoded("llama", "small", 4.0),
     _encoded("bert", "lossless", 10.0),
     _encoded("llama", "lossless", 11.0),
-    *map(_encoded_time, ("bert", "llama")),
+    *(
+        _encoded_ratio(model, ratio, metric, bound)
+        for model in ("bert", "llama")
+        for ratio, metric, bound in ((0.3, "step time", 0.92), (0.1, "step time", 0.85), (0.3, "saved", 0.35))
+    ),
     Target(
         "peak of a step / Inductor, 12 layers, d=512, 16x256",
         "memory_time",
@@ -146,5 +164,13 @@ TARGETS = (
         1.03,
         is_ratio=True,
     ),
-    *(_compile(model, placement) for model in ("bert", "llama") for placement in PLACEMENTS),
+    *(_compile(model, variant, 1.25) for model in ("bert", "llama") for variant in PLACEMENTS),
+    *(_compile(model, "balanced", 1.2) for model in ("bert", "llama")),
+    _chooser("cpu", 1e-3),
+    _chooser("cuda", 15e-6),
+    *(
+        _gpu(case, ratio, metric, bound)
+        for case in CASES
+        for ratio, metric, bound in ((0.3, "saved", 0.4), (0.3, "step time", 0.9), (0.1, "step time", 0.85))
+    ),
 )
