@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import wtacrs_fx
+from bench import frontier, gpu, scaling
 from bench.harness import (
+    BASELINE,
     Row,
     Step,
     append,
@@ -25,6 +30,7 @@ from bench.models import MODELS, TINY, Shape, make
 from bench.tables import TABLES, render, rewrite
 from bench.targets import TARGETS
 from bench.variance import exact_variance, gram, squared_errors
+from wtacrs_fx import Policy
 
 
 class Mlp(nn.Module):
@@ -276,3 +282,45 @@ def test_forms_of_remembered_norms() -> None:
     assert not buckets[2].any()
     mean = norms[:2].square().mean(0).sqrt()
     torch.testing.assert_close(by_position(norms, 5), mean.expand(5, -1))
+
+
+# Predictions and the frontier
+
+
+def test_a_policy_beats_a_budget_where_it_takes_no_more_of_anything() -> None:
+    found = dict.fromkeys(frontier.INDUCTOR, (1.0, 1.0)) | dict.fromkeys(frontier.POLICIES, (0.5, 1.1))
+    found["wtacrs 0.3 balanced"], found["wtacrs 0.1 small"] = (0.2, 0.9), (0.1, 0.95)
+    found["inductor budget 0.3"] = (0.15, 0.97)
+    found[frontier.CHECKPOINTING] = (0.05, 1.3)
+    verdict = frontier.verdict(found)
+    assert verdict[BASELINE] == "wtacrs 0.3 balanced"
+    assert verdict["inductor budget 0.3"] == "wtacrs 0.1 small"
+    assert verdict[frontier.CHECKPOINTING] is None
+
+
+def test_bytes_of_many_layers_follow_from_two() -> None:
+    shape = Shape(layers=3, d=64, heads=2, batch=2, seq=32)
+    lines = scaling.lines(lambda layers: make("llama", replace(shape, layers=layers), device="meta"))
+    model, inputs = make("llama", shape)
+    report = wtacrs_fx.explain(model, **inputs, policy=Policy(ratio=0.3))
+    assert lines[BASELINE](3) == report.saved_bytes_before
+    assert lines[scaling.SAMPLED](3) == report.saved_bytes_after
+
+
+def test_the_weight_gradients_are_a_third_of_a_linear() -> None:
+    shape = Shape(layers=1, d=64, heads=2, batch=4, seq=1)
+    saved = scaling.operations("bert", shape, 1.0) - scaling.operations("bert", shape, 0.0)
+    assert saved == pytest.approx(2 * 4 * 12 * 64**2)
+
+
+def test_a_gpu_that_is_not_there_has_rows_without_figures(tmp_path: Path) -> None:
+    append(gpu.not_measured(), tmp_path)
+    rows = read("gpu", tmp_path)
+    assert {row.model for row in rows} == {*gpu.CASES, "chooser"}
+    assert all(math.isnan(row.value) and row.variant == gpu.NOT_MEASURED for row in rows)
+    assert "not measured" in TABLES["gpu"].render(tmp_path)
+
+
+def test_the_chooser_is_timed() -> None:
+    [small, *_] = gpu.chooser("cpu", 2)
+    assert small.variant == "2048 rows" and 0 < small.value < 0.1

@@ -69,7 +69,8 @@ class Sampling:
             ``lossless``: booleans packed, gradients as Inductor's; ``balanced``: 8 bits, 4 for what enters
             a nonlinear function, 3 for bounded coefficients; ``small``: 4 bits, 2 for coefficients.
         rounding: of residuals stored as integers; ``stochastic`` makes their error zero in the mean.
-        center: subtract the mean row before sampling and add its exact product.
+        center: subtract the mean row before sampling and add its exact product: less noise where rows have a
+            common direction, as in language models; a hundredth of the time of a step.
         attention: sample the gradients of products of two activations as well: ``QK^T`` and ``PV`` where they
             are written as ``matmul`` or ``bmm``. Their error reaches the layers below; it is unbiased there.
 
