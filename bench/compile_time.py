@@ -1,8 +1,8 @@
-"""Compile time of wtacrs over that of Inductor: first forward and backward, with caches off.
+"""Compile time of wtacrs over that of Inductor: first forward and backward, caches empty or warm.
 
     python -m bench.compile_time
 
-Every measurement has a process and a cache folder of its own; the variants alternate.
+Every measurement has a process of its own; the variants alternate.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
@@ -30,14 +31,16 @@ def worker(name: str, variant: str, shape: Shape) -> float:
     return Step(*make(name, shape), VARIANTS[variant]()).first_call_seconds
 
 
-def in_new_process(name: str, variant: str, shape: Shape) -> float:
-    """Run :func:`worker` with empty caches and return what it measured."""
+def in_new_process(name: str, variant: str, shape: Shape, folder: Path | None = None) -> float:
+    """Run :func:`worker` and return what it measured; with the caches of `folder`, or with empty ones."""
     code = f"from bench.compile_time import *; print(worker({name!r}, {variant!r}, {shape!r}))"
     with TemporaryDirectory() as cache:
-        caches_off = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_CACHE_DIR": cache}
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(folder or cache)}
+        if folder is None:
+            caches["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
         found = subprocess.run(
             [sys.executable, "-c", code],
-            env={**os.environ, **caches_off},
+            env={**os.environ, **caches},
             stdout=subprocess.PIPE,
             text=True,
             check=True,
@@ -46,20 +49,29 @@ def in_new_process(name: str, variant: str, shape: Shape) -> float:
 
 
 def measure(name: str, shape: Shape, rounds: int) -> list[Row]:
-    """Return the compile time of every variant."""
-    times = interleave({v: partial(in_new_process, name, v, shape) for v in (BASELINE, *SAMPLED)}, rounds)
+    """Return the compile time of every variant, with empty caches and with those of an earlier process."""
+    variants = (BASELINE, *SAMPLED)
+    cold = interleave({v: partial(in_new_process, name, v, shape) for v in variants}, rounds)
+    with TemporaryDirectory() as caches:
+        starts = {
+            v: partial(in_new_process, name, v, shape, Path(caches, v.replace(" ", "_"))) for v in variants
+        }
+        for start in starts.values():
+            start()
+        warm = interleave(starts, rounds)
     return [
         Row(
             "compile_time",
             name,
             variant,
-            "compile time",
+            metric,
             unit="s",
             shapes=str(shape),
-            **summarise(values, times[BASELINE]),
+            **summarise(times[variant], times[BASELINE]),
             **circumstances(),
         )
-        for variant, values in times.items()
+        for metric, times in (("compile time", cold), ("compile time, warm caches", warm))
+        for variant in variants
     ]
 
 

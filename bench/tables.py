@@ -23,7 +23,7 @@ from bench.models import Shape
 from bench.targets import TARGETS
 
 ROOT = RESULTS.parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,12 @@ TABLES: dict[str, Table] = {
         "scaling", "of a GPU", lambda row: row.ratio is None, lambda row: row.metric, _variant, _four
     ),
     "compile-time": Table(
-        "compile_time", "model", lambda row: row.shapes == str(Shape()), _model, _variant, _both
+        "compile_time",
+        "model",
+        lambda row: row.shapes == str(Shape()),
+        lambda row: row.model + row.metric.removeprefix("compile time"),
+        _variant,
+        _both,
     ),
 }
 
