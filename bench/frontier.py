@@ -8,6 +8,7 @@ For each of Inductor's ways to save memory the verdict names a policy with no mo
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Annotated
 
@@ -99,25 +100,38 @@ def verdict(found: dict[str, Point]) -> dict[str, str | None]:
 
 def draw(by_model: dict[str, dict[str, Point]]) -> None:
     """Draw bytes against time for each model."""
+    series = {
+        "Inductor: memory budgets, checkpointing": (INDUCTOR, "s-", "#0072B2", 6),
+        "wtacrs, 0.3 of the rows": (tuple(p for p in POLICIES if " 0.3 " in p), "o-", "#D55E00", 6),
+        "wtacrs, 0.1 of the rows": (tuple(p for p in POLICIES if " 0.1 " in p), "^-", "#009E73", -11),
+    }
+    width = 5.5 * len(by_model)
     figure, panels = plt.subplots(
-        1, len(by_model), figsize=(5.5 * len(by_model), 4.5), layout="constrained", squeeze=False
+        1, len(by_model), figsize=(width, 4.5), layout="constrained", squeeze=False, sharey=True
     )
     for axes, (name, found) in zip(panels[0], by_model.items(), strict=True):
-        for variants, marker, color in ((INDUCTOR, "s", "#0072B2"), (POLICIES, "o", "#D55E00")):
-            line = sorted(found[variant] for variant in variants)
-            axes.plot(*zip(*line, strict=True), marker + "-", color=color, alpha=0.8)
+        for label, (variants, style, color, above) in series.items():
+            axes.plot(*zip(*sorted(found[v] for v in variants), strict=True), style, color=color, label=label)
+            names: dict[Point, list[str]] = {}
             for variant in variants:
-                label = variant.removeprefix("inductor ").removeprefix("wtacrs ")
+                short = re.sub(r"^(inductor,? (budget )?|wtacrs [\d.]+ )", "", variant)
+                saved, time = found[variant]
+                names.setdefault((round(saved, 2), round(time, 2)), []).append(short)
+            for (saved, time), shorts in names.items():
                 axes.annotate(
-                    label, found[variant], xytext=(4, 5), textcoords="offset points", fontsize=7, color=color
+                    ", ".join(shorts),
+                    (saved, time),
+                    xytext=(0, above),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=color,
+                    ha={"small": "right", "checkpointing": "left"}.get(shorts[0], "center"),
                 )
-        axes.set(xlabel="saved activations / Inductor", ylabel="step time / Inductor", title=name)
-        axes.set_xlim(left=0)
-        axes.margins(x=0.15, y=0.1)
+        axes.set(xlabel="saved activations / Inductor", title=name, xlim=(0, 1.1))
+        axes.margins(y=0.12)
         axes.grid(alpha=0.3)
-    panels[0][0].plot([], [], "s-", color="#0072B2", label="Inductor: memory budgets, checkpointing")
-    panels[0][0].plot([], [], "o-", color="#D55E00", label="wtacrs: policies")
-    panels[0][0].legend(fontsize=8)
+    panels[0][0].set_ylabel("step time / Inductor")
+    panels[0][0].legend(fontsize=8, loc="upper right")
     figure.savefig(RESULTS / "frontier.png", dpi=130)
     plt.close(figure)
 
