@@ -14,8 +14,7 @@ float32, all sharded; two layers are gathered at a time; activations are not sha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
@@ -24,7 +23,6 @@ import typer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import wtacrs_fx
 from bench.harness import (
     BASELINE,
     VARIANTS,
@@ -39,6 +37,7 @@ from bench.harness import (
 )
 from bench.models import Shape, make
 from wtacrs_fx import Policy
+from wtacrs_fx.predict import INDUCTOR, WTACRS, Line, MakeModel, saved_lines
 
 SAMPLED = "wtacrs 0.3 balanced"
 RATIOS = {BASELINE: 1.0, SAMPLED: 0.3}
@@ -65,33 +64,10 @@ LLAMA_70B: dict[str, Any] = {
 DEPTH = 80
 
 
-@dataclass(frozen=True)
-class Line:
-    """Bytes as a function of depth: those of the layers, and of what is around them."""
-
-    around: float
-    layer: float
-
-    def __call__(self, layers: int) -> float:
-        """Return the bytes of so many layers."""
-        return self.around + layers * self.layer
-
-
-def lines(make_model: Callable[[int], tuple[nn.Module, dict[str, Tensor]]]) -> dict[str, Line]:
-    """Return the saved bytes with and without the policy, from models of one and two layers."""
-    reports = []
-    for layers in (1, 2):
-        model, inputs = make_model(layers)
-        reports.append(wtacrs_fx.explain(model, **inputs, policy=Policy(ratio=RATIOS[SAMPLED])))
-    one, two = reports
-    found = {}
-    for variant, first, second in (
-        (BASELINE, one.saved_bytes_before, two.saved_bytes_before),
-        (SAMPLED, one.saved_bytes_after, two.saved_bytes_after),
-    ):
-        layer = float(second) - float(first)
-        found[variant] = Line(float(first) - layer, layer)
-    return found
+def predicted_lines(make_model: MakeModel) -> dict[str, Line]:
+    """Return the saved bytes of both variants by depth."""
+    lines, _ = saved_lines(make_model, Policy(ratio=RATIOS[SAMPLED]))
+    return {BASELINE: lines[INDUCTOR], SAMPLED: lines[WTACRS]}
 
 
 def operations(name: str, shape: Shape, ratio: float) -> float:
@@ -108,7 +84,7 @@ def check(name: str, rounds: int, cases: dict[str, Shape]) -> list[Row]:
     rows = []
     rates: dict[str, float] = {}
     for case, shape in cases.items():
-        predicted = lines(
+        predicted = predicted_lines(
             lambda layers, shape=shape: make(name, replace(shape, layers=layers), device="meta")
         )
         model, inputs = make(name, shape)
@@ -147,7 +123,7 @@ def plan() -> list[Row]:
     parameters = one + (DEPTH - 1) * layer
     shapes = f"parameters={parameters / 1e9:.1f}e9 length={LENGTH}"
     rows = []
-    for variant, line in lines(tiny).items():
+    for variant, line in predicted_lines(tiny).items():
         sample = line(DEPTH)
         rows.append(
             Row(

@@ -298,7 +298,9 @@ def test_a_policy_beats_a_budget_where_it_takes_no_more_of_anything() -> None:
 
 def test_bytes_of_many_layers_follow_from_two() -> None:
     shape = Shape(layers=3, d=64, heads=2, batch=2, seq=32)
-    lines = scaling.lines(lambda layers: make("llama", replace(shape, layers=layers), device="meta"))
+    lines = scaling.predicted_lines(
+        lambda layers: make("llama", replace(shape, layers=layers), device="meta")
+    )
     model, inputs = make("llama", shape)
     report = wtacrs_fx.explain(model, **inputs, policy=Policy(ratio=0.3))
     assert lines[BASELINE](3) == report.saved_bytes_before

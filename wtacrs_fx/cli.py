@@ -1,5 +1,6 @@
 """The command `wtacrs`. Commands import what they need when they run, so that `--help` is quick."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -42,3 +43,55 @@ def demo(
     except InputError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str, typer.Argument(help="Folder with a config.json, such a file, or a name on the Hub.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens a sample.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    ratio: Annotated[float, typer.Option(help="Share of the rows that are kept, in (0, 1].")] = 0.3,
+    residuals: Annotated[str, typer.Option(help="exact, lossless, balanced or small.")] = "balanced",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+) -> None:
+    """Tell what training a model would store, without allocating anything.
+
+    Examples:  wtacrs explain ./my-model --batch 4 --length 4096;  wtacrs explain config.json --json
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from wtacrs_fx import Policy, PolicyError
+    from wtacrs_fx.predict import CARDS, ModelError, predict
+    from wtacrs_passes.report import format_bytes
+
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    try:
+        if dtype not in dtypes:
+            raise ModelError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+        policy = Policy(ratio=ratio, residuals=residuals)  # type: ignore[arg-type]
+        with Console(stderr=True).status(f"tracing {model}"):
+            found = predict(model, batch, length, dtypes[dtype], policy)
+    except (ModelError, PolicyError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+        return
+    typer.echo(
+        f"Two of {found.layers} layers of {model}, {batch} x {length} tokens, {dtype}:\n\n{found.report}\n"
+    )
+    state = f"{found.parameters / 1e9:.2f}e9 parameters, {format_bytes(found.state)} with gradients and AdamW"
+    table = Table(title=f"{state}; largest batch by memory of the GPU")
+    table.add_column("training")
+    for column in ("saved", "to Inductor", *(f"{card} GB" for card in CARDS)):
+        table.add_column(column, justify="right")
+    for way, size in found.saved.items():
+        share = size / next(iter(found.saved.values()))
+        batches = [str(found.largest_batch(way, card)) for card in CARDS]
+        table.add_row(way, format_bytes(round(size)), f"{share:.2f}", *batches)
+    Console().print(table)
