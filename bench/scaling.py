@@ -105,6 +105,7 @@ def check(name: str, rounds: int, cases: dict[str, Shape]) -> list[Row]:
                         **{**figures, "ratio": ratio}, **circumstances(),
                     )
                 )  # fmt: skip
+        torch._dynamo.reset()  # the next case is compiled for its own sizes
     return rows
 
 

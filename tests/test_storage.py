@@ -158,3 +158,26 @@ def test_dynamic_shapes_have_symbolic_bytes() -> None:
     [residual] = [r for r in wtacrs_fx.reports()[-1].residuals if r.encoding == "int4"]
     assert not isinstance(residual.bytes_after, int)
     assert residual.bytes_after.subs(dict.fromkeys(residual.bytes_after.free_symbols, 64)) == 64 * (32 + 8)
+
+
+class ScaledBySize(nn.Module):
+    """A function whose argument is scaled by a size that varies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.new_full((), x.shape[0])
+        return self.down(F.gelu(self.up(x) * (100 / size))).square().mean()
+
+
+def test_a_size_that_varies_is_no_constant_of_a_function() -> None:
+    model = ScaledBySize()
+    call = torch.compile(model, backend=wtacrs_fx.backend(Policy(ratio=1.0)), dynamic=True)
+    for rows in (64, 96):
+        x = torch.randn(rows, 64)
+        exact = torch.autograd.grad(model(x), model.up.weight)[0]
+        call(x).backward()
+        found, model.up.weight.grad = model.up.weight.grad, None
+        assert (found - exact).norm() < 0.1 * exact.norm()

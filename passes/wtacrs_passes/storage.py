@@ -339,7 +339,7 @@ def unary_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node | None]:
     """
     roots: dict[fx.Node, fx.Node | None] = {}
     for node in graph.nodes:
-        roots[node] = None if node.target in FILLS else node
+        roots[node] = None if _is_constant(node) else node
         value = node.meta.get("val")
         pointwise = node.op == "call_function" and (jg.is_pointwise(node) or node.target in jg.CASTS)
         if not pointwise or not isinstance(value, Tensor):
@@ -358,6 +358,11 @@ def unary_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node | None]:
     return roots
 
 
+def _is_constant(node: fx.Node) -> bool:
+    """Tell whether a node fills a tensor with a number that is known now: not with a size that varies."""
+    return node.target in FILLS and not isinstance(node.args[FILLS[node.target]], fx.Node)
+
+
 def unary_function(node: fx.Node, root: fx.Node) -> Callable[[Tensor], Tensor]:
     """Return the function from `root` to `node` as traced, in float64 for points ``[n]``."""
 
@@ -370,7 +375,7 @@ def unary_function(node: fx.Node, root: fx.Node) -> Callable[[Tensor], Tensor]:
             return known[node]
 
         def compute(node: fx.Node) -> Tensor:
-            if node.target in FILLS:
+            if _is_constant(node):
                 dtype = torch.float64 if _is_float(node) else node.meta["val"].dtype
                 return torch.full_like(points, node.args[FILLS[node.target]], dtype=dtype)  # type: ignore
             if node.target in jg.CASTS and _is_float(node):
