@@ -68,7 +68,7 @@ def _origin(rows: Sequence[Row]) -> str:
     def all_of(values: Sequence[str]) -> str:
         return "; ".join(dict.fromkeys(values))
 
-    machine = all_of([f"{row.processor}, {row.cores} cores" for row in rows])
+    machine = all_of([f"{row.processor}, {row.cores} core{'s' * (row.cores != 1)}" for row in rows])
     software = all_of([f"torch {row.torch}, transformers {row.transformers}" for row in rows])
     commit = all_of([row.commit for row in rows])
     shapes = all_of([f"{row.shapes}, {row.dtype}" for row in rows])
