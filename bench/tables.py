@@ -116,7 +116,7 @@ def _value(row: Row) -> str:
 
 
 def _four(row: Row) -> str:
-    return f"{row.value:.4g} {row.unit}"
+    return f"{row.value:.4g}" + (f" {row.unit}" if row.unit != "1" else "")
 
 
 def _one_digit(row: Row) -> str:
