@@ -9,7 +9,6 @@ For each of Inductor's ways to save memory the verdict names a policy with no mo
 from __future__ import annotations
 
 import re
-from functools import partial
 from typing import Annotated
 
 import matplotlib.pyplot as plt
@@ -18,18 +17,14 @@ import typer
 
 from bench.harness import (
     BASELINE,
-    MIB,
     RESULTS,
     VARIANTS,
     Row,
     Step,
     circumstances,
-    interleave,
+    compare,
     read,
     record,
-    saved_bytes,
-    step_seconds,
-    summarise,
 )
 from bench.models import TINY, Shape, make
 
@@ -61,22 +56,14 @@ def measure(name: str, shape: Shape, device: str, rounds: int) -> list[Row]:
     for variant in (*INDUCTOR, *POLICIES):
         steps[variant] = make_step(name, shape, variant, device)
         print(f"{name}, {variant}: compiled in {steps[variant].first_call_seconds:.0f} s", flush=True)
-    saved = {variant: saved_bytes(step) for variant, step in steps.items()}
-    times = interleave({variant: partial(step_seconds, step) for variant, step in steps.items()}, rounds)
-    rows = []
-    for variant, step in steps.items():
-        step.check()
-        for metric, unit, figures in (
-            ("saved", "MiB", {"value": saved[variant] / MIB, "ratio": saved[variant] / saved[BASELINE]}),
-            ("step time", "s", summarise(times[variant], times[BASELINE])),
-        ):
-            rows.append(
-                Row(
-                    "frontier", name, variant, metric, unit=unit, shapes=str(shape),
-                    **figures, **circumstances(device),
-                )
-            )  # fmt: skip
-    return rows
+    return [
+        Row(
+            "frontier", name, variant, metric, unit=unit, shapes=str(shape),
+            **figure, **circumstances(device),
+        )
+        for variant, figures in compare(steps, rounds).items()
+        for metric, unit, figure in figures
+    ]  # fmt: skip
 
 
 def points(rows: list[Row]) -> dict[str, Point]:

@@ -32,20 +32,16 @@ from bench.harness import (
     Row,
     Step,
     circumstances,
-    interleave,
-    peak_bytes,
+    compare,
     record,
-    saved_bytes,
-    step_seconds,
     summarise,
 )
 from bench.models import VOCABULARY, DistanceToTarget, Shape, make
+from wtacrs_fx.predict import CARDS, largest_batch, state_bytes
 from wtacrs_passes import ops
 from wtacrs_passes.estimators import NOISE
 
 SHOWN = (BASELINE, "inductor budget 0.9", "wtacrs 0.3 balanced", "wtacrs 0.1 balanced")
-SIZES = (24, 40, 80)  # GB
-STATE = 12  # bytes of a parameter: weight and gradient in bfloat16, two moments of AdamW in float32
 CHOOSER_ROWS = (2048, 16384, 1_000_000)
 NOT_MEASURED = "not measured"
 
@@ -141,25 +137,18 @@ def measure(
         rows.append(row(variant, "squared error of the mean of 4 gradients", "1", value=error))
         if not error < 1:
             raise RuntimeError(f"{name}, {variant}: the gradient is off by {error:.3g} of its squared norm")
-    saved = {variant: saved_bytes(step) for variant, step in steps.items()}
     gradients = sum(parameter.nbytes for parameter in model.parameters())
-    peaks = {variant: peak_bytes(step) for variant, step in steps.items()}
-    times = interleave({variant: partial(step_seconds, step) for variant, step in steps.items()}, rounds)
     parameters = sum(p.numel() for p in model.parameters()) / layers * case.depth  # embeddings are small here
-    batches: dict[tuple[str, int], float] = {}
-    for variant, step in steps.items():
-        step.check()
-        for metric, values in (("saved", saved), ("peak", peaks)):
-            ratio = values[variant] / values[BASELINE]
-            rows.append(row(variant, metric, "MiB", value=values[variant] / MIB, ratio=ratio))
-        rows.append(row(variant, "step time", "s", **summarise(times[variant], times[BASELINE])))
-        sample = max(peaks[variant] - gradients, saved[variant]) / layers * case.depth / case.batch
-        for size in SIZES:
-            batches[variant, size] = max(0, math.floor((size * 1e9 - STATE * parameters) / sample))
-            ratio = batches[variant, size] / max(1.0, batches[BASELINE, size])
-            rows.append(
-                row(variant, f"largest batch, {size} GB", "1", value=batches[variant, size], ratio=ratio)
-            )
+    state = state_bytes(parameters, torch.bfloat16.itemsize)
+    batches: dict[tuple[str, int], int] = {}
+    for variant, figures in compare(steps, rounds).items():
+        rows += [row(variant, metric, unit, **figure) for metric, unit, figure in figures]
+        saved, peak = (figure["value"] * MIB for _, _, figure in figures[:2])
+        sample = max(peak - gradients, saved) / layers * case.depth / case.batch
+        for card in CARDS:
+            batches[variant, card] = most = largest_batch(card, state, sample)
+            ratio = most / max(1, batches[BASELINE, card])
+            rows.append(row(variant, f"largest batch, {card} GB", "1", value=most, ratio=ratio))
     return rows
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -166,6 +166,29 @@ def interleave(measures: dict[str, Callable[[], float]], rounds: int) -> dict[st
         for name in names[first:] + names[:first]:
             values[name].append(measures[name]())
     return values
+
+
+Figure = tuple[str, str, dict[str, Any]]  # metric, unit, and the fields of a `Row` that hold numbers
+
+
+def compare(steps: dict[str, Step], rounds: int) -> dict[str, list[Figure]]:
+    """Return saved bytes, peak and step time of every variant, with ratios to Inductor's.
+
+    Without rounds, no step time. Raise if a step ran another variant's code or was compiled again.
+    """
+    saved = {variant: saved_bytes(step) for variant, step in steps.items()}
+    peaks = {variant: peak_bytes(step) for variant, step in steps.items()}
+    times = interleave({variant: partial(step_seconds, step) for variant, step in steps.items()}, rounds)
+    found: dict[str, list[Figure]] = {}
+    for variant, step in steps.items():
+        step.check()
+        found[variant] = [
+            (metric, "MiB", {"value": sizes[variant] / MIB, "ratio": sizes[variant] / sizes[BASELINE]})
+            for metric, sizes in (("saved", saved), ("peak", peaks))
+        ]
+        if rounds:
+            found[variant].append(("step time", "s", summarise(times[variant], times[BASELINE])))
+    return found
 
 
 # Rows of evidence

@@ -12,7 +12,6 @@ model and the same model with one layer less, so that embeddings and loss do not
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -25,12 +24,9 @@ from bench.harness import (
     Row,
     Step,
     circumstances,
-    interleave,
-    peak_bytes,
+    compare,
     record,
     saved_bytes,
-    step_seconds,
-    summarise,
 )
 from bench.models import MODELS, TINY, Shape, make
 
@@ -81,10 +77,7 @@ def measure(case: Case, variants: list[str], rounds: int) -> list[Row]:
     """Return all figures of one model; without rounds, no step times."""
     steps = case.steps(variants)
     kept = {variant: saved_bytes(step) for variant, step in steps.items()}
-    peaks = {variant: peak_bytes(step) for variant, step in steps.items()}
-    times = interleave({variant: partial(step_seconds, step) for variant, step in steps.items()}, rounds)
-    for step in steps.values():
-        step.check()
+    figures = compare(steps, rounds)
     one_less = replace(case, shape=replace(case.shape, layers=case.shape.layers - 1)).steps(variants)
     unit = case.unit_bytes()
     units = {variant: (kept[variant] - saved_bytes(step)) / unit for variant, step in one_less.items()}
@@ -95,10 +88,7 @@ def measure(case: Case, variants: list[str], rounds: int) -> list[Row]:
         rows.append(
             case.row(variant, "saved units a layer", "[tokens, d]", value=units[variant], ratio=ratio)
         )
-        ratio = kept[variant] / kept[BASELINE]
-        rows.append(case.row(variant, "saved", "MiB", value=kept[variant] / MIB, ratio=ratio))
-        ratio = peaks[variant] / peaks[BASELINE]
-        rows.append(case.row(variant, "peak", "MiB", value=peaks[variant] / MIB, ratio=ratio))
+        rows += [case.row(variant, metric, unit, **figure) for metric, unit, figure in figures[variant]]
         for report in step.reports:
             value = float(report.saved_bytes_after)
             rows.append(
@@ -106,8 +96,6 @@ def measure(case: Case, variants: list[str], rounds: int) -> list[Row]:
                     variant, "saved, as reported", "MiB", value=value / MIB, ratio=value / kept[BASELINE]
                 )
             )
-        if rounds:
-            rows.append(case.row(variant, "step time", "s", **summarise(times[variant], times[BASELINE])))
     return rows
 
 

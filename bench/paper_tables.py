@@ -28,11 +28,11 @@ import wtacrs_fx
 from bench.harness import Row, circumstances, record
 from wtacrs_fx import Policy
 from wtacrs_fx.measure import saved_bytes
+from wtacrs_fx.predict import CARDS, largest_batch
 
 TOKENS, LABEL_TOKENS = 128, 8
 ADAMW = 4 * 4  # bytes for each trained weight: itself, its gradient, two moments
 GB = 1e9
-CARDS = (24, 40, 80)  # GB
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def measure(name: str, methods: Sequence[str], batches: Sequence[int]) -> list[R
             add(batch, label, "activations", activation / GB, "GB", before / activation)
             add(batch, label, "memory", whole / GB, "GB", (before + fixed["full"]) / whole)
         for card in CARDS:
-            most, full = (max(0, int((card * GB - fixed[m]) // kept[m])) for m in (label, "full"))
+            most, full = (largest_batch(card, fixed[m], kept[m]) for m in (label, "full"))
             ratio = most / full if full else None
             add(None, label, f"largest batch, {card} GB", most, "samples", ratio)
         published = PUBLISHED.get(name, {}).get(label)

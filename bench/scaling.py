@@ -13,7 +13,6 @@ float32, all sharded; two layers are gathered at a time; activations are not sha
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
@@ -37,7 +36,7 @@ from bench.harness import (
 )
 from bench.models import Shape, make
 from wtacrs_fx import Policy
-from wtacrs_fx.predict import INDUCTOR, WTACRS, Line, MakeModel, saved_lines
+from wtacrs_fx.predict import INDUCTOR, WTACRS, Line, MakeModel, largest_batch, saved_lines, state_bytes
 
 SAMPLED = "wtacrs 0.3 balanced"
 RATIOS = {BASELINE: 1.0, SAMPLED: 0.3}
@@ -49,7 +48,7 @@ GROWN = {
     "batch x 2": replace(REFERENCE, batch=16),
     "length x 2": replace(REFERENCE, seq=256),
 }
-GPUS, CARD = (8, 16, 64), 80e9
+GPUS, CARD = (8, 16, 64), 80  # GB
 LENGTH = 4096
 LLAMA_70B: dict[str, Any] = {
     "vocab_size": 128256,
@@ -133,8 +132,9 @@ def plan() -> list[Row]:
             )
         )  # fmt: skip
         for gpus in GPUS:
-            state = parameters * (2 + 2 + 8) / gpus + 2 * layer * (2 + 2)
-            batch = max(0, math.floor((CARD - state) / sample))
+            gathered = 2 * layer * 2 * torch.bfloat16.itemsize  # weights and gradients of two layers
+            state = state_bytes(parameters, torch.bfloat16.itemsize) / gpus + gathered
+            batch = largest_batch(CARD, state, sample)
             for metric, value, unit in (
                 (f"state, {gpus} GPUs", state / 1e9, "GB"),
                 (f"largest batch of a GPU, {gpus} GPUs", float(batch), "1"),

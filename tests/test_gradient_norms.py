@@ -516,7 +516,10 @@ def test_a_sample_that_was_not_seen_has_the_running_mean_of_its_positions() -> N
         ({"bucket": 0}, "bucket must be"),
         ({"dtype": torch.float16}, "dtype must be one of .* float16 has too small"),
         ({"resolution": "batch"}, "resolution must be 'token' or 'position', got 'batch'"),
-        ({"max_bytes": 1000}, r"4 linears x \(50 samples \+ 1 mean\) x 12 .* = 4.8 KiB, the limit is 1000 B"),
+        (
+            {"max_bytes": 1000},
+            r"4 linears x \(50 samples \+ 1 mean\) x 12 norms x 2 B = 4.8 KiB, the limit is 1000 B; use",
+        ),
         ({"num_samples": 10**12}, "resolution='position', or raise max_bytes"),
     ],
 )  # fmt: skip

@@ -66,7 +66,7 @@ def explain(
     from rich.table import Table
 
     from wtacrs_fx import Policy, PolicyError
-    from wtacrs_fx.predict import CARDS, ModelError, predict
+    from wtacrs_fx.predict import CARDS, INDUCTOR, ModelError, predict
     from wtacrs_passes.report import format_bytes
 
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -91,7 +91,7 @@ def explain(
     for column in ("saved", "to Inductor", *(f"{card} GB" for card in CARDS)):
         table.add_column(column, justify="right")
     for way, size in found.saved.items():
-        share = size / next(iter(found.saved.values()))
+        share = size / found.saved[INDUCTOR]
         batches = [str(found.largest_batch(way, card)) for card in CARDS]
         table.add_row(way, format_bytes(round(size)), f"{share:.2f}", *batches)
     Console().print(table)

@@ -64,6 +64,16 @@ def saved_lines(make_model: MakeModel, policy: Policy) -> tuple[dict[str, Line],
     return {INDUCTOR: before, WTACRS: Line.through(one.saved_bytes_after, two.saved_bytes_after)}, two
 
 
+def state_bytes(parameters: float, itemsize: int) -> float:
+    """Return the bytes of weights and gradients, of `itemsize` each, and of AdamW's moments in float32."""
+    return parameters * (2 * itemsize + _MOMENTS)
+
+
+def largest_batch(gigabytes: float, state: float, sample: float) -> int:
+    """Return how many samples, each with so many bytes of saved activations, fit beside the state."""
+    return max(0, math.floor((gigabytes * 1e9 - state) / sample))
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a training step of a model would hold.
@@ -87,12 +97,11 @@ class Prediction:
     @property
     def state(self) -> int:
         """Bytes of weights, gradients and AdamW's moments."""
-        return self.parameters * (2 * self.itemsize + _MOMENTS)
+        return round(state_bytes(self.parameters, self.itemsize))
 
     def largest_batch(self, way: str, gigabytes: float) -> int:
         """Return the largest batch whose state and saved activations fit."""
-        room = gigabytes * 1e9 - self.state
-        return max(0, math.floor(room / (self.saved[way] / self.batch)))
+        return largest_batch(gigabytes, self.state, self.saved[way] / self.batch)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings."""
@@ -123,23 +132,15 @@ def predict(name: str, batch: int, length: int, dtype: torch.dtype, policy: Poli
     """
     config = _configuration(name)
     depth = int(config.num_hidden_layers)
-
-    def make_model(layers: int) -> tuple[nn.Module, dict[str, Tensor]]:
-        return _model(config, layers, batch, length, dtype)
-
-    lines, report = saved_lines(make_model, policy)
+    models = {layers: _model(config, layers, batch, length, dtype) for layers in (1, 2)}
+    lines, report = saved_lines(models.__getitem__, policy)
     with functorch_config.patch(activation_memory_budget=0.9):
-        budget = Line.through(
-            *(
-                explain(model, **inputs, policy=policy).saved_bytes_before
-                for model, inputs in map(make_model, (1, 2))
-            )
-        )
-    one, two = (sum(p.numel() for p in make_model(layers)[0].parameters()) for layers in (1, 2))
+        budget, _ = saved_lines(models.__getitem__, Policy(ratio=1.0, residuals="exact"))
+    one, two = (sum(parameter.numel() for parameter in model.parameters()) for model, _ in models.values())
     inputs_of_layers = depth * batch * length * int(config.hidden_size) * dtype.itemsize
     saved = {
         INDUCTOR: lines[INDUCTOR](depth),
-        BUDGET: budget(depth),
+        BUDGET: budget[INDUCTOR](depth),
         CHECKPOINTING: lines[INDUCTOR](1) + inputs_of_layers,
         WTACRS: lines[WTACRS](depth),
     }

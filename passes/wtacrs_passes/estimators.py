@@ -2,7 +2,8 @@
 
 Row i of the product has the weight ``a_i >= 0``, ``A = sum a_i``. An estimator returns k indices and
 k scales; the estimate is ``sum_j scales_j x_(i_j) dy_(i_j)^T``. All shapes are static in k and nothing
-reads a value back to the host. Every function works along the last dimension, for any leading batch.
+reads a value back from a device; on the CPU, where it costs nothing, some functions do. Every function works
+along the last dimension, for any leading batch.
 
 A row whose weight is NaN or infinite is a winner with scale 1, so what is not finite in it reaches the
 gradient; where an estimator cannot keep all such rows, every scale is NaN.

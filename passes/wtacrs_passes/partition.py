@@ -38,11 +38,11 @@ def lower_noise(graph: fx.Graph) -> None:
 
     Before, for each site::
 
-        noise = rand([rows + 1])
+        noise = rand([3])
 
     After, for all sites of one placement and shape::
 
-        noises = random([sites, rows + 1], lookup_seed(seeds, index), "rand")
+        noises = random([sites, 3], lookup_seed(seeds, index), "rand")
         noise = select(noises, 0, site)
 
     One tensor is one kernel to compile and to launch. The seeds extend the tensor that Inductor has made

@@ -70,7 +70,7 @@ class Sampling:
             a nonlinear function, 3 for bounded coefficients; ``small``: 4 bits, 2 for coefficients.
         rounding: of residuals stored as integers; ``stochastic`` makes their error zero in the mean.
         center: subtract the mean row before sampling and add its exact product: less noise where rows have a
-            common direction, as in language models; a hundredth of the time of a step.
+            common direction, as in language models.
         attention: sample the gradients of products of two activations as well: ``QK^T`` and ``PV`` where they
             are written as ``matmul`` or ``bmm``. Their error reaches the layers below; it is unbiased there.
 
