@@ -35,9 +35,9 @@ SHAPES = st.lists(st.integers(0, 5), max_size=2).flatmap(
 
 
 def decoded(x: Tensor, bits: int, noise: Tensor | None = None) -> Tensor:
-    codes, scales = quantise(x, noise, bits=bits)
+    codes, peaks = quantise(x, noise, bits=bits)
     assert codes.element_size() == 1 and codes.shape[-1] == math.ceil(x.shape[-1] * bits / 8)
-    return dequantise(codes, scales, bits=bits, features=x.shape[-1], dtype=x.dtype)
+    return dequantise(codes, peaks, bits=bits, features=x.shape[-1], dtype=x.dtype)
 
 
 def bound(x: Tensor, bits: int) -> Tensor:

@@ -8,8 +8,8 @@ Before::
 After, with encoding ``int4`` of u (the first two lines run in the forward pass)::
 
     u = addmm(bias, x, w)
-    codes, scales = quantise(u)                   # stored instead of u
-    dx = mul(t, function(dequantise(codes, scales)))
+    codes, peaks = quantise(u)                    # stored instead of u
+    dx = mul(t, function(dequantise(codes, peaks)))
 
 What lies between a stored residual and its readers is computed again from the decoded value.
 """
@@ -60,7 +60,7 @@ def encode_residuals(
     editor = Editor(graph)
     names = {item.node: frozenset(form.name for form in jg.same_content(item.node)) for item in changed}
     items = {item.node: item for item in changed if item.encoding != "derive"}
-    encoded = {node: _encode(editor, item) for node, item in items.items()}
+    encoded = {node: _encode(editor, item, tangent) for node, item in items.items()}
     as_they_are = {*pinned, *(item.node for item in stored if item.encoding == "exact")}
     rebuild = _Rebuild(editor, encoded, items, as_they_are)
     for node in list(graph.nodes):
@@ -73,9 +73,12 @@ def encode_residuals(
     return [EncodedResidual(item, encoded.get(item.node, ()), names[item.node]) for item in changed]
 
 
-def _encode(editor: Editor, item: Stored) -> tuple[fx.Node, ...]:
-    source = item.source
-    with editor.before(item.node.next):
+def _encode(editor: Editor, item: Stored, tangent: set[fx.Node]) -> tuple[fx.Node, ...]:
+    """Encode once the loops after the residual are done: some of what they read needs no memory then."""
+    source, last = item.source, item.node
+    while jg.is_loop(last.next) and last.next not in tangent:
+        last = last.next
+    with editor.after(last):
         if item.encoding == "bits":
             return editor.trace(encodings.pack_mask, source)
         if item.table is not None:

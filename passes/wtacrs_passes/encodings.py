@@ -5,17 +5,16 @@ The rewrite traces these very functions into the joint graph, so what the tests 
 ==========  ======================================  =========================================
 name        stored                                  error of an element
 ==========  ======================================  =========================================
-``int8``    8 bits, one scale for each group        at most scale / 2, scale = peak / 127
-``int4``    4 bits, one scale for each group        at most scale / 2, scale = peak / 7
+``int8``    8 bits, one peak for each group         at most half a step, step = peak / 127
+``int4``    4 bits, one peak for each group         at most half a step, step = peak / 7
 ``table``   1 to 4 bits: which piece of a           that of the best piecewise constant
             piecewise constant function             (Novikov et al. 2022, equation 4)
 ``bits``    1 bit                                   none
 ==========  ======================================  =========================================
 
-A group is a run of elements along the last dimension, `peak` the largest magnitude in it; for 16-bit floats
-the scale is rounded up to bfloat16, by less than 1 %. With stochastic
-rounding the integer encodings are unbiased and their error is below `scale`. A group that holds NaN or Inf
-decodes to NaN, so that neither is hidden; a group of zeros decodes to zeros.
+A group is a run of elements along the last dimension, `peak` the largest magnitude in it. With stochastic
+rounding the integer encodings are unbiased and their error is below a step. A group that holds NaN or Inf
+decodes to NaN, so that neither is hidden; a group with a peak below 1e-36 decodes to zeros.
 """
 
 from __future__ import annotations
@@ -27,14 +26,12 @@ import torch
 from torch import Tensor
 
 GROUP = {8: 64, 4: 32}
-"""Elements that share a scale, by bits."""
+"""Elements that share a peak, by bits."""
 _SMALLEST_GROUP = 16
-# bfloat16 keeps 8 bits: a scale rounded down would leave the peak outside the range of the codes.
-_ROUND_UP = 1 + 2.0**-8
 
 
 def group_size(features: Any, bits: int) -> Any:
-    """Return how many elements share a scale: the largest divisor of `features` up to ``GROUP[bits]``.
+    """Return how many elements share a peak: the largest divisor of `features` up to ``GROUP[bits]``.
 
     All of them where that divisor is below 16, or where `features` is symbolic.
     """
@@ -63,8 +60,8 @@ def encoded_bits(encoding: str, features: Any, itemsize: int, bits: int = 0) -> 
         return float(bits)
     if encoding in INTEGER_BITS:
         group = group_size(features, INTEGER_BITS[encoding])
-        scale = 32 if itemsize >= 4 else 16
-        return INTEGER_BITS[encoding] + (scale / group if isinstance(group, int) else 0.0)
+        peak = 8 * min(itemsize, 4)
+        return INTEGER_BITS[encoding] + (peak / group if isinstance(group, int) else 0.0)
     return 8.0 * itemsize
 
 
@@ -72,7 +69,7 @@ INTEGER_BITS = {"int8": 8, "int4": 4}
 
 
 def quantise(x: Tensor, noise: Tensor | None = None, *, bits: int) -> tuple[Tensor, Tensor]:
-    """Encode `x` as integers with one scale for each group.
+    """Encode `x` as integers with one peak for each group.
 
     Args:
         x: [..., features], float.
@@ -81,27 +78,27 @@ def quantise(x: Tensor, noise: Tensor | None = None, *, bits: int) -> tuple[Tens
 
     Returns:
         codes: int8 [..., features] for 8 bits, uint8 [..., ceil(features / 2)] for 4;
-        scales: [..., groups], bfloat16 for 16-bit floats, else float32.
+        peaks: [..., groups], of the dtype of `x` (float32 for float64).
     """
     largest = levels(bits)
     group = group_size(x.shape[-1], bits)
     wide = _blocks(x.float(), -1, group)
-    peak = wide.abs().amax(-1, keepdim=True)
-    scales = (peak * (_ROUND_UP / largest)).bfloat16() if x.element_size() == 2 else peak / largest
-    divisor = scales.float()
-    usable = (divisor > 0) & (divisor < torch.inf)
-    steps = torch.where(usable, wide / torch.where(usable, divisor, 1.0), 0.0).flatten(-2)
+    peaks = wide.abs().amax(-1, keepdim=True)
+    per_unit = largest / peaks
+    usable = (per_unit > 0) & (per_unit < torch.inf)
+    steps = torch.where(usable, wide * per_unit, 0.0).flatten(-2)
     steps = steps.round() if noise is None else (steps + noise).floor()
     steps = steps.clamp(-largest, largest)
     codes = steps.to(torch.int8) if bits == 8 else pack((steps + (largest + 1)).to(torch.uint8), 4)
-    return codes, scales.squeeze(-1)
+    peaks = peaks.squeeze(-1)
+    return codes, peaks.to(x.dtype) if x.element_size() == 2 else peaks
 
 
-def dequantise(codes: Tensor, scales: Tensor, *, bits: int, features: Any, dtype: torch.dtype) -> Tensor:
+def dequantise(codes: Tensor, peaks: Tensor, *, bits: int, features: Any, dtype: torch.dtype) -> Tensor:
     """Decode what :func:`quantise` returned: ``[..., features]`` of `dtype`."""
     steps = codes.float() if bits == 8 else unpack(codes, 4, features).float() - 2 ** (bits - 1)
     groups = _blocks(steps, -1, group_size(features, bits))
-    return (groups * scales.float().unsqueeze(-1)).flatten(-2).to(dtype)
+    return (groups * (peaks.float() * (1 / levels(bits))).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def _blocks(x: Tensor, count: Any, size: Any) -> Tensor:

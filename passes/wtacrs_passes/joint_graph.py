@@ -88,6 +88,14 @@ def is_recomputable(node: fx.Node) -> bool:
     )
 
 
+def is_loop(node: fx.Node) -> bool:
+    """Tell whether Inductor writes the loop that computes the node, and so may fuse it with others."""
+    reduces = getattr(torch.Tag, "reduction", None) in getattr(node.target, "tags", ())
+    return (
+        reduces or is_recomputable(node) or node.target in {aten.cat.default, aten.embedding.default, *FILLS}
+    )
+
+
 def is_derivable(node: fx.Node) -> bool:
     """Tell whether the node's operands suffice to compute it again: not so for one of several results."""
     return is_recomputable(node) and node.target is not operator.getitem
@@ -349,6 +357,13 @@ class Editor:
     def before(self, node: fx.Node) -> Any:
         """Insert before `node` within a ``with`` block."""
         return self.graph.inserting_before(node)
+
+    def after(self, node: fx.Node) -> Any:
+        """Insert after `node` and the inputs, one operation after the other, within a ``with`` block."""
+        following = node.next
+        while following.op == "placeholder":
+            following = following.next
+        return self.before(following)
 
 
 def is_symbolic(value: Any) -> bool:

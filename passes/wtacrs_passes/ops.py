@@ -17,6 +17,7 @@ for _schema in (
     "row_norms(Tensor[] operands, Tensor? center=None) -> Tensor",
     "gather_rows(Tensor x, Tensor indices, Tensor? scales=None, Tensor? center=None) -> Tensor",
     "append_row(Tensor rows, Tensor row) -> Tensor",
+    "write(Tensor x) -> Tensor",
     "combine_rows(Tensor x, Tensor seed, SymInt kept, str estimator) -> Tensor",
     "gradient_weights(Tensor norms, Tensor? known, Tensor? mask, float masked, SymInt positions) -> Tensor",
     "record_norms(Tensor(a!) fresh, Tensor norms, SymInt positions) -> ()",
@@ -163,6 +164,7 @@ for _name, _kernel, _fake in (
     ("row_norms", _row_norms, _row_norms_fake),
     ("gather_rows", _gather_rows, _gather_rows_fake),
     ("append_row", _append_row, _append_row),
+    ("write", torch.clone, torch.empty_like),
     ("combine_rows", estimators.combine_rows, _combine_rows_fake),
     ("gradient_weights", _gradient_weights, _gradient_weights_fake),
     ("record_norms", _record_norms, lambda fresh, norms, positions: None),
@@ -196,6 +198,9 @@ The rows less `center` ``[..., 1, features]``, times `scales` ``[..., kept]``; e
 
 append_row = torch.ops.wtacrs.append_row.default
 """``(rows [..., kept, features], row [..., 1, features]) -> [..., kept + 1, features]``."""
+
+write = torch.ops.wtacrs.write.default
+"""``x -> x``; Inductor writes `x` to memory, it is not computed again by each of its readers."""
 
 combine_rows = torch.ops.wtacrs.combine_rows.default
 """As :func:`estimators.combine_rows`."""

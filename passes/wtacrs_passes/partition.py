@@ -16,8 +16,18 @@ import torch
 import torch._functorch.config
 from torch import fx
 
+from . import ops
 from .encode_residuals import ROUNDING, EncodedResidual
-from .joint_graph import VIEWS, Editor, aten, copy_joint, output_of, outputs_with_descriptors
+from .joint_graph import (
+    VIEWS,
+    Editor,
+    aten,
+    copy_joint,
+    is_loop,
+    is_recomputable,
+    output_of,
+    outputs_with_descriptors,
+)
 from .sample_rows import NOISE, SampledSite
 from .torch_api import CheckpointPolicy, inductor_prims
 
@@ -80,7 +90,7 @@ def _extend_seeds(editor: Editor, device: torch.device, count: int) -> tuple[fx.
     seeds = graph.find_nodes(op="call_function", target=inductor_prims.seeds)
     old = next((node for node in seeds if node.args[1] == device), None)
     first: int = old.args[0] if old else 0
-    with editor.before(old or next(n for n in graph.nodes if n.op != "placeholder")):
+    with editor.before(next(n for n in graph.nodes if n.op != "placeholder")):
         extended = editor.call(inductor_prims.seeds, first + count, device)
     if old:
         old.replace_all_uses_with(extended)
@@ -90,11 +100,12 @@ def _extend_seeds(editor: Editor, device: torch.device, count: int) -> tuple[fx.
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """The two graphs, and for each site whether it stores rows of X."""
+    """The two graphs, for each site whether it stores rows of X, and what was encoded."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
-    stores_rows: tuple[bool, ...]
+    stores_rows: tuple[bool, ...] = ()
+    residuals: tuple[EncodedResidual, ...] = ()
 
 
 def partition(
@@ -131,7 +142,31 @@ def partition(
         _verify(site, rows, forward, backward, saved)
     for residual in residuals:
         _verify_encoded(residual, saved)
-    return Partition(forward, backward, tuple(stores_rows))
+    return Partition(forward, backward, tuple(stores_rows), tuple(residuals))
+
+
+def write_once(parts: Partition) -> None:
+    """Let Inductor write an encoded value that is read again after the next product of matrices.
+
+    It was written when it was a residual. Now each reader would compute it again, a residual stream from all
+    the terms that were added to it, and those would have to stay in memory.
+    """
+    editor = Editor(parts.forward.graph)
+    by_name = {node.name: node for node in parts.forward.graph.nodes}
+    for residual in parts.residuals:
+        value = by_name.get(residual.stored.source.name)
+        if value is None or not is_recomputable(value):
+            continue
+        fused = {value}
+        following = value.next
+        while is_loop(following):
+            fused.add(following)
+            following = following.next
+        if set(value.users) - fused:
+            with editor.after(value):
+                written = editor.call(ops.write, value)
+            value.replace_all_uses_with(written, lambda user, written=written: user is not written)
+    parts.forward.recompile()
 
 
 def pinned_nodes(site: SampledSite, stores_rows: bool) -> list[fx.Node]:

@@ -18,10 +18,11 @@ import torch._inductor.config
 from torch import fx
 
 from . import joint_graph as jg
+from . import ops
 from .annotations import erase_markers, take_annotations
 from .encode_residuals import EncodedResidual, encode_residuals
 from .joint_graph import NamedInput
-from .partition import Partition, Partitioner, lower_noise, partition, saved_tensors
+from .partition import Partition, Partitioner, lower_noise, partition, saved_tensors, write_once
 from .plan import Plan, make_plan
 from .policy import Policy
 from .reassociate import reassociate
@@ -29,7 +30,7 @@ from .report import Report, make_report
 from .residuals import Analysis, analyse
 from .sample_rows import SampledSite, sample_rows
 from .storage import choose_storage, modes
-from .torch_api import CustomPartitionerFn, min_cut_rematerialization_partition, without_code
+from .torch_api import CustomPartitionerFn, lower_in_place, min_cut_rematerialization_partition, without_code
 
 
 class NoTangentsError(ValueError):
@@ -83,7 +84,7 @@ def rewrite_and_partition(
     with without_code():
         plain = jg.copy_joint(gm)
         erase_markers(plain.graph)
-        before = Partition(*partitioner(plain, num_fwd_outputs), ())
+        before = Partition(*partitioner(plain, num_fwd_outputs))
         gm = jg.copy_joint(gm)
         rewritten = rewrite(gm, policy, table)
         if not rewritten.sites and not rewritten.residuals:
@@ -131,6 +132,8 @@ class WtacrsPartitioner(CustomPartitionerFn):
             gm, self.policy, self.table, num_fwd_outputs, partitioner, lower
         )
         self.receive(report)
+        lower_in_place(ops.write)
+        write_once(after)
         return after.forward, after.backward
 
     def uuid(self) -> Any:

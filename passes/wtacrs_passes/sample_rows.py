@@ -91,34 +91,26 @@ def sample_rows(graph: fx.Graph, plan: Plan) -> list[SampledSite]:
 
 def _sample_site(editor: Editor, site: Site) -> SampledSite:
     last = site.products[-1].node
-    with editor.before(last):
+    stored: list[fx.Node] = []
+    with editor.after(_source(site)):
         x = _operand(editor, site.products[0], tangent=False)
-        dys = [_operand(editor, product, tangent=True) for product in site.products]
-        stored: list[fx.Node] = []
-
         center = _mean_row(editor, x) if site.sampling.center else None
         norms = _row_norms(editor, [x], center)
-        factors = [norms]
-        if site.placement == "backward":
-            factors.append(_row_norms(editor, dys))
-            stored.append(norms)
-        elif site.mask or site.state:
-            factors.append(_gradient_weights(editor, site, norms))
-        zero = _observe(editor, site, dys)
-        if center is not None:
-            stored.append(center)
-
-        draw, indices, scales = _draw(editor, site, factors)
-        if site.placement == "backward" and _on_cpu(x) and _in_memory(x):
-            rows = editor.call(ops.gather_rows, x, indices, scales, center)
-        else:
-            rows = _scale(editor, _subtract(editor, _gather(editor, x, indices), center), scales)
-        rows = rows if center is None else _append(editor, rows, center)
         if site.placement == "forward":
+            weights = [_gradient_weights(editor, site, norms)] if site.mask or site.state else []
+            draw, indices, scales = _draw(editor, site, [norms, *weights])
+            rows = _rows(editor, site, x, center, indices, scales)
             stored += [indices, scales]
-        if site.encoding == "rows":
-            stored.append(rows)
-
+        else:
+            stored.append(norms)
+    if center is not None:
+        stored.append(center)
+    with editor.before(last):
+        dys = [_operand(editor, product, tangent=True) for product in site.products]
+        if site.placement == "backward":
+            draw, indices, scales = _draw(editor, site, [norms, _row_norms(editor, dys)])
+            rows = _rows(editor, site, x, center, indices, scales)
+        zero = _observe(editor, site, dys)
         for product, dy in zip(site.products, dys, strict=True):
             drawn = _gather_stored(editor, dy, indices)
             if center is not None:
@@ -126,13 +118,25 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
             elif site.placement == "forward":
                 drawn = _carry(editor, drawn, _total(editor, dy, None), zero)
             _replace(product, _product(editor, product, rows, drawn))
+    if site.encoding == "rows":
+        stored.append(rows)
     return SampledSite(site, draw, stored, rows, site.products[0].stored_names)
+
+
+def _rows(
+    editor: Editor, site: Site, x: fx.Node, center: fx.Node | None, indices: fx.Node, scales: fx.Node
+) -> fx.Node:
+    """Return the drawn rows of X less `center`, rescaled; `center` is the last of them."""
+    if site.placement == "backward" and _on_cpu(x) and _in_memory(x):
+        rows = editor.call(ops.gather_rows, x, indices, scales, center)
+    else:
+        rows = _scale(editor, _subtract(editor, _gather(editor, x, indices), center), scales)
+    return rows if center is None else _append(editor, rows, center)
 
 
 def _combine_site(editor: Editor, site: Site) -> SampledSite:
     """Replace products by those of random combinations of rows, from the same random numbers."""
-    last = site.products[-1].node
-    with editor.before(last):
+    with editor.after(_source(site)):
         x = _operand(editor, site.products[0], tangent=False)
         center = _mean_row(editor, x) if site.sampling.center else None
         kept, estimator = _kept(editor, site, editor.size(x, -2)), site.sampling.estimator
@@ -140,11 +144,12 @@ def _combine_site(editor: Editor, site: Site) -> SampledSite:
         seed = editor.call(prims.convert_element_type.default, noise, torch.int64)
         rows = editor.call(ops.combine_rows, _subtract(editor, x, center), seed, kept, estimator)
         rows = rows if center is None else _append(editor, rows, center)
-        stored = [seed]  # made again in the backward pass it would be another one
-        if center is not None:
-            stored.append(center)
-        if site.encoding == "rows":
-            stored.append(rows)
+    stored = [seed]  # made again in the backward pass it would be another one
+    if center is not None:
+        stored.append(center)
+    if site.encoding == "rows":
+        stored.append(rows)
+    with editor.before(site.products[-1].node):
         for product in site.products:
             dy = _operand(editor, product, tangent=True)
             combined = editor.call(ops.combine_rows, dy, seed, kept, estimator)
@@ -152,6 +157,12 @@ def _combine_site(editor: Editor, site: Site) -> SampledSite:
                 combined = _append(editor, combined, _total(editor, dy, None))
             _replace(product, _product(editor, product, rows, combined))
     return SampledSite(site, seed, stored, rows, site.products[0].stored_names)
+
+
+def _source(site: Site) -> fx.Node:
+    """Return the node in the forward pass that X is, or is a transpose of."""
+    product = site.products[0]
+    return rows_first(product.node, 1 - product.tangent_side)[0]
 
 
 def _replace(product: Product, estimate: fx.Node) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "default_partition",
     "detect_fake_mode",
     "inductor_prims",
+    "lower_in_place",
     "make_graph_module",
     "min_cut_rematerialization_partition",
     "py_sym_types",
@@ -117,3 +118,15 @@ def run_joint_graph_passes(gm: fx.GraphModule) -> fx.GraphModule:
     folds = not any(tensor.is_meta for tensor in tensors)  # on meta every value looks like a constant
     with V.set_fake_mode(detect_fake_mode(tensors)), config.patch(joint_graph_constant_folding=folds):
         return _recursive_joint_graph_passes(gm, skip_invoke_subgraph=True)
+
+
+@functools.cache
+def lower_in_place(operation: torch._ops.OpOverload) -> None:
+    """Have Inductor lower an operation ``x -> x`` to nothing but writing `x` to memory."""
+    from torch._inductor.lowering import register_lowering
+
+    def write(x: Any) -> Any:
+        x.realize()
+        return x
+
+    register_lowering(operation, type_promotion_kind=None)(write)
