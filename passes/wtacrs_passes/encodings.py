@@ -86,10 +86,14 @@ def quantise(x: Tensor, noise: Tensor | None = None, *, bits: int) -> tuple[Tens
     peaks = wide.abs().amax(-1, keepdim=True)
     per_unit = largest / peaks
     usable = (per_unit > 0) & (per_unit < torch.inf)
-    steps = torch.where(usable, wide * per_unit, 0.0).flatten(-2)
-    steps = steps.round() if noise is None else (steps + noise).floor()
+    steps = torch.where(usable, wide * per_unit, 0.0)
+    steps = steps.round() if noise is None else (steps + _blocks(noise, -1, group)).floor()
+    if x.device.type == "cpu":  # two flat loops are faster there; in groups, Triton has one kernel for both
+        steps = steps.flatten(-2)
     steps = steps.clamp(-largest, largest)
-    codes = steps.to(torch.int8) if bits == 8 else pack((steps + (largest + 1)).to(torch.uint8), 4)
+    whole = steps.to(torch.int8) if bits == 8 else (steps + (largest + 1)).to(torch.uint8)
+    whole = whole.view(x.shape)
+    codes = whole if bits == 8 else pack(whole, 4)
     peaks = peaks.squeeze(-1)
     return codes, peaks.to(x.dtype) if x.element_size() == 2 else peaks
 
