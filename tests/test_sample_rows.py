@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import wtacrs_fx
 from wtacrs_fx import Policy, Rule
-from wtacrs_passes import ops
+from wtacrs_passes import ops, sample_rows
 from wtacrs_passes.joint_graph import parameter_gradients
 from wtacrs_passes.ops import choose_rows
 from wtacrs_passes.sample_rows import NOISE
@@ -96,7 +96,7 @@ def run_joint(gm: fx.GraphModule, model: nn.Module, x: Tensor, runs: int) -> dic
     primals = [n for n in placeholders if "tangents" not in n.name]
     values = [parameters[table[i].name].detach() if i in table else x for i in range(len(primals))]
     fakes = [n.meta["val"] for n in placeholders if "tangents" in n.name]
-    tangents = [torch.empty_strided(fake.shape, fake.stride()).fill_(1) for fake in fakes]
+    tangents = [torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype).fill_(1) for fake in fakes]
     output = next(iter(reversed(gm.graph.nodes)))
     names = parameter_gradients(gm.graph, table)
     positions = [(i, names[n]) for i, n in enumerate(output.args[0]) if n in names]
@@ -278,6 +278,21 @@ def test_tiny_gradients_do_not_vanish() -> None:
     rewritten = wtacrs_fx.transform(joint, RowsOnly(min_rows=4, placement="backward"))
     exact = run_joint(joint, model, X, 1)["w"][0]
     assert is_unbiased(run_joint(rewritten, model, X, 300)["w"] * 1e30, exact * 1e30)
+
+
+def test_a_product_that_gathers_its_rows_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with max-autotune on a GPU; without one the operation gathers rows and multiplies."""
+    model, x = nn.Linear(24, 8, bias=False).bfloat16(), torch.randn(64, 24).bfloat16()
+    captured = wtacrs_fx.capture(model, x)
+    found = []
+    for tunes in (False, True):
+        monkeypatch.setattr(sample_rows, "tunes", lambda device, tunes=tunes: tunes)
+        gm = wtacrs_fx.transform(captured, SMALL)
+        nodes = gm.graph.find_nodes(op="call_function", target=ops.gathered_product)
+        assert len(nodes) == tunes
+        torch.manual_seed(3)
+        found.append(run_joint(gm, model, x, 1)["weight"])
+    torch.testing.assert_close(*found)
 
 
 def test_eager_gradients_are_those_of_the_joint_graph() -> None:

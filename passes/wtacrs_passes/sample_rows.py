@@ -51,7 +51,7 @@ from .estimators import PROJECTIONS
 from .joint_graph import VIEWS, Editor, aten, content_of, is_derivable, prims
 from .plan import Plan, Site
 from .residuals import Product, rows_first
-from .torch_api import stable_topological_sort
+from .torch_api import stable_topological_sort, tunes
 
 NOISE = "wtacrs_noise"
 """Key of ``node.meta`` on the random numbers of a site, with its placement: see ``lower_noise``."""
@@ -112,6 +112,9 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
             rows = _rows(editor, site, x, center, indices, scales)
         zero = _observe(editor, site, dys)
         for product, dy in zip(site.products, dys, strict=True):
+            if site.placement == "backward" and center is None and _gathers_itself(product, rows, dy):
+                _replace(product, editor.call(ops.gathered_product, dy, indices, rows))
+                continue
             drawn = _gather_stored(editor, dy, indices)
             if center is not None:
                 drawn = _append(editor, drawn, _total(editor, dy, zero))
@@ -316,6 +319,17 @@ def _gather(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
     column = editor.call(aten.unsqueeze.default, indices, -1)
     wide = editor.call(aten.expand.default, column, [editor.size(node, 0), kept, features])
     return editor.call(aten.gather.default, node, 1, wide)
+
+
+def _gathers_itself(product: Product, rows: fx.Node, dy: fx.Node) -> bool:
+    """Tell whether the ways to compute the product shall compete; 16-bit operands on a GPU, if tuning."""
+    kind = rows.meta["val"].dtype, dy.meta["val"].dtype
+    return (
+        tunes(dy.meta["val"].device)
+        and product.node.target is aten.mm.default
+        and product.tangent_side == 0
+        and kind in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16))
+    )
 
 
 def _in_memory(x: fx.Node) -> bool:

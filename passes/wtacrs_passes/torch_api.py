@@ -42,6 +42,7 @@ __all__ = [
     "stable_topological_sort",
     "trace_joint",
     "trace_operations",
+    "tunes",
     "without_code",
 ]
 
@@ -118,6 +119,13 @@ def run_joint_graph_passes(gm: fx.GraphModule) -> fx.GraphModule:
     folds = not any(tensor.is_meta for tensor in tensors)  # on meta every value looks like a constant
     with V.set_fake_mode(detect_fake_mode(tensors)), config.patch(joint_graph_constant_folding=folds):
         return _recursive_joint_graph_passes(gm, skip_invoke_subgraph=True)
+
+
+def tunes(device: torch.device) -> bool:
+    """Tell whether the user has asked Inductor to measure products (``mode="max-autotune"``)."""
+    from torch._inductor import config
+
+    return device.type == "cuda" and bool(config.max_autotune or config.max_autotune_gemm)
 
 
 @functools.cache

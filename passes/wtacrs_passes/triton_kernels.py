@@ -1,7 +1,8 @@
-"""The chooser of rows as one CUDA kernel: weights in, indices and scales out, nothing sorted.
+"""CUDA kernels: the chooser of rows, and the product that gathers its rows itself.
 
-Imported only where Triton is installed and a tensor is on a GPU. Everything here follows
-:mod:`wtacrs_passes.estimators`, which the tests compare it with; without a GPU, in Triton's interpreter.
+Imported only where Triton is installed and a tensor is on a GPU. The chooser has weights come in, indices and
+scales go out, and sorts nothing; it follows :mod:`wtacrs_passes.estimators`, which the tests compare it with;
+without a GPU, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from torch import Tensor
 from .estimators import NOISE, ROUNDS, grid
 
 _BLOCK, _WARPS = 8192, 16
+
+TILES = ((128, 128, 32, 4, 3), (128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
+"""Of the gathered product: rows and columns of the result and rows gathered at a time, warps, stages."""
 
 
 def choose_rows(factors: list[Tensor], noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -142,3 +146,52 @@ def _mixed(word):
     word = (word ^ (word >> 16)) * 0x85EBCA6B
     word = (word ^ (word >> 13)) * 0xC2B2AE35
     return word ^ (word >> 16)
+
+
+def gathered_product(dy: Tensor, indices: Tensor, rows: Tensor, tile: tuple[int, ...]) -> Tensor:
+    """Return ``dy[indices].T @ rows``; the gathered rows are never written.
+
+    Args:
+        dy: [N, out]; indices: [kept], int64; rows: [kept, in], of the dtype of `dy`.
+        tile: one of ``TILES``.
+
+    Returns:
+        [out, in], summed in float32.
+    """
+    dy, rows = dy.contiguous(), rows.contiguous()
+    (kept, ins), outs = rows.shape, dy.shape[1]
+    product = torch.empty((outs, ins), dtype=dy.dtype, device=dy.device)
+    height, width, depth, warps, stages = tile
+    _gathered_product[(triton.cdiv(outs, height) * triton.cdiv(ins, width),)](
+        dy, indices, rows, product, kept, outs, ins,
+        HEIGHT=height, WIDTH=width, DEPTH=depth, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return product
+
+
+@triton.jit(do_not_specialize=("kept",))
+def _gathered_product(
+    dy, indices, rows, product, kept, outs, ins,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """One program computes one tile; neighbours share columns of dY, so that these stay in the cache."""
+    across = tl.cdiv(ins, WIDTH)
+    out = tl.program_id(0) // across * HEIGHT + tl.arange(0, HEIGHT)
+    column = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
+    for start in range(0, kept, DEPTH):
+        slot = start + tl.arange(0, DEPTH)
+        there = slot < kept
+        row = tl.load(indices + slot, mask=there, other=0)
+        left = tl.load(dy + row[:, None] * outs + out, mask=there[:, None] & (out < outs), other=0.0)
+        right = tl.load(
+            rows + slot.to(tl.int64)[:, None] * ins + column,
+            mask=there[:, None] & (column < ins),
+            other=0.0,
+        )
+        total = tl.dot(tl.trans(left), right, total)
+    tl.store(
+        product + out.to(tl.int64)[:, None] * ins + column,
+        total.to(product.dtype.element_ty),
+        mask=(out < outs)[:, None] & (column < ins),
+    )
