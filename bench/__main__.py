@@ -24,6 +24,8 @@ BENCHMARKS = (
     ["scaling"],
     ["gpu"],
     ["accuracy"],
+    ["trainer"],
+    ["optimizers"],
 )
 
 

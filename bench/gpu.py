@@ -24,21 +24,10 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from transformers import LlamaConfig, LlamaModel
 
-from bench.harness import (
-    BASELINE,
-    MIB,
-    RESULTS,
-    VARIANTS,
-    Row,
-    Step,
-    circumstances,
-    compare,
-    interleave,
-    record,
-    summarise,
-)
+from bench.harness import BASELINE, MIB, RESULTS, VARIANTS, Row, circumstances, compare, record, summarise
 from bench.models import VOCABULARY, DistanceToTarget, Shape, make
 from wtacrs_fx.predict import CARDS, largest_batch, state_bytes
+from wtacrs_fx.steps import Step, interleave
 from wtacrs_passes import ops
 from wtacrs_passes.estimators import NOISE
 

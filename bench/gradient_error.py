@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 import wtacrs_fx
 from bench.gradient_variance import Batch, fine_tune, load
-from bench.harness import BASELINE, MIB, Row, Step, circumstances, inductor, record, saved_bytes, summarise
+from bench.harness import BASELINE, MIB, Row, circumstances, record, summarise
 from wtacrs_fx import Policy
 from wtacrs_fx.diagnose import relative_variance
+from wtacrs_fx.steps import Step, inductor, saved_bytes
 from wtacrs_passes import storage
 from wtacrs_passes.storage import Mode
 

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 import wtacrs_fx
 from bench.accuracy import WORDNET, Task, wordnet
 from bench.gradient_variance import MIN_ROWS, Batch, gradients, sampled_linears
-from bench.harness import VARIANTS, Row, Step, circumstances, interleave, record, step_seconds, summarise
+from bench.harness import VARIANTS, Row, circumstances, record, summarise
 from bench.variance import gram, squared_errors
 from wtacrs_fx import gradient_norms
 from wtacrs_fx.diagnose import relative_variance, rows_of
 from wtacrs_fx.gradient_norms import GradientNorms
+from wtacrs_fx.steps import Step, interleave, step_seconds
 from wtacrs_passes.estimators import gradient_weights
 
 RATIOS = (0.3, 0.1)

@@ -23,10 +23,11 @@ import typer
 from torch import Tensor, nn
 
 import wtacrs_fx
-from bench.harness import Backend, Row, Step, circumstances, inductor, record, summarise
+from bench.harness import Row, circumstances, record, summarise
 from bench.variance import gram, projection_variance, squared_errors
 from wtacrs_fx.demo import Classifier, load_encoder, load_texts
 from wtacrs_fx.diagnose import relative_variance, rows_of
+from wtacrs_fx.steps import Compiler, Step, inductor
 from wtacrs_passes.estimators import ESTIMATORS, PROJECTIONS
 
 RATIOS = (0.3, 0.1)
@@ -127,7 +128,7 @@ def gradients(model: nn.Module, batch: Batch, weights: list[Tensor]) -> tuple[Te
     return torch.autograd.grad(model(**batch), weights)
 
 
-def compiled_errors(model: nn.Module, batch: Batch, backend: Backend, draws: int) -> list[float]:
+def compiled_errors(model: nn.Module, batch: Batch, backend: Compiler, draws: int) -> list[float]:
     """Return the relative variance of each linear's gradient under a compiled backend, against Inductor's."""
 
     def run(step: Step) -> dict[str, Tensor]:

@@ -9,26 +9,25 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from torch._functorch import config as functorch_config
-from torch._inductor.compile_fx import compile_fx
 
 import wtacrs_fx
-from wtacrs_fx import Policy, measure
+from wtacrs_fx import Policy
+from wtacrs_fx.steps import (
+    Compiler,
+    Step,
+    inductor,
+    measure_steps,
+)
 from wtacrs_passes.policy import Placement, Residuals
-
-Backend = Callable[[torch.fx.GraphModule, list[Any]], Any]
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "inductor"
@@ -38,24 +37,14 @@ MIB = 2.0**20
 # Variants
 
 
-def inductor(budget: float = 1.0) -> Backend:
-    """Return Inductor at `activation_memory_budget=budget`; 1.0 is its default."""
-
-    def compile_at_budget(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        with functorch_config.patch(activation_memory_budget=budget):
-            return compile_fx(graph, inputs)
-
-    return compile_at_budget
-
-
 def wtacrs(
     ratio: float, placement: Placement = "auto", residuals: Residuals = "exact", center: bool = False
-) -> Backend:
+) -> Compiler:
     """Return the backend that samples weight gradients, and encodes what else is stored."""
     return wtacrs_fx.backend(Policy(ratio=ratio, placement=placement, residuals=residuals, center=center))
 
 
-VARIANTS: dict[str, Callable[[], Backend | None]] = {
+VARIANTS: dict[str, Callable[[], Compiler | None]] = {
     "eager": lambda: None,
     "inductor": inductor,
     "inductor budget 0.9": lambda: inductor(0.9),
@@ -79,95 +68,6 @@ VARIANTS: dict[str, Callable[[], Backend | None]] = {
 }
 
 
-class Step:
-    """One variant's forward and backward pass over one batch, on its own copy of the model, compiled at once.
-
-    Dynamo keeps what it compiled under the code object of `forward`, which all copies share, and tells
-    variants apart by their backend object alone. Hence a new object for each step (`_compile` is a bound
-    method), a count of the graphs that it compiled, and no `torch._dynamo.reset()` while steps are in use.
-    """
-
-    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], backend: Backend | None) -> None:
-        torch._dynamo.config.recompile_limit = 256  # by default only 8 variants of one code object are kept
-        self.model = deepcopy(model)
-        self.inputs = inputs
-        self._backend = backend
-        self._graphs = 0
-        compiled = backend is not None
-        self._call = (
-            torch.compile(self.model, backend=self._compile, fullgraph=True) if compiled else self.model
-        )
-        earlier = len(wtacrs_fx.reports())
-        began = time.perf_counter()
-        self()
-        self.first_call_seconds = time.perf_counter() - began
-        self.reports = wtacrs_fx.reports()[earlier:]
-
-    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        assert self._backend is not None
-        self._graphs += 1
-        return self._backend(graph, inputs)
-
-    def __call__(self) -> None:
-        """Leave fresh gradients in the model."""
-        self.model.zero_grad(set_to_none=True)
-        self.forward().backward()
-
-    def forward(self) -> Tensor:
-        """Return the loss: a scalar."""
-        return cast(Tensor, self._call(**self.inputs))
-
-    def check(self) -> None:
-        """Raise if this step ran another variant's code or was compiled again while it was measured."""
-        expected = int(self._backend is not None)
-        if self._graphs != expected:
-            raise RuntimeError(
-                f"a variant must compile {expected} graph(s), this one compiled {self._graphs}"
-            )
-
-
-# Measures of one step
-
-
-def saved_bytes(step: Step) -> int:
-    """Return the bytes that the forward keeps for the backward, less parameters, buffers and inputs."""
-    owned = [*step.model.parameters(), *step.model.buffers(), *step.inputs.values()]
-    step.model.zero_grad(set_to_none=True)
-    return measure.saved_bytes(step.forward, owned)
-
-
-def peak_bytes(step: Step) -> int:
-    """Return the most bytes that a step holds at once, gradients included, beyond what was held before it."""
-    step.model.zero_grad(set_to_none=True)
-    return measure.peak_bytes(step, next(step.model.parameters()).device)
-
-
-def step_seconds(step: Step) -> float:
-    """Return the duration of one forward and backward pass."""
-    step.model.zero_grad(set_to_none=True)
-    if next(step.model.parameters()).is_cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
-
-
-def interleave(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Take every measure once a round (A B C, B C A, C A B, ...), so that a slow minute slows all of them."""
-    values: dict[str, list[float]] = {name: [] for name in measures}
-    names = list(measures)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            values[name].append(measures[name]())
-    return values
-
-
 Figure = tuple[str, str, dict[str, Any]]  # metric, unit, and the fields of a `Row` that hold numbers
 
 
@@ -176,18 +76,16 @@ def compare(steps: dict[str, Step], rounds: int) -> dict[str, list[Figure]]:
 
     Without rounds, no step time. Raise if a step ran another variant's code or was compiled again.
     """
-    saved = {variant: saved_bytes(step) for variant, step in steps.items()}
-    peaks = {variant: peak_bytes(step) for variant, step in steps.items()}
-    times = interleave({variant: partial(step_seconds, step) for variant, step in steps.items()}, rounds)
+    measured = measure_steps(steps, rounds)
+    baseline = measured[BASELINE]
     found: dict[str, list[Figure]] = {}
-    for variant, step in steps.items():
-        step.check()
+    for variant, one in measured.items():
         found[variant] = [
-            (metric, "MiB", {"value": sizes[variant] / MIB, "ratio": sizes[variant] / sizes[BASELINE]})
-            for metric, sizes in (("saved", saved), ("peak", peaks))
+            (metric, "MiB", {"value": size / MIB, "ratio": size / to})
+            for metric, size, to in (("saved", one.saved, baseline.saved), ("peak", one.peak, baseline.peak))
         ]
         if rounds:
-            found[variant].append(("step time", "s", summarise(times[variant], times[BASELINE])))
+            found[variant].append(("step time", "s", summarise(one.seconds, baseline.seconds)))
     return found
 
 

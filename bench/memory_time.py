@@ -17,18 +17,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from bench.harness import (
-    BASELINE,
-    MIB,
-    VARIANTS,
-    Row,
-    Step,
-    circumstances,
-    compare,
-    record,
-    saved_bytes,
-)
+from bench.harness import BASELINE, MIB, VARIANTS, Row, circumstances, compare, record
 from bench.models import MODELS, TINY, Shape, make
+from wtacrs_fx.steps import Step, saved_bytes
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,20 @@ def _ratio(row: Row) -> str:
     return f"{row.ratio:.2f}"
 
 
+def _beside(row: Row) -> str:
+    return f"{row.value:.3g} ({row.ratio:.2f})"
+
+
 def _both(row: Row) -> str:
     return f"{row.value:.3g} {row.unit} ({row.ratio:.2f})"
+
+
+_MEMORY = ("weights", "gradients", "optimizer state")
+_BY_BACKEND = ("saved", "all", "last loss")
+
+
+def _of_backend(row: Row) -> str:
+    return row.metric if row.metric in _MEMORY else f"{row.metric}, {row.variant.split()[0]}"
 
 
 _ACCURACY = {
@@ -157,6 +169,14 @@ TABLES: dict[str, Table] = {
         _variant,
         lambda row: f"{row.model.removeprefix('MiniLM, ')}: {row.metric}",
         lambda row: _both(row) if row.unit == "MiB" else _value(row),
+    ),
+    "trainer": Table(
+        "trainer",
+        "Trainer",
+        lambda row: row.unit in ("%", "MiB"),
+        _variant,
+        lambda row: row.metric,
+        lambda row: _both(row) if row.unit == "MiB" else _four(row),
     ),
     "accuracy": Table(
         "accuracy",
@@ -219,6 +239,15 @@ TABLES: dict[str, Table] = {
     ),
     "plan-70b": Table(
         "scaling", "of a GPU", lambda row: row.ratio is None, lambda row: row.metric, _variant, _four
+    ),
+    "optimizers": Table(
+        "optimizers",
+        "trained with, MiB",
+        lambda row: row.metric in _BY_BACKEND or (row.metric in _MEMORY and row.variant == "inductor"),
+        _model,
+        _of_backend,
+        lambda row: _beside(row) if row.variant != "inductor" and row.ratio else _value(row),
+        (*_MEMORY, *(f"{metric}, {name}" for metric in _BY_BACKEND for name in ("inductor", "wtacrs"))),
     ),
     "compile-time": Table(
         "compile_time",

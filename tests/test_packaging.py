@@ -1,8 +1,11 @@
-"""The wheel, installed into an empty environment that shares nothing with the repository but torch."""
+"""What is released: the sdist, and the wheel made from it, installed into an environment of its own."""
 
+import configparser
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -10,14 +13,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build as for a release: the sdist, then the wheel from the sdist."""
     folder = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
-    (path,) = folder.glob("wtacrs_fx-*-py3-none-any.whl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (path,) = dist.glob("wtacrs_fx-*-py3-none-any.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sdist(dist: Path) -> Path:
+    (path,) = dist.glob("wtacrs_fx-*.tar.gz")
     return path
 
 
@@ -54,6 +71,49 @@ def test_wheel_contents(wheel: Path) -> None:
     ):
         assert name in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_entry_points(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith("dist-info/entry_points.txt"))
+    found = configparser.ConfigParser()
+    found.read_string(archive.read(name).decode())
+    assert {section: dict(found[section]) for section in found.sections()} == {
+        "console_scripts": {"wtacrs": "wtacrs_fx.cli:app"},
+        "torch_dynamo_backends": {"wtacrs": "wtacrs_fx.backend:wtacrs"},
+    }
+
+
+def test_sdist_contents(sdist: Path) -> None:
+    base = sdist.name.removesuffix(".tar.gz")
+    with tarfile.open(sdist) as archive:
+        files = {name.removeprefix(f"{base}/") for name in archive.getnames()}
+    included = [
+        path.lstrip("/") for path in PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    ]
+    tops = {name.partition("/")[0] for name in files}
+    always = {"README.md", "LICENSE", "pyproject.toml", "PKG-INFO", ".gitignore"}
+    assert tops == {*included, *always}
+    tracked = subprocess.run(
+        ["git", "ls-files", "--", *included], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    missing = {name for name in tracked.stdout.split() if (ROOT / name).exists()} - files
+    assert not missing
+    assert {"docs/estimators.md", "docs/examples/plain_loop.py"} < files
+    assert not [name for name in files if "__pycache__" in name]
+
+
+def test_metadata_is_accepted_by_an_index(wheel: Path, sdist: Path) -> None:
+    check = pytest.importorskip("twine.commands.check")
+    assert not check.check([str(wheel), str(sdist)], strict=True)  # returns whether it failed
+
+
+def test_the_version_is_one(environment: Path, wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    version = PROJECT["version"]
+    assert wheel.name.split("-")[1] == version
+    assert sdist.name == f"wtacrs_fx-{version}.tar.gz"
+    assert run(environment, tmp_path, "import wtacrs_fx; print(wtacrs_fx.__version__)").strip() == version
+    assert f"\n## {version} - " in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_backend_is_listed_without_an_import(environment: Path, tmp_path: Path) -> None:

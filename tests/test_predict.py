@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +11,23 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, 
 from typer.testing import CliRunner
 
 import wtacrs_fx
-from wtacrs_fx import Policy
+from wtacrs_fx import Policy, cli
 from wtacrs_fx.cli import app
-from wtacrs_fx.predict import CHECKPOINTING, INDUCTOR, WTACRS, Line, Prediction, predict
+from wtacrs_fx.predict import (
+    CHECKPOINTING,
+    INDUCTOR,
+    LORA,
+    LORA_WTACRS,
+    WTACRS,
+    Line,
+    Prediction,
+    build,
+    predict,
+)
 
 SMALL = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
 LLAMA = LlamaConfig(**SMALL, intermediate_size=176, architectures=["LlamaForCausalLM"], use_cache=False)
 OTHERS = {
-    "bert": BertConfig(**SMALL, intermediate_size=256, architectures=["BertForMaskedLM"]),
     "bert without a head": BertConfig(**SMALL, intermediate_size=256),
     "gpt2": GPT2Config(vocab_size=64, n_embd=64, n_layer=4, n_head=2, architectures=["GPT2LMHeadModel"]),
     "t5": T5Config(
@@ -24,6 +35,9 @@ OTHERS = {
         architectures=["T5ForConditionalGeneration"],
     ),
 }  # fmt: skip
+
+
+OPTIONS = ("--batch", "2", "--length", "64", "--dtype", "float32", "--ratio", "0.5")
 
 
 def saved(config: PreTrainedConfig, folder: Path) -> str:
@@ -57,22 +71,25 @@ def test_models_with_and_without_a_loss(name: str, tmp_path: Path) -> None:
 
 
 def test_batches_fit_their_card() -> None:
-    found = Prediction("m", 2, 10**9, 4, 8, 2, {WTACRS: 4e9}, wtacrs_fx.Report((), 0, 0))
-    assert found.state == 12 * 10**9
+    found = Prediction("m", 2, 10**9, 4, 8, 2, {WTACRS: 4e9}, {WTACRS: 12e9}, wtacrs_fx.Report((), 0, 0))
     assert found.largest_batch(WTACRS, 24) == 12
     assert found.largest_batch(WTACRS, 10) == 0
     assert Line.through(5, 7)(10) == 23
 
 
-def test_the_command_prints_a_table_or_json(llama: tuple[str, Prediction]) -> None:
-    options = ["--batch", "2", "--length", "64", "--dtype", "float32", "--ratio", "0.5"]
-    shown = CliRunner().invoke(app, ["explain", llama[0], *options])
-    assert shown.exit_code == 0, shown.output
-    assert "model.layers.1.mlp.down_proj" in shown.output and "80 GB" in shown.output
-    plain = CliRunner().invoke(app, ["explain", str(Path(llama[0], "config.json")), *options, "--json"])
-    data = json.loads(plain.stdout)
+def test_the_command_prints_json(llama: tuple[str, Prediction]) -> None:
+    data = invoke("explain", str(Path(llama[0], "config.json")), *OPTIONS)
     assert data["saved_bytes"] == llama[1].saved
     assert data["largest_batch"][WTACRS]["24 GB"] == llama[1].largest_batch(WTACRS, 24)
+
+
+def test_a_prediction_is_printed_as_a_table(
+    llama: tuple[str, Prediction], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli._print_prediction(llama[1], "float32")
+    shown = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj" in shown and "80 GB" in shown and "LoRA, wtacrs" in shown
+    assert "batch x length x (" in shown
 
 
 @pytest.mark.parametrize(
@@ -92,3 +109,97 @@ def test_errors_without_tracebacks(
     shown = CliRunner().invoke(app, ["explain", *arguments])
     assert shown.exit_code == 2
     assert "Traceback" not in shown.output and message in shown.output
+
+
+def test_adapters_hold_less_state_and_save_less(llama: tuple[str, Prediction]) -> None:
+    found = llama[1]
+    assert found.saved[LORA_WTACRS] < 0.5 * found.saved[LORA]
+    weights = 4 * found.parameters
+    assert weights < found.state[LORA] == found.state[LORA_WTACRS] < 0.7 * found.state[WTACRS]
+
+
+def test_the_formula_holds_for_other_batches_and_lengths(llama: tuple[str, Prediction]) -> None:
+    found = llama[1]
+    assert found.per_token is not None and found.per_pair is not None
+    other = predict(llama[0], 3, 160, torch.float32, Policy(ratio=0.5))
+    formula = 3 * (found.per_token * 160 + found.per_pair * 160**2)
+    assert formula == pytest.approx(other.saved[WTACRS], rel=0.02)
+
+
+FACTORIES = """
+import torch
+from transformers import BertConfig, BertModel
+
+class Loss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bert = BertModel(BertConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1,
+                                         num_attention_heads=2, intermediate_size=256))
+
+    def forward(self, input_ids):
+        return self.bert(input_ids=input_ids)[0].square().mean()
+
+def make(batch, length):
+    return Loss(), {"input_ids": torch.zeros(batch, length, dtype=torch.long)}
+
+def data():
+    return Loss(), [{"input_ids": torch.randint(64, (4, 32))} for _ in range(2)]
+
+nothing = 3
+"""
+
+
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the name of a module in the working directory that no other test has imported."""
+    name = f"factories_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["", *sys.path])
+    return name
+
+
+def invoke(*arguments: str) -> dict[str, Any]:
+    shown = CliRunner().invoke(app, [*arguments, "--json"])
+    assert shown.exit_code == 0, shown.output
+    return json.loads(shown.stdout)
+
+
+def test_a_factory_is_explained_without_memory(factories: str) -> None:
+    found = invoke("explain", f"{factories}:make", "--batch", "1000000", "--length", "128")
+    assert found["saved_bytes"][WTACRS] < 0.5 * found["saved_bytes"][INDUCTOR]
+    assert found["saved_bytes"][INDUCTOR] > 1e11
+
+
+def test_steps_of_a_factory_are_measured(factories: str) -> None:
+    found = invoke("bench", f"{factories}:make", "--batch", "16", "--rounds", "2", "--device", "cpu")
+    assert found["wtacrs 0.3"]["saved_bytes"] < 0.5 * found["inductor"]["saved_bytes"]
+    assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in found.values())
+    cli._print_comparison(found, "title")
+
+
+@pytest.mark.parametrize("name", ["llama", *OTHERS])
+def test_models_are_built_with_a_loss(name: str, tmp_path: Path) -> None:
+    config = LLAMA if name == "llama" else OTHERS[name]
+    model, inputs = build(saved(config, tmp_path), 1, 2, 16, torch.float32, "cpu")
+    model(**inputs).backward()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_factory_of_batches_is_diagnosed(factories: str) -> None:
+    found = invoke("diagnose", f"{factories}:data", "--plot", "noise.png")
+    assert found["batches"] == 2 and found["layers"][0]["added"] > 0
+    assert Path("noise.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:make", "No module named 'no_such_module'"),
+        ("{}:none", "write it as module:factory"),
+        ("{}:nothing", "is a int; name a function"),
+    ],
+)
+def test_what_names_no_factory(name: str, message: str, factories: str) -> None:
+    shown = CliRunner().invoke(app, ["explain", name.format(factories)])
+    assert shown.exit_code == 2 and message in " ".join(shown.output.split())

@@ -1,5 +1,7 @@
 """Train transformers with sampled weight gradients: ``torch.compile(model, backend="wtacrs")``."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from wtacrs_passes.partition import PartitionError
 from wtacrs_passes.pipeline import NoTangentsError
 from wtacrs_passes.policy import Policy, PolicyError, Rule
@@ -33,3 +35,8 @@ __all__ = [
     "track_gradient_norms",
     "transform",
 ]
+
+try:
+    __version__ = version("wtacrs-fx")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"

@@ -45,6 +45,9 @@ class Backend:
         mode: as in ``torch.compile``.
         inductor_options: configuration of Inductor.
 
+    Attributes:
+        reports: of the training graphs that this object compiled, in order.
+
     Raises:
         PolicyError: an option that Inductor does not know, or one that this backend sets itself.
     """
@@ -54,6 +57,7 @@ class Backend:
             raise PolicyError(f"policy must be a wtacrs_fx.Policy, got {policy!r}")
         self.policy = policy
         self.config = _inductor_config(mode, inductor_options)
+        self.reports: list[Report] = []
         self._unmatched = set(policy.unmatched(()))
         self.__name__ = "wtacrs"
 
@@ -85,6 +89,7 @@ class Backend:
         report = _keep(path, received) if _is_training(example_inputs) else None
         if report is not None:
             _REPORTS.append(report)
+            self.reports.append(report)
             self._warn_unmatched(report)
         return compiled
 
@@ -143,7 +148,7 @@ _BACKENDS: dict[tuple[str | None, str], Backend] = {}
 def _inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
     known = torch._inductor.config.get_config_copy()
     if mode and mode != "default":
-        modes = [*torch._inductor.list_mode_options(), "default"]
+        modes = list(torch._inductor.list_mode_options())
         if mode not in modes:
             raise PolicyError(f"mode must be one of {', '.join(modes)}, got {mode!r}{nearest(mode, modes)}")
         options = {**torch._inductor.list_mode_options(mode), **options}
@@ -154,7 +159,7 @@ def _inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, 
         if name not in known:
             fields = [f"wtacrs.{field.name}" for field in dataclasses.fields(Policy)]
             raise PolicyError(
-                f"option {name!r} is unknown to Inductor{nearest(name, [*known, *fields])} "
+                f"option {name!r} is unknown to Inductor{nearest(name, [*known, *fields])}; "
                 f"Policy fields are written 'wtacrs.<field>'"
             )
     return config

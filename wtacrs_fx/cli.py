@@ -1,10 +1,21 @@
 """The command `wtacrs`. Commands import what they need when they run, so that `--help` is quick."""
 
+from __future__ import annotations
+
+import contextlib
 import json
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from wtacrs_fx import Policy
+    from wtacrs_fx.predict import Prediction
 
 app = typer.Typer(
     help="Train transformers in less activation memory.", no_args_is_help=True, add_completion=False
@@ -45,53 +56,200 @@ def demo(
         raise typer.Exit(2) from error
 
 
+Model = Annotated[
+    str,
+    typer.Argument(help="Folder with a config.json, such a file, a name on the Hub, or module:factory."),
+]
+Batch = Annotated[int, typer.Option(min=1, help="Samples a step.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Ratio = Annotated[float, typer.Option(help="Share of the rows that are kept, in (0, 1].")]
+Residuals = Annotated[str, typer.Option(help="exact, lossless, balanced or small.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+
+
 @app.command()
 def explain(
-    model: Annotated[
-        str, typer.Argument(help="Folder with a config.json, such a file, or a name on the Hub.")
-    ],
-    batch: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens a sample.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    ratio: Annotated[float, typer.Option(help="Share of the rows that are kept, in (0, 1].")] = 0.3,
-    residuals: Annotated[str, typer.Option(help="exact, lossless, balanced or small.")] = "balanced",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    model: Model,
+    batch: Batch = 8,
+    length: Length = 1024,
+    dtype: Dtype = "bfloat16",
+    ratio: Ratio = 0.3,
+    residuals: Residuals = "balanced",
+    as_json: Json = False,
 ) -> None:
     """Tell what training a model would store, without allocating anything.
 
-    Examples:  wtacrs explain ./my-model --batch 4 --length 4096;  wtacrs explain config.json --json
+    A factory is called as factory(batch, length) on the meta device and returns a model and a dict of inputs.
+
+    Examples:  wtacrs explain ./my-model --batch 4 --length 4096;  wtacrs explain config.json --json;
+    wtacrs explain my_package.models:make --batch 4
+    """
+    from wtacrs_fx.predict import predict
+
+    with _errors(), _status(f"tracing {model}") as tell:
+        found = predict(model, batch, length, _dtype(dtype), _policy(ratio, residuals), tell)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        _print_prediction(found, dtype)
+
+
+@app.command()
+def bench(
+    model: Model,
+    batch: Batch = 8,
+    length: Length = 128,
+    dtype: Dtype = "float32",
+    residuals: Residuals = "balanced",
+    layers: Annotated[int, typer.Option(min=1, help="Layers of a configuration that are run.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each variant, interleaved.")] = 10,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure training steps of a model on this machine: saved bytes, peak, time beside Inductor's.
+
+    Weights are random. A factory is called as factory(batch, length) and returns a model, whose output is a
+    loss, and a dict of inputs.
+
+    Examples:  wtacrs bench ./my-model --layers 4;  wtacrs bench my_package.models:make --json
     """
     import torch
+
+    from wtacrs_fx import backend
+    from wtacrs_fx.predict import build
+    from wtacrs_fx.steps import Compiler, Step, inductor, measure_steps
+
+    with _errors(), _status("building the model") as tell:
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        variants: dict[str, Compiler | None] = {
+            "eager": None,
+            "inductor": inductor(),
+            "inductor, budget 0.9": inductor(0.9),
+            "wtacrs 0.3": backend(_policy(0.3, residuals)),
+            "wtacrs 0.1": backend(_policy(0.1, residuals)),
+        }
+        network, inputs = build(model, layers, batch, length, _dtype(dtype), place)
+        steps = {}
+        for name, compiler in variants.items():
+            tell(f"compiling {name}")
+            steps[name] = Step(network, inputs, compiler)
+        tell("measuring")
+        found = measure_steps(steps, rounds)
+    rows = {
+        name: {"saved_bytes": one.saved, "peak_bytes": one.peak, "seconds": statistics.median(one.seconds)}
+        for name, one in found.items()
+    }
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        _print_comparison(rows, f"{model}, {batch} x {length} tokens, {dtype}, {place}")
+
+
+@app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="module:factory of a model with its weights and of batches.")],
+    ratio: Ratio = 0.3,
+    plot: Annotated[Path | None, typer.Option(help="File for the picture, .png or .svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the noise that sampling adds to each layer's gradient, beside that of the minibatch.
+
+    The factory takes no arguments and returns a model, whose output is or holds the loss, and two or more
+    batches, dicts of inputs.
+
+    Examples:  wtacrs diagnose my_package.train:model_and_batches --plot noise.png
+    """
+    import wtacrs_fx
+    from wtacrs_fx.predict import load_factory
+
+    with _errors(), _status(f"running {model}"):
+        network, batches = load_factory(model)()
+        found = wtacrs_fx.diagnose(network, batches, _policy(ratio, "balanced"))
+    if plot is not None:
+        found.plot(plot)
+    typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """Print what is wrong with the input in one line, and leave with 2."""
+    from wtacrs_fx import DiagnosisError, NoTangentsError, PolicyError
+    from wtacrs_fx.predict import ModelError
+
+    try:
+        yield
+    except (ModelError, PolicyError, DiagnosisError, NoTangentsError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextlib.contextmanager
+def _status(doing: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done, on stderr."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(doing) as status:
+        yield lambda part: status.update(f"{doing}: {part}")
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    from wtacrs_fx.predict import ModelError
+
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in dtypes:
+        raise ModelError(f"dtype must be one of {', '.join(dtypes)}, got {name!r}")
+    return dtypes[name]
+
+
+def _policy(ratio: float, residuals: str) -> Policy:
+    from wtacrs_fx import Policy
+
+    return Policy(ratio=ratio, residuals=residuals)  # type: ignore[arg-type]
+
+
+def _print_prediction(found: Prediction, dtype: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from wtacrs_fx import Policy, PolicyError
-    from wtacrs_fx.predict import CARDS, INDUCTOR, ModelError, predict
+    from wtacrs_fx.predict import CARDS, INDUCTOR
     from wtacrs_passes.report import format_bytes
 
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    try:
-        if dtype not in dtypes:
-            raise ModelError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
-        policy = Policy(ratio=ratio, residuals=residuals)  # type: ignore[arg-type]
-        with Console(stderr=True).status(f"tracing {model}"):
-            found = predict(model, batch, length, dtypes[dtype], policy)
-    except (ModelError, PolicyError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    if as_json:
-        typer.echo(json.dumps(found.to_dict()))
-        return
-    typer.echo(
-        f"Two of {found.layers} layers of {model}, {batch} x {length} tokens, {dtype}:\n\n{found.report}\n"
+    part = f"Two of {found.layers} layers of {found.name}" if found.per_token else found.name
+    typer.echo(f"{part}, {found.batch} x {found.length} tokens, {dtype}:\n\n{found.report}\n")
+    table = Table(
+        title=f"{found.parameters / 1e9:.2f}e9 parameters; saved activations; state: weights, gradients and "
+        "AdamW; largest batch by memory of the GPU"
     )
-    state = f"{found.parameters / 1e9:.2f}e9 parameters, {format_bytes(found.state)} with gradients and AdamW"
-    table = Table(title=f"{state}; largest batch by memory of the GPU")
     table.add_column("training")
-    for column in ("saved", "to Inductor", *(f"{card} GB" for card in CARDS)):
+    for column in ("saved", "to Inductor", "state", *(f"{card} GB" for card in CARDS)):
         table.add_column(column, justify="right")
     for way, size in found.saved.items():
-        share = size / found.saved[INDUCTOR]
         batches = [str(found.largest_batch(way, card)) for card in CARDS]
-        table.add_row(way, format_bytes(round(size)), f"{share:.2f}", *batches)
+        share = f"{size / found.saved[INDUCTOR]:.2f}"
+        table.add_row(way, format_bytes(round(size)), share, format_bytes(round(found.state[way])), *batches)
+    Console().print(table)
+    if found.per_token is not None:
+        pair = f" + {found.per_pair:.3g} B x length" if found.per_pair else ""
+        typer.echo(f"wtacrs saves batch x length x ({format_bytes(round(found.per_token))}{pair})")
+
+
+def _print_comparison(rows: dict[str, dict[str, float]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from wtacrs_passes.report import format_bytes
+
+    table = Table("variant", title=title)
+    for column in ("saved", "", "peak", "", "step", ""):
+        table.add_column(column, justify="right")
+    base = rows["inductor"]
+    for name, row in rows.items():
+        cells = []
+        for metric, value in row.items():
+            text = f"{value * 1e3:.1f} ms" if metric == "seconds" else format_bytes(round(value))
+            cells += [text, f"{value / base[metric]:.2f}"]
+        table.add_row(name, *cells)
     Console().print(table)

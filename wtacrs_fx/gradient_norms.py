@@ -61,8 +61,8 @@ def track_gradient_norms(
 
     It serves the sites whose rows are chosen in the forward pass (``Policy(placement="forward")``, or
     ``"auto"`` where the input of a linear is not at hand in the backward pass). Linears that share an input
-    share one record. The tracker becomes a child of the model: its records are part of the model's
-    ``state_dict``, and are restored with it. DistributedDataParallel is told to leave them alone.
+    share one record. The records are part of the model's ``state_dict``, and are restored with it, though
+    the tracker is no child of the model. DistributedDataParallel is told to leave them alone.
 
     Args:
         model: the module that will be compiled; its trainable linears are tracked.

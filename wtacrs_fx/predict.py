@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ from wtacrs_passes.report import Report
 from .capture import explain
 
 INDUCTOR, BUDGET, CHECKPOINTING, WTACRS = "inductor", "inductor, budget 0.9", "checkpointing", "wtacrs"
+LORA, LORA_WTACRS = "LoRA", "LoRA, wtacrs"
+LORA_RANK = 8
 CARDS = (24, 40, 80)  # GB
 _MOMENTS = 2 * 4  # bytes of a parameter: AdamW's, in float32
 MakeModel = Callable[[int], tuple[nn.Module, dict[str, Tensor]]]
@@ -82,7 +86,10 @@ class Prediction:
         name: of the model; layers: its depth; parameters: how many.
         batch, length: of the inputs; itemsize: bytes of a weight.
         saved: way of training -> bytes of saved activations.
-        report: the sites of a model of two layers.
+        state: way of training -> bytes of weights, gradients and AdamW's moments.
+        per_token, per_pair: coefficients of what wtacrs saves, in bytes: ``batch (per_token length + per_pair
+            length ** 2)``; None where the model's inputs are its own.
+        report: the sites of a model of two layers; of the whole model where it came from a factory.
     """
 
     name: str
@@ -92,16 +99,14 @@ class Prediction:
     length: int
     itemsize: int
     saved: dict[str, float]
+    state: dict[str, float]
     report: Report
-
-    @property
-    def state(self) -> int:
-        """Bytes of weights, gradients and AdamW's moments."""
-        return round(state_bytes(self.parameters, self.itemsize))
+    per_token: float | None = None
+    per_pair: float | None = None
 
     def largest_batch(self, way: str, gigabytes: float) -> int:
         """Return the largest batch whose state and saved activations fit."""
-        return largest_batch(gigabytes, self.state, self.saved[way] / self.batch)
+        return largest_batch(gigabytes, self.state[way], self.saved[way] / self.batch)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings."""
@@ -113,39 +118,140 @@ class Prediction:
             "length": self.length,
             "state_bytes": self.state,
             "saved_bytes": self.saved,
+            "bytes_per_token": self.per_token,
+            "bytes_per_pair_of_tokens": self.per_pair,
             "largest_batch": {
                 way: {f"{card} GB": self.largest_batch(way, card) for card in CARDS} for way in self.saved
             },
-            "report_of_two_layers": self.report.to_dict(),
+            "report": self.report.to_dict(),
         }
 
 
-def predict(name: str, batch: int, length: int, dtype: torch.dtype, policy: Policy) -> Prediction:
-    """Predict what training a model of transformers would store.
+def predict(
+    name: str,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    policy: Policy,
+    progress: Callable[[str], None] = lambda doing: None,
+) -> Prediction:
+    """Predict what training a model would store.
 
     Args:
-        name: a folder with a ``config.json``, such a file, or a name on the Hub; weights are not read.
+        name: of a model of transformers: a folder with a ``config.json``, such a file, or a name on the Hub,
+            weights are not read; or ``module:factory``, where ``factory(batch, length)`` returns a model and
+            its keyword arguments, and is called on the meta device.
         batch, length: of the token ids; dtype: of weights and activations.
+        progress: is told what is traced.
 
     Raises:
-        ModelError: no configuration, or one that this cannot build from token ids.
+        ModelError: no such configuration or factory, or one that this cannot build from token ids.
     """
+    if ":" in name and not Path(name).exists():
+        return _predict_factory(name, batch, length, policy, progress)
     config = _configuration(name)
     depth = int(config.num_hidden_layers)
+    progress("wtacrs")
     models = {layers: _model(config, layers, batch, length, dtype) for layers in (1, 2)}
     lines, report = saved_lines(models.__getitem__, policy)
-    with functorch_config.patch(activation_memory_budget=0.9):
-        budget, _ = saved_lines(models.__getitem__, Policy(ratio=1.0, residuals="exact"))
-    one, two = (sum(parameter.numel() for parameter in model.parameters()) for model, _ in models.values())
+    progress(BUDGET)
+    budget = _budget_line(models.__getitem__)
+    progress("twice the length")
+    longer, _ = saved_lines(lambda layers: _model(config, layers, batch, 2 * length, dtype), policy)
+    one, two = (_count(model) for model, _ in models.values())
+    parameters = round(Line.through(one, two)(depth))
     inputs_of_layers = depth * batch * length * int(config.hidden_size) * dtype.itemsize
     saved = {
         INDUCTOR: lines[INDUCTOR](depth),
-        BUDGET: budget[INDUCTOR](depth),
+        BUDGET: budget(depth),
         CHECKPOINTING: lines[INDUCTOR](1) + inputs_of_layers,
         WTACRS: lines[WTACRS](depth),
     }
-    parameters = round(Line.through(one, two)(depth))
-    return Prediction(name, depth, parameters, batch, length, dtype.itemsize, saved, report)
+    state = dict.fromkeys(saved, state_bytes(parameters, dtype.itemsize))
+    if find_spec("peft"):
+        progress(LORA)
+        adapted = {layers: _model(config, layers, batch, length, dtype, lora=True) for layers in (1, 2)}
+        trained = round(Line.through(*(_count(model, trained=True) for model, _ in adapted.values()))(depth))
+        lines, _ = saved_lines(adapted.__getitem__, policy)
+        saved |= {LORA: lines[INDUCTOR](depth), LORA_WTACRS: lines[WTACRS](depth)}
+        bytes_ = parameters * dtype.itemsize + state_bytes(trained, dtype.itemsize)
+        state |= {LORA: bytes_, LORA_WTACRS: bytes_}
+    # b (t l + p l^2) through the bytes of two lengths.
+    short, long = saved[WTACRS] / batch, longer[WTACRS](depth) / batch
+    pair = max(0.0, (long - 2 * short) / (2 * length**2))
+    token = short / length - pair * length
+    return Prediction(
+        name, depth, parameters, batch, length, dtype.itemsize, saved, state, report, token, pair
+    )
+
+
+def _predict_factory(
+    name: str, batch: int, length: int, policy: Policy, progress: Callable[[str], None]
+) -> Prediction:
+    with torch.device("meta"):
+        model, inputs = load_factory(name)(batch, length)
+    progress("wtacrs")
+    report = explain(model, **inputs, policy=policy)
+    progress(BUDGET)
+    with functorch_config.patch(activation_memory_budget=0.9):
+        budget = explain(model, **inputs, policy=Policy(ratio=1.0, residuals="exact")).saved_bytes_before
+    saved = {
+        INDUCTOR: float(report.saved_bytes_before),
+        BUDGET: float(budget),
+        WTACRS: float(report.saved_bytes_after),
+    }
+    itemsize = next(model.parameters()).element_size()
+    fixed, trained = _count(model) - _count(model, trained=True), _count(model, trained=True)
+    state = dict.fromkeys(saved, fixed * itemsize + state_bytes(trained, itemsize))
+    return Prediction(name, 1, fixed + trained, batch, length, itemsize, saved, state, report)
+
+
+def build(
+    name: str, layers: int, batch: int, length: int, dtype: torch.dtype, device: str
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return a model that returns a loss, with random weights, and inputs.
+
+    The model is that of the first layers of a configuration, or a factory's.
+
+    Args:
+        name: as for :func:`predict`; the other arguments as well.
+
+    Raises:
+        ModelError: as :func:`predict`.
+    """
+    if ":" in name and not Path(name).exists():
+        with torch.device(device):
+            model, inputs = load_factory(name)(batch, length)
+        return model, inputs
+    model, inputs = _model(_configuration(name), layers, batch, length, dtype, device=device)
+    return (_LossOf(model) if "labels" in inputs else model), inputs
+
+
+def load_factory(name: str) -> Callable[..., Any]:
+    """Return the function that ``module:factory`` names; modules of the working directory are found.
+
+    Raises:
+        ModelError: no such module or function.
+    """
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"{name!r} names no function ({error}); write it as module:factory") from error
+    if not callable(factory):
+        raise ModelError(f"{name!r} is a {type(factory).__name__}; name a function that returns a model")
+    return cast(Callable[..., Any], factory)
+
+
+def _budget_line(make_model: MakeModel) -> Line:
+    with functorch_config.patch(activation_memory_budget=0.9):
+        return saved_lines(make_model, Policy(ratio=1.0, residuals="exact"))[0][INDUCTOR]
+
+
+def _count(model: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def _configuration(name: str) -> Any:
@@ -179,10 +285,35 @@ class _MeanSquare(nn.Module):
         return hidden.float().square().mean()
 
 
+class _LossOf(nn.Module):
+    """Return a model's loss alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.model(input_ids=input_ids, labels=labels).loss
+        return loss
+
+
+def _with_lora(model: nn.Module) -> nn.Module:
+    """Return a model with adapters on all linear layers but the head."""
+    peft = importlib.import_module("peft")
+    adapted: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=LORA_RANK, target_modules="all-linear"))
+    return adapted
+
+
 def _model(
-    config: Any, layers: int, batch: int, length: int, dtype: torch.dtype
+    config: Any,
+    layers: int,
+    batch: int,
+    length: int,
+    dtype: torch.dtype,
+    lora: bool = False,
+    device: str = "meta",
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return a model of so many layers in training mode, and inputs, on the meta device."""
+    """Return a model of so many layers in training mode, with random weights, and inputs."""
     transformers = importlib.import_module("transformers")
     config = copy.deepcopy(config)
     config.num_hidden_layers = layers
@@ -195,17 +326,19 @@ def _model(
         config.layer_types = config.layer_types[:layers]
     names = [name for name in config.architectures or () if hasattr(transformers, name)]
     head = names[0] if names else ""
-    with torch.device("meta"):
-        ids = torch.zeros(batch, length, dtype=torch.long)
+    with torch.device(device):
+        ids = torch.randint(int(config.vocab_size), (batch, length))
         try:
             if head.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")):
                 model = getattr(transformers, head)(config)
                 if getattr(model, "loss_type", "") is None:
                     model.loss_type = "ForCausalLM"  # the default, of which some models warn in their forward
-                return model.to(dtype).train(), {"input_ids": ids, "labels": ids}
+                model = (_with_lora(model) if lora else model).to(dtype).train()
+                return model, {"input_ids": ids, "labels": ids}
             bare = transformers.AutoModel.from_config(config)
         except (ValueError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"{head or type(config).__name__} cannot be built from token ids: {error}"
             ) from error
+        bare = _with_lora(bare) if lora else bare
         return _MeanSquare(bare).to(dtype).train(), {"input_ids": ids}

@@ -161,6 +161,8 @@ def parameter_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> dic
             descriptor = descriptor.base
         if not isinstance(value, fx.Node) or not hasattr(descriptor, "grad_of"):
             continue
+        if not isinstance(value.meta.get("val"), torch.Tensor):
+            continue  # an inner value of a subclass that is no tensor, such as the mesh of a DTensor
         known = _named_input(descriptor.grad_of, table)
         if known is not None and known.kind == "parameter":
             gradients[value] = known.name

@@ -93,10 +93,18 @@ def rewrite_and_partition(
             if lower is not None:
                 lower(gm.graph)
             after = partition(gm, rewritten.sites, rewritten.residuals, num_fwd_outputs, partitioner)
-    saved = [saved_tensors(p.forward, num_fwd_outputs) for p in (before, after)]
+    saved = [
+        [node for node in saved_tensors(p.forward, num_fwd_outputs) if not _is_view_of_input(node)]
+        for p in (before, after)
+    ]
     return after, make_report(
         rewritten.analysis, rewritten.plan, rewritten.sites, after.stores_rows, rewritten.residuals, *saved
     )
+
+
+def _is_view_of_input(node: fx.Node) -> bool:
+    """Tell whether saving the node takes no memory, as the input lives anyway."""
+    return jg.content_of(node, jg.VIEWS).op == "placeholder"
 
 
 class WtacrsPartitioner(CustomPartitionerFn):

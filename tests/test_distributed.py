@@ -1,0 +1,185 @@
+"""Two ranks on CPU: unbiased gradients, independent draws, equal plans, predicted bytes, the same resumed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ALPHA
+from torch import Tensor
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+TIMEOUT = 240  # seconds; a hang fails
+ACTIVATION = 4 * 32 * 64 * 4  # bytes of one [tokens, d] tensor of a rank
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+
+def launch(case: str, folder: Path) -> list[dict[str, Any]]:
+    """Run a case of the worker on two ranks; return what each found."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        [*run, str(WORKER), case, str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # ends its ranks as well
+            output, _ = process.communicate()
+            pytest.fail(f"{case} took more than {TIMEOUT} s\n{output}")
+    assert process.returncode == 0, output
+    return [torch.load(folder / f"{case}-{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
+    """Launch each case once."""
+    folder = tmp_path_factory.mktemp("distributed")
+    return functools.cache(lambda case: launch(case, folder))
+
+
+def limit(tests: int) -> float:
+    """The bound of so many standard normal numbers at significance ALPHA (Bonferroni)."""
+    return statistics.NormalDist().inv_cdf(1 - ALPHA / (2 * tests))
+
+
+def is_zero_mean(z: Tensor) -> bool:
+    return bool(z.abs().max() < limit(len(z)))
+
+
+# The mean of 100 steps is the gradient of one process on the whole batch
+
+
+@pytest.mark.parametrize("case", ["ddp", "reducer", "fsdp", "tensor"])
+def test_unbiased_and_planned_alike(ranks: Callable, case: str) -> None:
+    first, second = ranks(case)
+    assert is_zero_mean(first["z"]) and torch.equal(first["z"], second["z"])
+    assert first["plans"] and first["plans"] == second["plans"]
+
+
+def test_the_test_of_the_mean_sees_half_of_the_batch(ranks: Callable) -> None:
+    for found in ranks("ddp"):
+        assert not is_zero_mean(found["z_of_half"])
+
+
+def test_buckets_are_graphs_with_names(ranks: Callable) -> None:
+    plans = ranks("ddp")[0]["plans"]
+    sampled = [{site["module"] for site in plan["sites"] if not site["reason"]} for plan in plans]
+    assert len(plans) > 2 and all(sampled)
+    assert set().union(*sampled) >= {"layers.0.q", "layers.0.down", "head"}
+
+
+def test_compiled_autograd_reduces(ranks: Callable) -> None:
+    assert all(found["captures"] and len(found["plans"]) == 1 for found in ranks("reducer"))
+
+
+def test_ranks_with_batches_of_different_sizes(ranks: Callable) -> None:
+    first, second = ranks("uneven")
+    assert set(first["rows"]) == {4 * 32} and set(second["rows"]) == {6 * 32}
+    assert is_zero_mean(first["z"])
+
+
+# Draws
+
+
+def test_draws_follow_the_seed_of_each_rank(ranks: Callable) -> None:
+    first, second = ranks("ddp")
+    assert torch.equal(first["same_seed"], second["same_seed"])
+    assert not torch.equal(first["own_seed"], second["own_seed"])
+    assert torch.equal(first["same_seed"], first["own_seed"])  # a seed repeats a step
+
+
+def test_draws_of_different_seeds_are_independent(ranks: Callable) -> None:
+    """Fisher's z of the correlations along 16 directions; the same data on both ranks."""
+    errors = [found["projected"].double() - found["projected"].double().mean(0) for found in ranks("ddp")]
+    correlation = (errors[0] * errors[1]).sum(0) / (errors[0].norm(dim=0) * errors[1].norm(dim=0))
+    assert is_zero_mean(correlation.atanh() * (len(errors[0]) - 3) ** 0.5)
+
+
+def test_a_layer_that_tensor_parallelism_leaves_whole_needs_equal_seeds(ranks: Callable) -> None:
+    first, second = ranks("tensor")
+    assert torch.equal(first["same_seed"], second["same_seed"])
+    assert not torch.equal(first["own_seed"], second["own_seed"])
+
+
+# Compressed gradients
+
+
+def test_hooks_receive_the_sampled_gradients(ranks: Callable) -> None:
+    """Each element is off by no more than the rounding of the hook."""
+    first, second = ranks("ddp")
+    local = torch.stack([first["local"], second["local"]])
+    average = local.mean(0)
+    torch.testing.assert_close(first["average"], average)
+    peaks = local.abs().amax(1).mean()
+    bounds = {
+        # 11 bits, of either rank and of their sum; 2^-24 is the smallest number.
+        "fp16": 2**-11 * (local.abs().mean(0) + average.abs()) * 1.001 + 2**-23,
+        "int8": peaks / (2 * 127),
+        "int4": peaks / (2 * 7),
+    }
+    for name, bound in bounds.items():
+        error = (first["hooks"][name] - average).abs()
+        assert torch.equal(first["hooks"][name], second["hooks"][name])
+        assert error.max() > 0 and (error <= bound).all(), name
+
+
+# Bytes
+
+
+def test_saved_bytes_of_a_sharded_block(ranks: Callable) -> None:
+    for found in ranks("fsdp"):
+        measured, predicted = found["bytes"]
+        assert measured == predicted
+        assert found["graphs"] == 2
+
+
+def test_saved_bytes_of_buckets(ranks: Callable) -> None:
+    """The report of a bucket leaves out what enters it from another bucket: one activation at most."""
+    for found in ranks("ddp"):
+        measured, predicted = found["bytes"]
+        assert 0 <= measured - predicted <= (found["graphs"] - 1) * ACTIVATION
+        assert found["graphs"] == len(found["plans"])
+
+
+def test_saved_bytes_of_tensor_parallelism(ranks: Callable) -> None:
+    """Views of the input and of a weight may be counted, which take no memory of their own."""
+    for found in ranks("tensor"):
+        measured, predicted = found["bytes"]
+        assert 0 <= predicted - measured <= found["views"]
+
+
+# Remembered norms
+
+
+def test_norms_are_remembered_in_buckets(ranks: Callable) -> None:
+    for rank, found in enumerate(ranks("uneven")):
+        assert found["weights"]["up"] == found["weights"]["down"] == "||x|| remembered ||dy||"
+        assert found["weights"]["head"].startswith("||x||")  # at the start of a bucket: may be forgotten
+        before, after = found["norms"]
+        own = (torch.arange(10) >= 4) == bool(rank)
+        for path in ("up", "down"):
+            assert torch.equal(before[path], own) and after[path].all()
+
+
+# Checkpoints
+
+
+def test_a_new_launch_resumes_bit_for_bit(ranks: Callable) -> None:
+    """Sampled rows as well: the checkpoint has the state of each rank's generator."""
+    for whole, resumed in zip(ranks("fsdp"), ranks("resume"), strict=True):
+        for name, losses in whole["losses"].items():
+            assert len(set(losses)) == 6 and losses[3:] == resumed["losses"][name], name

@@ -1,0 +1,151 @@
+"""A real ``Trainer`` with wtacrs: accumulation, mixed precision, evaluation, checkpoint and resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import RowsOnly
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from wtacrs_fx import Policy
+from wtacrs_fx.integrations.transformers import IntegrationError, enable
+
+SAMPLES, TOKENS, BATCH = 64, 16, 8
+
+
+def model() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=128,
+            max_position_embeddings=TOKENS,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def dataset() -> list[dict[str, Tensor]]:
+    """Texts that start with a token for their class."""
+    numbers = torch.Generator().manual_seed(0)
+    tokens = torch.randint(4, 50, (SAMPLES, TOKENS), generator=numbers)
+    labels = torch.arange(SAMPLES) % 2
+    tokens[:, 0] = labels
+    mask = torch.ones(TOKENS, dtype=torch.long)
+    return [
+        {"input_ids": ids, "attention_mask": mask, "labels": label}
+        for ids, label in zip(tokens, labels, strict=True)
+    ]
+
+
+def trainer(folder: Path, network: nn.Module | None = None, **arguments: object) -> Trainer:
+    return Trainer(
+        model() if network is None else network,
+        TrainingArguments(
+            folder,
+            **{
+                "per_device_train_batch_size": BATCH,
+                "gradient_accumulation_steps": 2,
+                "bf16": True,
+                "use_cpu": not torch.cuda.is_available(),
+                "learning_rate": 5e-3,
+                "max_steps": 12,
+                "logging_steps": 4,
+                "eval_strategy": "steps",
+                "eval_steps": 6,
+                "save_steps": 6,
+                "report_to": [],
+                "disable_tqdm": True,
+                **arguments,
+            },
+        ),
+        train_dataset=dataset(),
+        eval_dataset=dataset(),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """Return a trainer after 12 steps, with a checkpoint at the 6th."""
+    one = trainer(tmp_path_factory.mktemp("trained"))
+    enable(one, Policy(min_rows=8), diagnose_steps=8)
+    one.train()
+    return one
+
+
+def test_training_learns_and_logs_what_it_saves(trained: Trainer) -> None:
+    logs = [entry for entry in trained.state.log_history if "loss" in entry]
+    assert logs[-1]["loss"] < 0.5 * logs[0]["loss"]
+    assert logs[-1]["wtacrs/saved_ratio"] < 0.5
+    assert logs[-1]["wtacrs/saved_mib"] > 0 and logs[-1]["wtacrs/peak_mib"] > 0
+    assert "wtacrs/added_variance" not in logs[0] and 0 < logs[-1]["wtacrs/added_variance"] < 10
+    evaluations = [entry for entry in trained.state.log_history if "eval_loss" in entry]
+    assert evaluations[-1]["eval_loss"] < 0.5 and "wtacrs/saved_mib" not in evaluations[-1]
+
+
+def test_parameter_names_and_checkpoints_stay(trained: Trainer) -> None:
+    assert set(trained.model.state_dict()) == set(model().state_dict())
+    loaded = BertForSequenceClassification.from_pretrained(f"{trained.args.output_dir}/checkpoint-6")
+    assert loaded.config.num_hidden_layers == 2
+
+
+def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
+    """Same batches, dropout and draws: the checkpoint holds the state of the random number generators."""
+    weights = []
+    for resume in (False, True):
+        one = trainer(tmp_path, bf16=False, eval_strategy="no")
+        enable(one, RowsOnly(min_rows=8))
+        one.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-6" if resume else None)
+        weights.append(one.model.bert.encoder.layer[0].output.dense.weight.detach().clone())
+    torch.testing.assert_close(*weights)
+
+
+class Broken(TrainerCallback):
+    """A user's callback that comes after the one of wtacrs."""
+
+    seen: list[dict[str, float]]
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        self.seen.append(logs)
+
+
+def test_callbacks_of_the_user_see_the_figures(tmp_path: Path) -> None:
+    one = trainer(tmp_path, max_steps=1, logging_steps=1, eval_strategy="no", save_strategy="no")
+    user = Broken()
+    user.seen = []
+    one.add_callback(user)
+    enable(one, Policy(min_rows=8))
+    one.train()
+    assert "wtacrs/saved_ratio" in user.seen[0]
+
+
+def test_a_model_without_a_trainer() -> None:
+    network = model()
+    callback = enable(network, Policy(min_rows=8))
+    batch = {name: torch.stack([sample[name] for sample in dataset()[:BATCH]]) for name in dataset()[0]}
+    network(**batch).loss.backward()
+    [report] = callback.backend.reports
+    assert report.saved_bytes_after < 0.5 * report.saved_bytes_before
+
+
+def test_what_cannot_be_enabled(tmp_path: Path) -> None:
+    with pytest.raises(IntegrationError, match=r"needs a transformers.Trainer or an nn.Module, got a str"):
+        enable("bert")
+    network = model()
+    enable(network)
+    with pytest.raises(IntegrationError, match="compiled already"):
+        enable(network)
+    with pytest.raises(IntegrationError, match="leave torch_compile"):
+        enable(trainer(tmp_path, torch_compile=True))

@@ -1,0 +1,1 @@
+"""One line for the tools that people train with."""

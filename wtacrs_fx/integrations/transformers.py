@@ -1,0 +1,166 @@
+"""transformers: one line for a ``Trainer``, or for a model in a loop of one's own.
+
+    from wtacrs_fx.integrations.transformers import enable
+    enable(trainer)
+    trainer.train()
+
+The model is compiled in place (``model.compile``): its class, its parameters' names and its checkpoints stay.
+``TrainingArguments(torch_compile_backend="wtacrs")`` is not the way, see ``docs/transformers.md``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import statistics
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from wtacrs_passes.policy import Policy
+
+from ..backend import Backend, backend
+from ..diagnose import diagnose
+
+MIB = 2**20
+
+
+class IntegrationError(ValueError):
+    """A trainer or model that cannot be compiled with wtacrs; the message states rule, value and remedy."""
+
+
+def _callback_class() -> Any:
+    try:
+        return importlib.import_module("transformers").TrainerCallback
+    except ImportError as error:
+        raise IntegrationError("this integration needs transformers; pip install transformers") from error
+
+
+class WtacrsCallback(_callback_class()):  # type: ignore[misc]
+    """Add what wtacrs does to the logs of a ``Trainer``.
+
+    ==========================  ====================================================================
+    ``wtacrs/saved_mib``        activations that the forward pass saves, MiB; the compiled graphs' sum
+    ``wtacrs/saved_ratio``      the same, to what Inductor would save
+    ``wtacrs/peak_mib``         most MiB allocated on the GPU since the last log; on CPU, of the process
+    ``wtacrs/added_variance``   variance that sampling adds to dW over ||dW||^2, the median of the layers
+    ==========================  ====================================================================
+
+    Args:
+        compiled: the backend object that compiles the model.
+        diagnose_steps: measure the added variance every so many steps, on two batches, in eager mode; None:
+            never. The state of the random number generators and the gradients stay as they are.
+    """
+
+    def __init__(self, compiled: Backend, diagnose_steps: int | None = None) -> None:
+        self.backend = compiled
+        self.diagnose_steps = diagnose_steps
+        self._variance: float | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the added variance where its turn has come."""
+        if self.diagnose_steps and state.global_step % self.diagnose_steps == 0:
+            self._variance = _added_variance(kwargs["model"], kwargs["train_dataloader"], self.backend.policy)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Extend the logs, and the history that the trainer keeps of them."""
+        if logs is None or "loss" not in logs:
+            return  # of an evaluation, or the summary at the end
+        figures = self.figures(next(kwargs["model"].parameters()).device)
+        logs.update(figures)
+        state.log_history[-1].update(figures)
+
+    def figures(self, device: torch.device) -> dict[str, float]:
+        """Return what is known now; on CUDA a new peak begins."""
+        found: dict[str, float] = {}
+        # One graph of each part of the model: the last, where shapes have varied.
+        graphs = {tuple(site.module for site in report.sites): report for report in self.backend.reports}
+        if graphs:
+            before, after = (
+                sum(getattr(report, f"saved_bytes_{when}") for report in graphs.values())
+                for when in ("before", "after")
+            )
+            found |= {"wtacrs/saved_mib": after / MIB, "wtacrs/saved_ratio": after / max(1, before)}
+        if device.type == "cuda":
+            found["wtacrs/peak_mib"] = torch.cuda.max_memory_allocated(device) / MIB
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            found["wtacrs/peak_mib"] = psutil.Process().memory_info().rss / MIB
+        if self._variance is not None:
+            found["wtacrs/added_variance"] = self._variance
+        return found
+
+
+def enable(
+    trainer_or_model: Any,
+    policy: Policy | None = None,
+    *,
+    mode: str | None = None,
+    diagnose_steps: int | None = None,
+    **inductor_options: Any,
+) -> WtacrsCallback:
+    """Compile the model of a ``Trainer``, or a model, in place; return the callback that logs.
+
+    A ``Trainer`` gets the callback as well, before all others, so that these see what it adds. Call this
+    once, before ``trainer.train()``.
+
+    Args:
+        trainer_or_model: a ``transformers.Trainer`` or any ``nn.Module``.
+        policy: what is sampled, and how; ``Policy()`` where it is None.
+        mode, inductor_options: as in :func:`wtacrs_fx.backend`.
+        diagnose_steps: see :class:`WtacrsCallback`.
+
+    Raises:
+        IntegrationError: neither a trainer nor a model, compiled already, or a trainer that compiles itself.
+        PolicyError: options that do not exist.
+    """
+    trainer = None if isinstance(trainer_or_model, nn.Module) else trainer_or_model
+    model = trainer_or_model if trainer is None else getattr(trainer, "model", None)
+    if not isinstance(model, nn.Module):
+        raise IntegrationError(
+            f"enable needs a transformers.Trainer or an nn.Module, got a {type(trainer_or_model).__name__}"
+        )
+    if getattr(getattr(trainer, "args", None), "torch_compile", False):
+        raise IntegrationError(
+            "the trainer compiles the model itself (TrainingArguments.torch_compile), which would be a "
+            "second time; leave torch_compile, torch_compile_backend and torch_compile_mode out"
+        )
+    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+        raise IntegrationError(
+            "the model is compiled already; call enable once, on a model that torch.compile has not seen"
+        )
+    callback = WtacrsCallback(backend(policy, mode=mode, **inductor_options), diagnose_steps)
+    model.compile(backend=callback.backend)
+    if trainer is not None:
+        trainer.add_callback(callback)
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop())
+    return callback
+
+
+def _added_variance(model: nn.Module, loader: Any, policy: Policy) -> float:
+    """Return the median over layers of the added variance on the first two batches of a loader's data."""
+    device = next(model.parameters()).device
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None  # hooks need the eager model
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            batches = [
+                {name: value.to(device) for name, value in batch.items()} for batch in _first_batches(loader)
+            ]
+            layers = diagnose(model, batches, policy).layers
+    finally:
+        model._compiled_call_impl = compiled
+    return statistics.median(layer.added for layer in layers)
+
+
+def _first_batches(loader: Any) -> Iterator[Mapping[str, Any]]:
+    """Yield two batches, past the loader itself: accelerate follows the state of its iteration."""
+    size = getattr(loader, "total_batch_size", None) or getattr(loader, "batch_size", None) or 1
+    samples = iter(loader.dataset)
+    for _ in range(2):
+        yield loader.collate_fn(list(itertools.islice(samples, size)))

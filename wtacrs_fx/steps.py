@@ -1,0 +1,139 @@
+"""Steps of several variants of one model side by side: saved bytes, peak memory, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import compile_fx
+
+from . import measure
+from .backend import reports
+
+Compiler = Callable[[torch.fx.GraphModule, list[Any]], Any]
+
+
+def inductor(budget: float = 1.0) -> Compiler:
+    """Return Inductor at `activation_memory_budget=budget`; 1.0 is its default."""
+
+    def compile_at_budget(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        with functorch_config.patch(activation_memory_budget=budget):
+            return compile_fx(graph, inputs)
+
+    return compile_at_budget
+
+
+class Step:
+    """One variant's forward and backward pass over one batch, on its own copy of the model, compiled at once.
+
+    Dynamo keeps what it compiled under the code object of `forward`, which all copies share, and tells
+    variants apart by their backend object alone. Hence a new object for each step (`_compile` is a bound
+    method), a count of the graphs that it compiled, and no `torch._dynamo.reset()` while steps are in use.
+    """
+
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], backend: Compiler | None) -> None:
+        torch._dynamo.config.recompile_limit = 256  # by default only 8 variants of one code object are kept
+        self.model = deepcopy(model)
+        self.inputs = inputs
+        self._backend = backend
+        self._graphs = 0
+        compiled = backend is not None
+        self._call = (
+            torch.compile(self.model, backend=self._compile, fullgraph=True) if compiled else self.model
+        )
+        earlier = len(reports())
+        began = time.perf_counter()
+        self()
+        self.first_call_seconds = time.perf_counter() - began
+        self.reports = reports()[earlier:]
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        assert self._backend is not None
+        self._graphs += 1
+        return self._backend(graph, inputs)
+
+    def __call__(self) -> None:
+        """Leave fresh gradients in the model."""
+        self.model.zero_grad(set_to_none=True)
+        self.forward().backward()  # type: ignore[no-untyped-call]
+
+    def forward(self) -> Tensor:
+        """Return the loss: a scalar."""
+        return cast(Tensor, self._call(**self.inputs))
+
+    def check(self) -> None:
+        """Raise if this step ran another variant's code or was compiled again while it was measured."""
+        expected = int(self._backend is not None)
+        if self._graphs != expected:
+            raise RuntimeError(
+                f"a variant must compile {expected} graph(s), this one compiled {self._graphs}"
+            )
+
+
+def saved_bytes(step: Step) -> int:
+    """Return the bytes that the forward keeps for the backward, less parameters, buffers and inputs."""
+    owned = [*step.model.parameters(), *step.model.buffers(), *step.inputs.values()]
+    step.model.zero_grad(set_to_none=True)
+    return measure.saved_bytes(step.forward, owned)
+
+
+def peak_bytes(step: Step) -> int:
+    """Return the most bytes that a step holds at once, gradients included, beyond what was held before it."""
+    step.model.zero_grad(set_to_none=True)
+    return measure.peak_bytes(step, next(step.model.parameters()).device)
+
+
+def step_seconds(step: Step) -> float:
+    """Return the duration of one forward and backward pass."""
+    step.model.zero_grad(set_to_none=True)
+    if next(step.model.parameters()).is_cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def interleave(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Take every measure once a round (A B C, B C A, C A B, ...), so that a slow minute slows all of them."""
+    values: dict[str, list[float]] = {name: [] for name in measures}
+    names = list(measures)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            values[name].append(measures[name]())
+    return values
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one variant needs: bytes saved for the backward pass, bytes at the peak, seconds of each round."""
+
+    saved: int
+    peak: int
+    seconds: list[float]
+
+
+def measure_steps(steps: dict[str, Step], rounds: int) -> dict[str, Measured]:
+    """Measure every variant; the timed steps are interleaved.
+
+    Raises:
+        RuntimeError: a step ran another variant's code or was compiled again while it was measured.
+    """
+    saved = {variant: saved_bytes(step) for variant, step in steps.items()}
+    peaks = {variant: peak_bytes(step) for variant, step in steps.items()}
+    times = interleave({variant: partial(step_seconds, step) for variant, step in steps.items()}, rounds)
+    for step in steps.values():
+        step.check()
+    return {variant: Measured(saved[variant], peaks[variant], times[variant]) for variant in steps}
