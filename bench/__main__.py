@@ -26,6 +26,7 @@ BENCHMARKS = (
     ["accuracy"],
     ["trainer"],
     ["optimizers"],
+    ["pictures"],
 )
 
 

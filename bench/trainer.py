@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from typing import Annotated, Any
 
 import torch
@@ -20,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from bench.harness import BASELINE, MIB, Row, circumstances, record, summarise
+from bench.harness import BASELINE, MIB, Row, circumstances, record
 from wtacrs_fx.demo import load_texts, packaged_encoder, split
 from wtacrs_fx.integrations.transformers import enable
 
@@ -34,7 +33,7 @@ def accuracy(found: Any) -> dict[str, float]:
 
 
 def run(variant: str, seed: int, steps: int, batch: int, length: int, layers: int | None) -> dict[str, float]:
-    """Train once; return accuracy on held-out texts, saved MiB before and after, and seconds a step."""
+    """Train once; return accuracy on held-out texts, and saved MiB before and after."""
     folder = packaged_encoder()
     texts, labels, classes = load_texts()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -66,9 +65,7 @@ def run(variant: str, seed: int, steps: int, batch: int, length: int, layers: in
         trainer.model.compile(backend="inductor")
     else:
         callback = enable(trainer)
-    began = time.perf_counter()
     trainer.train()
-    figures["seconds"] = time.perf_counter() - began
     figures["accuracy"] = trainer.evaluate()["eval_accuracy"]
     if variant != BASELINE:
         report = callback.backend.reports[0]
@@ -106,17 +103,12 @@ def measure(seeds: int, steps: int, batch: int, length: int, layers: int | None 
         ]
 
     before, after = found[VARIANTS[1]][0]["before"], found[VARIANTS[1]][0]["after"]
-    seconds = {variant: [one["seconds"] for one in found[variant]] for variant in VARIANTS}
     return [
         *mean_and_error(VARIANTS[0], "accuracy", exact),
         *mean_and_error(VARIANTS[1], "accuracy", ours),
         *mean_and_error(VARIANTS[1], "difference", [b - a for a, b in zip(exact, ours, strict=True)]),
         row(VARIANTS[0], "saved", "MiB", value=before, ratio=1.0),
         row(VARIANTS[1], "saved", "MiB", value=after, ratio=after / before),
-        *(
-            row(variant, "time with compilation", "s", **summarise(seconds[variant], seconds[BASELINE]))
-            for variant in VARIANTS
-        ),
     ]
 
 

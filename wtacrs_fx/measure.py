@@ -52,7 +52,7 @@ def _nodes(loss: Tensor) -> Iterator[torch.autograd.graph.Node]:
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes allocated during the step, less those allocated before it.
 
-    CUDA: ``max_memory_allocated``. CPU: the running sum of the profiler's memory events.
+    CUDA: ``max_memory_allocated``. CPU: the maximum of :func:`memory_timeline`.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -61,11 +61,37 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    # Without Kineto, which reports its start and stop on stderr.
-    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
-        step()
-    assert profile.kineto_results is not None
-    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    changes: Iterator[int] = (event.nbytes() for event in events)
-    return max(itertools.accumulate(changes, initial=0))
+    return max(held for _, held in memory_timeline(step, device))
+
+
+def memory_timeline(step: Callable[[], object], device: torch.device) -> list[tuple[float, int]]:
+    """Return the memory at each allocation and release: (seconds since the first, bytes beyond those before).
+
+    CUDA: the allocator's history. CPU: the memory events of the profiler.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.memory._record_memory_history(max_entries=10**6)
+        try:
+            step()
+            torch.cuda.synchronize(device)
+            trace = torch.cuda.memory._snapshot()["device_traces"][device.index or 0]
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        signs = {"alloc": 1, "free_requested": -1}
+        changes = [
+            (event["time_us"] / 1e6, signs[event["action"]] * event["size"])
+            for event in trace
+            if event["action"] in signs
+        ]
+    else:
+        # Without Kineto, which reports its start and stop on stderr.
+        with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
+            step()
+        assert profile.kineto_results is not None
+        events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+        changes = [(event.start_ns() / 1e9, event.nbytes()) for event in events]
+    changes.sort(key=lambda change: change[0])
+    began = changes[0][0] if changes else 0.0
+    held = itertools.accumulate((size for _, size in changes), initial=0)
+    return list(zip((0.0, *(moment - began for moment, _ in changes)), held, strict=True))

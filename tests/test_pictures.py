@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import wtacrs_fx
+from bench import pictures
+from wtacrs_fx.measure import memory_timeline
+from wtacrs_fx.pictures import draw_gradient
+
+
+def test_memory_goes_up_and_down() -> None:
+    def step() -> None:
+        x = torch.ones(1000)
+        y = torch.ones(500)
+        del x, y
+
+    timeline = memory_timeline(step, torch.device("cpu"))
+    assert [held for _, held in timeline] == [0, 4000, 6000, 2000, 0]
+    seconds = [moment for moment, _ in timeline]
+    assert seconds == sorted(seconds) and seconds[0] == 0
+
+
+def test_a_gradient_is_drawn_before_and_after(tmp_path: Path) -> None:
+    pictures.gradients(tmp_path)
+    before, after = ((tmp_path / f"gradient-{when}.svg").read_text() for when in ("before", "after"))
+    assert "wtacrs.choose_rows" in after and "wtacrs" not in before
+    assert "gradient of weight" in before
+
+
+def test_a_parameter_without_a_gradient_is_named(tmp_path: Path) -> None:
+    joint = wtacrs_fx.capture(torch.nn.Linear(4, 4), torch.randn(8, 4))
+    with pytest.raises(KeyError, match="no gradient of 'bais'; the graph has those of bias, weight"):
+        draw_gradient(joint, "bais", tmp_path / "x.svg")
