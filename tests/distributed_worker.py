@@ -281,7 +281,6 @@ def tensor() -> dict[str, Any]:
         found[name] = model.head.weight.grad
     weights = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     found["bytes"] = saved_bytes(lambda: compiled(x), [*weights, x]), predicted_bytes()
-    found["views"] = x.nbytes + model.down.weight.to_local().nbytes
     return found
 
 
