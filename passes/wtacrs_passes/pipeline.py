@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,7 +31,13 @@ from .report import Report, make_report
 from .residuals import Analysis, analyse
 from .sample_rows import SampledSite, sample_rows
 from .storage import choose_storage, modes
-from .torch_api import CustomPartitionerFn, lower_in_place, min_cut_rematerialization_partition, without_code
+from .torch_api import (
+    CheckpointPolicy,
+    CustomPartitionerFn,
+    lower_in_place,
+    min_cut_rematerialization_partition,
+    without_code,
+)
 
 
 class NoTangentsError(ValueError):
@@ -61,15 +68,32 @@ def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[NamedInput]) -> 
     analysis = analyse(graph, names, policy.samples_attention)
     plan = make_plan(analysis, graph, policy, annotations)
     sites = sample_rows(graph, plan)
+    residuals = [] if _is_checkpointed(graph) else _encode(graph, policy, sites)
+    graph.lint()
+    gm.recompile()
+    return Rewritten(analysis, plan, sites, residuals)
+
+
+def _encode(graph: fx.Graph, policy: Policy, sites: Sequence[SampledSite]) -> list[EncodedResidual]:
     tangent = jg.tangent_cone(graph)
     if any(mode.lossy for mode in modes(policy)):
         reassociate(graph, tangent)
     pinned = [node for site in sites for node in site.stored]
     storage = choose_storage(graph, tangent, policy, pinned)
-    residuals = encode_residuals(graph, tangent, storage, pinned)
-    graph.lint()
-    gm.recompile()
-    return Rewritten(analysis, plan, sites, residuals)
+    return encode_residuals(graph, tangent, storage, pinned)
+
+
+def _is_checkpointed(graph: fx.Graph) -> bool:
+    """Tell whether the user has said what is computed again; then what is stored is not ours to choose."""
+    again = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+    found = any(node.meta.get("recompute") in again for node in graph.nodes)
+    if found:
+        warnings.warn(
+            "the model uses checkpointing, so residuals are stored and computed again as that says, and none "
+            "is encoded; to have them encoded instead, and nothing computed twice, turn checkpointing off",
+            stacklevel=2,
+        )
+    return found
 
 
 def rewrite_and_partition(
