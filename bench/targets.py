@@ -166,6 +166,15 @@ TARGETS = (
     *(_compile(model, variant, 1.25) for model in ("bert", "llama") for variant in PLACEMENTS),
     *(_compile(model, "balanced", 1.2) for model in ("bert", "llama")),
     *(_compile(model, "balanced", 1.05, ", warm caches") for model in ("bert", "llama")),
+    Target(
+        "trainer, MiniLM: saved / Inductor",
+        "trainer",
+        "MiniLM, BBC news",
+        "wtacrs 0.3 balanced",
+        "saved",
+        0.4,
+        is_ratio=True,
+    ),
     _chooser("cpu", 1e-3),
     _chooser("cuda", 15e-6),
     *(
