@@ -1,10 +1,11 @@
-"""Pictures for the documentation: memory over a step, and a weight gradient before and after the rewrite.
+"""Pictures of the documentation: memory over a step, noise by layer, a gradient before and after.
 
 python -m bench.pictures
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ import typer
 from torch import nn
 
 import wtacrs_fx
+from bench.gradient_variance import load
 from bench.harness import BASELINE, MIB, RESULTS, VARIANTS, Row, circumstances, record
 from bench.models import TINY, Shape, make
 from wtacrs_fx import Policy
@@ -49,6 +51,14 @@ def gradients(folder: Path) -> None:
     draw_gradient(sampled, "weight", folder / "gradient-after.svg")
 
 
+def noise(folder: Path, batches: int) -> None:
+    """Draw the noise that sampling adds to each layer of the packaged encoder, beside the minibatch's."""
+    model, drawn = load(16, 48, 0)
+    wtacrs_fx.diagnose(model.eval(), list(islice(drawn, batches)), Policy(ratio=0.3)).plot(
+        folder / "noise.png"
+    )
+
+
 def main(
     model: str = "bert",
     folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = RESULTS,
@@ -57,6 +67,7 @@ def main(
     """Draw; append rows to bench/results."""
     rows = timeline(model, TINY if quick else Shape(), folder)
     gradients(folder)
+    noise(folder, 2 if quick else 8)
     record(rows, keep=not quick)
 
 
