@@ -180,7 +180,17 @@ class TestCommand:
     def test_help_lists_the_options(self) -> None:
         result = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "120", "NO_COLOR": "1"})
         assert result.exit_code == 0
-        for option in ("--model", "--data", "--steps", "--batch", "--length", "--ratio", "--seed", "--out"):
+        for option in (
+            "--model",
+            "--data",
+            "--steps",
+            "--batch",
+            "--length",
+            "--ratio",
+            "--seed",
+            "--out",
+            "--json",
+        ):
             assert option in result.output
 
     @pytest.mark.parametrize(
