@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,17 @@ def test_callbacks_of_the_user_see_the_figures(tmp_path: Path) -> None:
     enable(one, Policy(min_rows=8))
     one.train()
     assert "wtacrs/saved_ratio" in user.seen[0]
+
+
+def test_a_smaller_last_batch_leaves_numbers_in_the_checkpoint(tmp_path: Path) -> None:
+    """It is compiled for any batch, whose report is in symbols; the state of a trainer is JSON."""
+    one = trainer(tmp_path, max_steps=-1, num_train_epochs=2, eval_strategy="no", save_steps=1, logging_steps=1)
+    one.train_dataset = dataset()[: 2 * BATCH + 3]
+    callback = enable(one, Policy(min_rows=8))
+    one.train()
+    assert not isinstance(callback.backend.reports[-1].saved_bytes_after, int)
+    history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["wtacrs/saved_mib"] for entry in history] == [history[0]["wtacrs/saved_mib"]] * 4
 
 
 def test_a_model_without_a_trainer() -> None:

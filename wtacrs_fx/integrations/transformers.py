@@ -43,7 +43,8 @@ class WtacrsCallback(_callback_class()):  # type: ignore[misc]
     """Add what wtacrs does to the logs of a ``Trainer``.
 
     ==========================  ====================================================================
-    ``wtacrs/saved_mib``        activations that the forward pass saves, MiB; the compiled graphs' sum
+    ``wtacrs/saved_mib``        activations that the forward pass saves, MiB; the sum of the graphs compiled
+                                for fixed shapes
     ``wtacrs/saved_ratio``      the same, to what Inductor would save
     ``wtacrs/peak_mib``         most MiB allocated on the GPU since the last log; on CPU, of the process
     ``wtacrs/added_variance``   variance that sampling adds to dW over ||dW||^2, the median of the layers
@@ -78,8 +79,12 @@ class WtacrsCallback(_callback_class()):  # type: ignore[misc]
     def figures(self, device: torch.device) -> dict[str, float]:
         """Return what is known now; on CUDA a new peak begins."""
         found: dict[str, float] = {}
-        # One graph of each part of the model: the last, where shapes have varied.
-        graphs = {tuple(site.module for site in report.sites): report for report in self.backend.reports}
+        # One graph of each part of the model: the last with shapes of its own, as bytes in symbols are no log.
+        graphs = {
+            tuple(site.module for site in report.sites): report
+            for report in self.backend.reports
+            if isinstance(report.saved_bytes_before, int) and isinstance(report.saved_bytes_after, int)
+        }
         if graphs:
             before, after = (
                 sum(getattr(report, f"saved_bytes_{when}") for report in graphs.values())
