@@ -21,14 +21,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 import wtacrs_fx
 from bench.harness import Row, circumstances, record
 from wtacrs_fx import Policy
 from wtacrs_fx.measure import saved_bytes
-from wtacrs_fx.predict import CARDS, largest_batch
+from wtacrs_fx.predict import CARDS, Loss, largest_batch
 
 TOKENS, LABEL_TOKENS = 128, 8
 ADAMW = 4 * 4  # bytes for each trained weight: itself, its gradient, two moments
@@ -84,24 +84,11 @@ METHODS = {
 }
 
 
-class Loss(nn.Module):
-    """A T5 whose forward is the training objective."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean cross entropy of the label's tokens: a scalar."""
-        loss: Tensor = self.model(input_ids=input_ids, labels=labels, use_cache=False).loss
-        return loss
-
-
 def build(size: Size, layers: int, lora: bool) -> Loss:
     """Return a model on the meta device."""
     config = T5Config(
         vocab_size=32128, d_model=size.d, d_ff=size.d_ff, d_kv=size.d_kv, num_heads=size.heads,
-        num_layers=layers, decoder_start_token_id=0,
+        num_layers=layers, decoder_start_token_id=0, use_cache=False,
     )  # fmt: skip
     with torch.device("meta"):
         model: Any = T5ForConditionalGeneration(config)

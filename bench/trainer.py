@@ -1,10 +1,13 @@
 """A transformers ``Trainer`` on MiniLM and BBC news, with Inductor and with wtacrs.
 
-python -m bench.trainer                   # 3 seeds; about 15 minutes on a core
+    python -m bench.trainer
+
+Three seeds; about 15 minutes on a core.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
 from typing import Annotated, Any
@@ -32,20 +35,27 @@ def accuracy(found: Any) -> dict[str, float]:
     return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
 
 
-def run(variant: str, seed: int, steps: int, batch: int, length: int, layers: int | None) -> dict[str, float]:
-    """Train once; return accuracy on held-out texts, and saved MiB before and after."""
-    folder = packaged_encoder()
+@functools.cache
+def load(length: int) -> tuple[list[dict[str, Any]], int]:
+    """Return BBC news as a trainer reads it, and the number of classes."""
     texts, labels, classes = load_texts()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(packaged_encoder())
     encoded = tokenizer(texts, truncation=True, max_length=length, padding="max_length")
     samples = [
         {"input_ids": ids, "attention_mask": mask, "label": label}
         for ids, mask, label in zip(encoded["input_ids"], encoded["attention_mask"], labels, strict=True)
     ]
+    return samples, len(classes)
+
+
+def run(variant: str, seed: int, steps: int, batch: int, length: int, layers: int | None) -> dict[str, float]:
+    """Train once; return accuracy on held-out texts, and saved MiB before and after."""
+    samples, classes = load(length)
+    folder = packaged_encoder()
     train, test = ([samples[i] for i in part] for part in split(len(samples), seed))
     # Without attention dropout, which has no fused kernel on CPU.
     config = AutoConfig.from_pretrained(
-        folder, num_labels=len(classes), attention_probs_dropout_prob=0.0,
+        folder, num_labels=classes, attention_probs_dropout_prob=0.0,
         **({} if layers is None else {"num_hidden_layers": layers}),
     )  # fmt: skip
     torch.manual_seed(seed)
@@ -85,15 +95,9 @@ def measure(seeds: int, steps: int, batch: int, length: int, layers: int | None 
 
     def row(variant: str, metric: str, unit: str, **figures: Any) -> Row:
         return Row(
-            "trainer",
-            "MiniLM, BBC news",
-            variant,
-            metric,
-            unit=unit,
-            shapes=shapes,
-            **figures,
-            **circumstances(),
-        )
+            "trainer", "MiniLM, BBC news", variant, metric, unit=unit, shapes=shapes,
+            **figures, **circumstances(),
+        )  # fmt: skip
 
     def mean_and_error(variant: str, metric: str, values: list[float]) -> list[Row]:
         error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0

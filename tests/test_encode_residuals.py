@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Transformer, is_unbiased, step
+from conftest import RowsOnly, Transformer, is_unbiased, step
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -290,6 +291,9 @@ def test_a_checkpointed_model_stores_what_checkpointing_says() -> None:
     model, x = Checkpointed(), torch.randn(256, 64, requires_grad=True)
     with pytest.warns(UserWarning, match="the model uses checkpointing"):
         report = wtacrs_fx.explain(model, x, policy=Policy(min_rows=8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wtacrs_fx.explain(model, x, policy=RowsOnly(min_rows=8))  # nothing would be encoded
     assert len(report.sampled) == 2
     assert report.saved_bytes_after < report.saved_bytes_before + 3 * 4 * 256  # norms of rows at most
     with pytest.warns(UserWarning, match="the model uses checkpointing"):

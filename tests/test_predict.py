@@ -20,6 +20,7 @@ from wtacrs_fx.predict import (
     LORA_WTACRS,
     WTACRS,
     Line,
+    ModelError,
     Prediction,
     build,
     predict,
@@ -126,6 +127,19 @@ def test_the_formula_holds_for_other_batches_and_lengths(llama: tuple[str, Predi
     assert formula == pytest.approx(other.saved[WTACRS], rel=0.02)
 
 
+def test_no_more_tokens_than_positions(tmp_path: Path) -> None:
+    """Learned positions end; those that are computed go on."""
+    gpt2 = GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=2, architectures=["GPT2LMHeadModel"]
+    )
+    folder = saved(gpt2, tmp_path / "gpt2")
+    predict(folder, 2, 32, torch.float32, Policy())
+    with pytest.raises(ModelError, match="^length must be at most 32, as many positions GPT2Config has"):
+        predict(folder, 2, 33, torch.float32, Policy())
+    llama = LlamaConfig(**SMALL, max_position_embeddings=32, architectures=["LlamaForCausalLM"])
+    build(saved(llama, tmp_path / "llama"), 1, 2, 64, torch.float32, "meta")
+
+
 FACTORIES = """
 import torch
 from transformers import BertConfig, BertModel
@@ -144,6 +158,15 @@ def make(batch, length):
 
 def data():
     return Loss(), [{"input_ids": torch.randint(64, (4, 32))} for _ in range(2)]
+
+def pair(batch, length):
+    return 3
+
+def items(batch, length):
+    return Loss(), [batch]
+
+def wrong(batch, length):
+    return Loss(), {"input_ids": torch.zeros(batch, 1000, dtype=torch.long)}
 
 nothing = 3
 """
@@ -198,6 +221,10 @@ def test_a_factory_of_batches_is_diagnosed(factories: str) -> None:
         ("no_such_module:make", "No module named 'no_such_module'"),
         ("{}:none", "write it as module:factory"),
         ("{}:nothing", "is a int; name a function"),
+        ("{}:data", "is called as factory(batch, length) here, but: too many positional arguments"),
+        ("{}:pair", "must return a model and its data, a tuple, got a int"),
+        ("{}:items", "must return a model and a dict of its arguments, got a list of them"),
+        ("{}:wrong", "expand a dimension of length 512 -> 1000"),
     ],
 )
 def test_what_names_no_factory(name: str, message: str, factories: str) -> None:

@@ -134,7 +134,9 @@ def test_callbacks_of_the_user_see_the_figures(tmp_path: Path) -> None:
 
 def test_a_smaller_last_batch_leaves_numbers_in_the_checkpoint(tmp_path: Path) -> None:
     """It is compiled for any batch, whose report is in symbols; the state of a trainer is JSON."""
-    one = trainer(tmp_path, max_steps=-1, num_train_epochs=2, eval_strategy="no", save_steps=1, logging_steps=1)
+    one = trainer(
+        tmp_path, max_steps=-1, num_train_epochs=2, eval_strategy="no", save_steps=1, logging_steps=1
+    )
     one.train_dataset = dataset()[: 2 * BATCH + 3]
     callback = enable(one, Policy(min_rows=8))
     one.train()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
+import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from wtacrs_fx import Policy
     from wtacrs_fx.predict import Prediction
+    from wtacrs_fx.progress import Progress
 
 app = typer.Typer(
     help="Train transformers in less activation memory.", no_args_is_help=True, add_completion=False
@@ -26,6 +29,7 @@ app = typer.Typer(
 @app.callback()
 def main() -> None:
     """Train transformers in less activation memory."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "7")  # above USDT: a line for each start of the profiler
 
 
 @app.command()
@@ -52,13 +56,10 @@ def demo(
     """
     from rich.console import Console
 
-    from wtacrs_fx.demo import InputError, Settings, run
+    from wtacrs_fx.demo import Settings, run
 
-    try:
+    with _errors():
         rows = run(Settings(model, data, steps, batch, length, ratio, seed, out), Console(stderr=as_json))
-    except InputError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(row) for row in rows]))
 
@@ -93,9 +94,10 @@ def explain(
     wtacrs explain my_package.models:make --batch 4
     """
     from wtacrs_fx.predict import predict
+    from wtacrs_fx.progress import bars
 
-    with _errors(), _status(f"tracing {model}") as tell:
-        found = predict(model, batch, length, _dtype(dtype), _policy(ratio, residuals), tell)
+    with _errors(), bars() as progress:
+        found = predict(model, batch, length, _dtype(dtype), _policy(ratio, residuals), progress)
     if as_json:
         typer.echo(json.dumps(found.to_dict()))
     else:
@@ -125,9 +127,10 @@ def bench(
 
     from wtacrs_fx import backend
     from wtacrs_fx.predict import build
+    from wtacrs_fx.progress import bars
     from wtacrs_fx.steps import Compiler, Step, inductor, measure_steps
 
-    with _errors(), _status("building the model") as tell:
+    with _errors(), bars() as progress:
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         variants: dict[str, Compiler | None] = {
             "eager": None,
@@ -138,11 +141,11 @@ def bench(
         }
         network, inputs = build(model, layers, batch, length, _dtype(dtype), place)
         steps = {}
+        progress("compiling", 0, len(variants))
         for name, compiler in variants.items():
-            tell(f"compiling {name}")
             steps[name] = Step(network, inputs, compiler)
-        tell("measuring")
-        found = measure_steps(steps, rounds)
+            progress("compiling", len(steps), len(variants))
+        found = measure_steps(steps, rounds, progress)
     rows = {
         name: {"saved_bytes": one.saved, "peak_bytes": one.peak, "seconds": statistics.median(one.seconds)}
         for name, one in found.items()
@@ -168,11 +171,12 @@ def diagnose(
     Examples:  wtacrs diagnose my_package.train:model_and_batches --plot noise.png
     """
     import wtacrs_fx
-    from wtacrs_fx.predict import load_factory
+    from wtacrs_fx.predict import call_factory
+    from wtacrs_fx.progress import bars
 
-    with _errors(), _status(f"running {model}"):
-        network, batches = load_factory(model)()
-        found = wtacrs_fx.diagnose(network, batches, _policy(ratio, "balanced"))
+    with _errors(), bars() as progress:
+        network, batches = call_factory(model)
+        found = wtacrs_fx.diagnose(network, _counted(list(batches), progress), _policy(ratio, "balanced"))
     if plot is not None:
         found.plot(plot)
     typer.echo(json.dumps(found.to_dict()) if as_json else str(found))
@@ -181,23 +185,38 @@ def diagnose(
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
     """Print what is wrong with the input in one line, and leave with 2."""
+    from torch._dynamo.exc import TorchDynamoException
+
     from wtacrs_fx import DiagnosisError, NoTangentsError, PolicyError
+    from wtacrs_fx.demo import InputError
     from wtacrs_fx.predict import ModelError
 
+    verbose = os.environ.get("TORCHDYNAMO_VERBOSE") == "1"
+    if not verbose:
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # it logs tracebacks
     try:
         yield
-    except (ModelError, PolicyError, DiagnosisError, NoTangentsError) as error:
+    except (InputError, ModelError, PolicyError, DiagnosisError, NoTangentsError) as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except TorchDynamoException as error:
+        if verbose:
+            raise
+        reason = " ".join(str(error).partition("Hint:")[0].partition("\n\n")[0].split())
+        typer.echo(
+            f"error: the model cannot be traced ({reason}); run it in eager mode with such inputs, or set "
+            "TORCHDYNAMO_VERBOSE=1 to see where this happened",
+            err=True,
+        )
         raise typer.Exit(2) from error
 
 
-@contextlib.contextmanager
-def _status(doing: str) -> Iterator[Callable[[str], None]]:
-    """Show what is being done, on stderr."""
-    from rich.console import Console
-
-    with Console(stderr=True).status(doing) as status:
-        yield lambda part: status.update(f"{doing}: {part}")
+def _counted(batches: list[Any], progress: Progress) -> Iterator[Any]:
+    """Yield the batches; one is done when the next is asked for."""
+    for done, batch in enumerate(batches):
+        progress("batches", done, len(batches))
+        yield batch
+    progress("batches", len(batches), len(batches))
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -227,8 +246,8 @@ def _print_prediction(found: Prediction, dtype: str) -> None:
     part = f"Two of {found.layers} layers of {found.name}" if found.per_token else found.name
     typer.echo(f"{part}, {found.batch} x {found.length} tokens, {dtype}:\n\n{found.report}\n")
     table = Table(
-        title=f"{found.parameters / 1e9:.2f}e9 parameters; saved activations; state: weights, gradients and "
-        "AdamW; largest batch by memory of the GPU"
+        title=f"{found.parameters / 1e6:,.1f} million parameters; saved activations; "
+        "state: weights, gradients and AdamW; largest batch by memory of the GPU"
     )
     table.add_column("training")
     for column in ("saved", "to Inductor", "state", *(f"{card} GB" for card in CARDS)):

@@ -189,33 +189,29 @@ def diagnose(
 
     Args:
         model: its forward returns the loss, or an object or a tuple that holds it.
-        batches: two or more, each the keyword or positional arguments of a call.
+        batches: two or more, each the keyword or positional arguments of a call; taken one by one.
 
     Raises:
         DiagnosisError: fewer than two batches, or nothing that the policy would sample.
     """
     policy = Policy() if policy is None else policy
-    given = list(batches)
-    if len(given) < 2:
-        raise DiagnosisError(
-            f"diagnose needs two or more batches, for the noise between them, got {len(given)}"
-        )
-    report = explain(model, *_args(given[0]), policy=policy, **_kwargs(given[0]))
-    sites = {site.module: site for site in report.sampled if site.parameter}
-    if not sites:
-        reasons = sorted({site.reason for site in report.sites})
-        raise DiagnosisError(f"the policy samples no layer of the model ({'; '.join(reasons)})")
+    sites: dict[str, SiteReport] = {}
     found: dict[str, list[_Layer]] = {}
     noise = _Noise()
-    for batch in given:
+    for batch in batches:
+        sites = sites or _sites(model, batch, policy)
         rows = rows_of(model, batch, sites)
         weights = _weights(rows, sites)
         noise.add({path: x.T.double() @ dy.double() for path, (x, dy) in rows.items()})
         for path, (x, dy) in rows.items():
             found.setdefault(path, []).append(_measure(x, dy, *weights[path], policy, path))
+    if noise.count < 2:
+        raise DiagnosisError(
+            f"diagnose needs two or more batches, for the noise between them, got {noise.count}"
+        )
     minibatch = noise.relative()
     layers = [_summary(sites[path], found[path], minibatch[path]) for path in sites if path in found]
-    return Diagnosis(tuple(layers), len(given), policy)
+    return Diagnosis(tuple(layers), noise.count, policy)
 
 
 def relative_variance(samples: Iterable[Sequence[Tensor]]) -> list[float]:
@@ -224,6 +220,18 @@ def relative_variance(samples: Iterable[Sequence[Tensor]]) -> list[float]:
     for sample in samples:
         noise.add({str(i): gradient for i, gradient in enumerate(sample)})
     return list(noise.relative().values())
+
+
+def _sites(
+    model: nn.Module, batch: Mapping[str, Any] | Sequence[Any], policy: Policy
+) -> dict[str, SiteReport]:
+    """Return the layers that a policy samples, by path."""
+    report = explain(model, *_args(batch), policy=policy, **_kwargs(batch))
+    sites = {site.module: site for site in report.sampled if site.parameter}
+    if not sites:
+        reasons = sorted({site.reason for site in report.sites})
+        raise DiagnosisError(f"the policy samples no layer of the model ({'; '.join(reasons)})")
+    return sites
 
 
 class _Noise:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import networkx
 import torch
 from torch import fx
 
@@ -31,8 +31,8 @@ def plot_timeline(timelines: Mapping[str, Sequence[tuple[float, int]]], path: st
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    colours = _COLOURS[-len(timelines) :]
-    for (name, timeline), colour in zip(timelines.items(), colours, strict=False):
+    colours = itertools.cycle(_COLOURS[-len(timelines) :])
+    for (name, timeline), colour in zip(timelines.items(), colours, strict=False):  # endless colours
         seconds, held = zip(*timeline, strict=True)
         last = seconds[-1] or 1.0
         peak = max(held) / MIB
@@ -71,13 +71,11 @@ def draw_gradient(graph_module: fx.GraphModule, parameter: str, path: str | Path
     if parameter not in found:
         raise KeyError(f"no gradient of {parameter!r}; the graph has those of {', '.join(sorted(found))}")
     depths = _depths(found[parameter])
-    picture = networkx.DiGraph(
-        (arg, node) for node in depths for arg in node.all_input_nodes if arg in depths
-    )
     tangent = jg.tangent_cone(graph)
     levels: dict[int, list[fx.Node]] = {}
-    for node in (node for node in graph.nodes if node in picture):
-        levels.setdefault(depths[node], []).append(node)
+    for node in graph.nodes:
+        if node in depths:
+            levels.setdefault(depths[node], []).append(node)
     places = {
         node: (2.6 * (number - (len(level) - 1) / 2) + 0.4 * (depth % 2), float(depth))
         for depth, level in levels.items()
@@ -86,9 +84,8 @@ def draw_gradient(graph_module: fx.GraphModule, parameter: str, path: str | Path
     widest = max(len(level) for level in levels.values())
     figure, axes = plt.subplots(figsize=(2.6 * widest, 0.9 * len(levels) + 0.8))
     axes.set(xlim=(-1.3 * widest, 1.3 * widest + 0.4), ylim=(-0.6, len(levels) - 0.4))
-    for node in picture:
-        x, y = places[node]
-        for arg in picture.predecessors(node):
+    for node, (x, y) in places.items():
+        for arg in places.keys() & set(node.all_input_nodes):
             axes.annotate(
                 "", (x, y), places[arg],
                 arrowprops={"arrowstyle": "->", "color": "#777777", "shrinkA": 16, "shrinkB": 18},
@@ -105,7 +102,6 @@ def draw_gradient(graph_module: fx.GraphModule, parameter: str, path: str | Path
         f"gradient of {parameter}\nblue: forward, orange: backward, thick: read by the backward pass",
         fontsize=10,
     )
-    axes.margins(0.25 / widest + 0.08, 0.1)
     axes.axis("off")
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)

@@ -6,15 +6,17 @@ that with runs).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
+import inspect
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +26,13 @@ from wtacrs_passes.policy import Policy
 from wtacrs_passes.report import Report
 
 from .capture import explain
+from .progress import Progress, silent
 
 INDUCTOR, BUDGET, CHECKPOINTING, WTACRS = "inductor", "inductor, budget 0.9", "checkpointing", "wtacrs"
 LORA, LORA_WTACRS = "LoRA", "LoRA, wtacrs"
 LORA_RANK = 8
 CARDS = (24, 40, 80)  # GB
+_TRACING = "tracing models"
 _MOMENTS = 2 * 4  # bytes of a parameter: AdamW's, in float32
 MakeModel = Callable[[int], tuple[nn.Module, dict[str, Tensor]]]
 
@@ -133,7 +137,7 @@ def predict(
     length: int,
     dtype: torch.dtype,
     policy: Policy,
-    progress: Callable[[str], None] = lambda doing: None,
+    progress: Progress = silent,
 ) -> Prediction:
     """Predict what training a model would store.
 
@@ -142,22 +146,27 @@ def predict(
             weights are not read; or ``module:factory``, where ``factory(batch, length)`` returns a model and
             its keyword arguments, and is called on the meta device.
         batch, length: of the token ids; dtype: of weights and activations.
-        progress: is told what is traced.
+        progress: is told how many ways of training have been traced.
 
     Raises:
         ModelError: no such configuration or factory, or one that this cannot build from token ids.
     """
-    if ":" in name and not Path(name).exists():
+    if _names_factory(name):
         return _predict_factory(name, batch, length, policy, progress)
     config = _configuration(name)
     depth = int(config.num_hidden_layers)
-    progress("wtacrs")
+    ways = 4 if find_spec("peft") else 3
+    progress(_TRACING, 0, ways)
     models = {layers: _model(config, layers, batch, length, dtype) for layers in (1, 2)}
     lines, report = saved_lines(models.__getitem__, policy)
-    progress(BUDGET)
-    budget = _budget_line(models.__getitem__)
-    progress("twice the length")
-    longer, _ = saved_lines(lambda layers: _model(config, layers, batch, 2 * length, dtype), policy)
+    progress(_TRACING, 1, ways)
+    with _at_budget() as exact:
+        budget = saved_lines(models.__getitem__, exact)[0][INDUCTOR]
+    progress(_TRACING, 2, ways)
+    wider = copy.deepcopy(config)
+    if getattr(config, "max_position_embeddings", None):
+        wider.max_position_embeddings = max(config.max_position_embeddings, 2 * length)
+    longer, _ = saved_lines(lambda layers: _model(wider, layers, batch, 2 * length, dtype), policy)
     one, two = (_count(model) for model, _ in models.values())
     parameters = round(Line.through(one, two)(depth))
     inputs_of_layers = depth * batch * length * int(config.hidden_size) * dtype.itemsize
@@ -168,14 +177,15 @@ def predict(
         WTACRS: lines[WTACRS](depth),
     }
     state = dict.fromkeys(saved, state_bytes(parameters, dtype.itemsize))
+    progress(_TRACING, 3, ways)
     if find_spec("peft"):
-        progress(LORA)
         adapted = {layers: _model(config, layers, batch, length, dtype, lora=True) for layers in (1, 2)}
         trained = round(Line.through(*(_count(model, trained=True) for model, _ in adapted.values()))(depth))
         lines, _ = saved_lines(adapted.__getitem__, policy)
         saved |= {LORA: lines[INDUCTOR](depth), LORA_WTACRS: lines[WTACRS](depth)}
         bytes_ = parameters * dtype.itemsize + state_bytes(trained, dtype.itemsize)
         state |= {LORA: bytes_, LORA_WTACRS: bytes_}
+        progress(_TRACING, ways, ways)
     # b (t l + p l^2) through the bytes of two lengths.
     short, long = saved[WTACRS] / batch, longer[WTACRS](depth) / batch
     pair = max(0.0, (long - 2 * short) / (2 * length**2))
@@ -185,16 +195,15 @@ def predict(
     )
 
 
-def _predict_factory(
-    name: str, batch: int, length: int, policy: Policy, progress: Callable[[str], None]
-) -> Prediction:
+def _predict_factory(name: str, batch: int, length: int, policy: Policy, progress: Progress) -> Prediction:
     with torch.device("meta"):
-        model, inputs = load_factory(name)(batch, length)
-    progress("wtacrs")
+        model, inputs = _made(name, batch, length)
+    progress(_TRACING, 0, 2)
     report = explain(model, **inputs, policy=policy)
-    progress(BUDGET)
-    with functorch_config.patch(activation_memory_budget=0.9):
-        budget = explain(model, **inputs, policy=Policy(ratio=1.0, residuals="exact")).saved_bytes_before
+    progress(_TRACING, 1, 2)
+    with _at_budget() as exact:
+        budget = explain(model, **inputs, policy=exact).saved_bytes_before
+    progress(_TRACING, 2, 2)
     saved = {
         INDUCTOR: float(report.saved_bytes_before),
         BUDGET: float(budget),
@@ -219,19 +228,18 @@ def build(
     Raises:
         ModelError: as :func:`predict`.
     """
-    if ":" in name and not Path(name).exists():
+    if _names_factory(name):
         with torch.device(device):
-            model, inputs = load_factory(name)(batch, length)
-        return model, inputs
+            return _made(name, batch, length)
     model, inputs = _model(_configuration(name), layers, batch, length, dtype, device=device)
-    return (_LossOf(model) if "labels" in inputs else model), inputs
+    return (Loss(model) if "labels" in inputs else model), inputs
 
 
-def load_factory(name: str) -> Callable[..., Any]:
-    """Return the function that ``module:factory`` names; modules of the working directory are found.
+def call_factory(name: str, *args: int) -> tuple[nn.Module, Any]:
+    """Return the model and the data that ``module:factory`` makes; the working directory is searched too.
 
     Raises:
-        ModelError: no such module or function.
+        ModelError: no such module or function, or one that does not take `args` or returns something else.
     """
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
@@ -242,12 +250,35 @@ def load_factory(name: str) -> Callable[..., Any]:
         raise ModelError(f"{name!r} names no function ({error}); write it as module:factory") from error
     if not callable(factory):
         raise ModelError(f"{name!r} is a {type(factory).__name__}; name a function that returns a model")
-    return cast(Callable[..., Any], factory)
+    try:
+        inspect.signature(factory).bind(*args)
+    except TypeError as error:
+        wanted = "(batch, length)" if args else "()"
+        raise ModelError(f"{name!r} is called as factory{wanted} here, but: {error}") from error
+    made = factory(*args)
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise ModelError(f"{name!r} must return a model and its data, a tuple, got a {type(made).__name__}")
+    return made
 
 
-def _budget_line(make_model: MakeModel) -> Line:
+def _names_factory(name: str) -> bool:
+    return ":" in name and not Path(name).exists()
+
+
+def _made(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    model, inputs = call_factory(name, batch, length)
+    if not isinstance(inputs, dict):
+        raise ModelError(
+            f"{name!r} must return a model and a dict of its arguments, got a {type(inputs).__name__} of them"
+        )
+    return model, inputs
+
+
+@contextlib.contextmanager
+def _at_budget() -> Iterator[Policy]:
+    """Let Inductor save what ``activation_memory_budget=0.9`` says; the policy changes nothing."""
     with functorch_config.patch(activation_memory_budget=0.9):
-        return saved_lines(make_model, Policy(ratio=1.0, residuals="exact"))[0][INDUCTOR]
+        yield Policy(ratio=1.0, residuals="exact")
 
 
 def _count(model: nn.Module, trained: bool = False) -> int:
@@ -285,16 +316,27 @@ class _MeanSquare(nn.Module):
         return hidden.float().square().mean()
 
 
-class _LossOf(nn.Module):
-    """Return a model's loss alone."""
+class Loss(nn.Module):
+    """A model of transformers whose forward is its training objective."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of token ids and labels, both [batch, length]: a scalar."""
         loss: Tensor = self.model(input_ids=input_ids, labels=labels).loss
         return loss
+
+
+def _check_length(model: nn.Module, config: Any, length: int) -> None:
+    """Raise where a model has an embedding for each position, and too few of them: meta tensors would not."""
+    positions = getattr(config, "max_position_embeddings", None) or length
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    if length > positions and not {positions, positions + 2}.isdisjoint(tables):  # OPT's have two more
+        raise ModelError(
+            f"length must be at most {positions}, as many positions {type(config).__name__} has, got {length}"
+        )
 
 
 def _with_lora(model: nn.Module) -> nn.Module:
@@ -326,19 +368,23 @@ def _model(
         config.layer_types = config.layer_types[:layers]
     names = [name for name in config.architectures or () if hasattr(transformers, name)]
     head = names[0] if names else ""
+    has_loss = head.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration"))
     with torch.device(device):
         ids = torch.randint(int(config.vocab_size), (batch, length))
         try:
-            if head.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")):
-                model = getattr(transformers, head)(config)
-                if getattr(model, "loss_type", "") is None:
-                    model.loss_type = "ForCausalLM"  # the default, of which some models warn in their forward
-                model = (_with_lora(model) if lora else model).to(dtype).train()
-                return model, {"input_ids": ids, "labels": ids}
-            bare = transformers.AutoModel.from_config(config)
+            model = (
+                getattr(transformers, head)(config)
+                if has_loss
+                else transformers.AutoModel.from_config(config)
+            )
         except (ValueError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"{head or type(config).__name__} cannot be built from token ids: {error}"
             ) from error
-        bare = _with_lora(bare) if lora else bare
-        return _MeanSquare(bare).to(dtype).train(), {"input_ids": ids}
+        _check_length(model, config, length)
+        if getattr(model, "loss_type", "") is None:
+            model.loss_type = "ForCausalLM"  # the default, of which some models warn in their forward
+        model = _with_lora(model) if lora else model
+    if has_loss:
+        return model.to(dtype).train(), {"input_ids": ids, "labels": ids}
+    return _MeanSquare(model).to(dtype).train(), {"input_ids": ids}

@@ -16,6 +16,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from . import measure
 from .backend import reports
+from .progress import Progress, silent
 
 Compiler = Callable[[torch.fx.GraphModule, list[Any]], Any]
 
@@ -105,7 +106,9 @@ def step_seconds(step: Step) -> float:
     return time.perf_counter() - began
 
 
-def interleave(measures: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    measures: dict[str, Callable[[], float]], rounds: int, progress: Progress = silent
+) -> dict[str, list[float]]:
     """Take every measure once a round (A B C, B C A, C A B, ...), so that a slow minute slows all of them."""
     values: dict[str, list[float]] = {name: [] for name in measures}
     names = list(measures)
@@ -113,6 +116,7 @@ def interleave(measures: dict[str, Callable[[], float]], rounds: int) -> dict[st
         first = turn % len(names)
         for name in names[first:] + names[:first]:
             values[name].append(measures[name]())
+        progress("rounds", turn + 1, rounds)
     return values
 
 
@@ -125,7 +129,7 @@ class Measured:
     seconds: list[float]
 
 
-def measure_steps(steps: dict[str, Step], rounds: int) -> dict[str, Measured]:
+def measure_steps(steps: dict[str, Step], rounds: int, progress: Progress = silent) -> dict[str, Measured]:
     """Measure every variant; the timed steps are interleaved.
 
     Raises:
@@ -133,7 +137,10 @@ def measure_steps(steps: dict[str, Step], rounds: int) -> dict[str, Measured]:
     """
     saved = {variant: saved_bytes(step) for variant, step in steps.items()}
     peaks = {variant: peak_bytes(step) for variant, step in steps.items()}
-    times = interleave({variant: partial(step_seconds, step) for variant, step in steps.items()}, rounds)
+    seconds: dict[str, Callable[[], float]] = {
+        variant: partial(step_seconds, step) for variant, step in steps.items()
+    }
+    times = interleave(seconds, rounds, progress)
     for step in steps.values():
         step.check()
     return {variant: Measured(saved[variant], peaks[variant], times[variant]) for variant in steps}

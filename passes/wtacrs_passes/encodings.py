@@ -91,11 +91,11 @@ def quantise(x: Tensor, noise: Tensor | None = None, *, bits: int) -> tuple[Tens
     if x.device.type == "cpu":  # two flat loops are faster there; in groups, Triton has one kernel for both
         steps = steps.flatten(-2)
     steps = steps.clamp(-largest, largest)
-    whole = steps.to(torch.int8) if bits == 8 else (steps + (largest + 1)).to(torch.uint8)
-    whole = whole.view(x.shape)
-    codes = whole if bits == 8 else pack(whole, 4)
-    peaks = peaks.squeeze(-1)
-    return codes, peaks.to(x.dtype) if x.element_size() == 2 else peaks
+    if bits == 8:
+        codes = steps.to(torch.int8).view(x.shape)
+    else:
+        codes = pack((steps + 2 ** (bits - 1)).to(torch.uint8).view(x.shape), bits)
+    return codes, peaks.squeeze(-1).to(x.dtype if x.element_size() == 2 else torch.float32)
 
 
 def dequantise(codes: Tensor, peaks: Tensor, *, bits: int, features: Any, dtype: torch.dtype) -> Tensor:

@@ -39,6 +39,7 @@ CASTS = {prims.convert_element_type.default, aten._to_copy.default}
 GATHERS = {aten.expand.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.gather.default}
 FILLS: dict[Any, int] = {aten.full.default: 1, aten.scalar_tensor.default: 0}
 """Constants, with the position of the value among the arguments."""
+_LOOPS = {aten.cat.default, aten.embedding.default, *FILLS}
 RANDOM = {inductor_prims.seed, inductor_prims.seeds, inductor_prims.random, inductor_prims.randint}
 
 
@@ -91,9 +92,7 @@ def is_recomputable(node: fx.Node) -> bool:
 def is_loop(node: fx.Node) -> bool:
     """Tell whether Inductor writes the loop that computes the node, and so may fuse it with others."""
     reduces = getattr(torch.Tag, "reduction", None) in getattr(node.target, "tags", ())
-    return (
-        reduces or is_recomputable(node) or node.target in {aten.cat.default, aten.embedding.default, *FILLS}
-    )
+    return reduces or is_recomputable(node) or node.target in _LOOPS
 
 
 def is_derivable(node: fx.Node) -> bool:

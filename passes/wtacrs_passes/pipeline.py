@@ -1,7 +1,7 @@
 """The order of the passes over a joint graph, and the identity of what they do.
 
 merge equal values -> take annotations -> analyse -> plan -> sample rows -> reassociate -> choose storage
--> encode residuals -> lower noise -> [pin, min-cut, unpin, verify]
+-> encode residuals -> lower noise -> [pin, min-cut, unpin, verify] -> write once
 """
 
 from __future__ import annotations
@@ -68,7 +68,15 @@ def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[NamedInput]) -> 
     analysis = analyse(graph, names, policy.samples_attention)
     plan = make_plan(analysis, graph, policy, annotations)
     sites = sample_rows(graph, plan)
-    residuals = [] if _is_checkpointed(graph) else _encode(graph, policy, sites)
+    encodes = any(mode.masks for mode in modes(policy))
+    if encodes and _is_checkpointed(graph):
+        warnings.warn(
+            "the model uses checkpointing, so residuals are stored and computed again as that says, and none "
+            "is encoded; to have them encoded instead, and nothing computed twice, turn checkpointing off",
+            stacklevel=2,
+        )
+        encodes = False
+    residuals = _encode(graph, policy, sites) if encodes else []
     graph.lint()
     gm.recompile()
     return Rewritten(analysis, plan, sites, residuals)
@@ -86,14 +94,7 @@ def _encode(graph: fx.Graph, policy: Policy, sites: Sequence[SampledSite]) -> li
 def _is_checkpointed(graph: fx.Graph) -> bool:
     """Tell whether the user has said what is computed again; then what is stored is not ours to choose."""
     again = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
-    found = any(node.meta.get("recompute") in again for node in graph.nodes)
-    if found:
-        warnings.warn(
-            "the model uses checkpointing, so residuals are stored and computed again as that says, and none "
-            "is encoded; to have them encoded instead, and nothing computed twice, turn checkpointing off",
-            stacklevel=2,
-        )
-    return found
+    return any(node.meta.get("recompute") in again for node in graph.nodes)
 
 
 def rewrite_and_partition(

@@ -112,7 +112,7 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
             rows = _rows(editor, site, x, center, indices, scales)
         zero = _observe(editor, site, dys)
         for product, dy in zip(site.products, dys, strict=True):
-            if site.placement == "backward" and center is None and _gathers_itself(product, rows, dy):
+            if _gathers_itself(site, product, rows, dy):
                 _replace(product, editor.call(ops.gathered_product, dy, indices, rows))
                 continue
             drawn = _gather_stored(editor, dy, indices)
@@ -321,11 +321,16 @@ def _gather(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
     return editor.call(aten.gather.default, node, 1, wide)
 
 
-def _gathers_itself(product: Product, rows: fx.Node, dy: fx.Node) -> bool:
-    """Tell whether the ways to compute the product shall compete; 16-bit operands on a GPU, if tuning."""
+def _gathers_itself(site: Site, product: Product, rows: fx.Node, dy: fx.Node) -> bool:
+    """Tell whether the ways to compute the product shall compete: of 16-bit rows on a GPU, if tuning.
+
+    Only the drawn rows of dY are read, so that there may be none to add to them.
+    """
     kind = rows.meta["val"].dtype, dy.meta["val"].dtype
     return (
-        tunes(dy.meta["val"].device)
+        site.placement == "backward"
+        and not site.sampling.center
+        and tunes(dy.meta["val"].device)
         and product.node.target is aten.mm.default
         and product.tangent_side == 0
         and kind in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16))

@@ -116,8 +116,6 @@ def choose_storage(
         tangent: everything computed from tangents.
         pinned: what is stored for the sites anyway.
     """
-    if not any(mode.masks for mode in modes(policy)):
-        return ()
     with real_tensors():  # functions of the graph are evaluated while it is compiled under fake tensors
         network = _Network(graph, tangent, policy, set(pinned))
         return network.storage()

@@ -79,7 +79,7 @@ class WtacrsCallback(_callback_class()):  # type: ignore[misc]
     def figures(self, device: torch.device) -> dict[str, float]:
         """Return what is known now; on CUDA a new peak begins."""
         found: dict[str, float] = {}
-        # One graph of each part of the model: the last with shapes of its own, as bytes in symbols are no log.
+        # Of each part of the model the last graph of fixed shapes: bytes in symbols cannot be logged.
         graphs = {
             tuple(site.module for site in report.sites): report
             for report in self.backend.reports
