@@ -147,6 +147,7 @@ def ddp() -> dict[str, Any]:
             parallel.register_comm_hook(None, hook)
             compiled = torch.compile(parallel, backend=backend)
             found["hooks"][name] = seeded(dist.get_rank(), model, compiled, mine)
+        found["losses"] = {name: train("ddp", name, range(6)) for name in POLICIES}
     return found
 
 
@@ -200,21 +201,30 @@ def reducer() -> dict[str, Any]:
     return {"z": z_scores(torch.stack(drawn), exact), "plans": plans(), "captures": counts["captures"]}
 
 
-def sharded(policy: Policy, layers: int = 2) -> tuple[Transformer, Tensor]:
+def shard_blocks(model: Transformer, policy: Policy) -> nn.Module:
     """Shard and compile block by block."""
-    model, tokens = transformer(layers)
     for layer in model.layers:
         fully_shard(layer)
         layer.compile(backend=wtacrs_fx.backend(policy))
     fully_shard(model)
-    return model, tokens
+    return model
+
+
+def replicate(model: Transformer, policy: Policy) -> nn.Module:
+    """Compile bucket by bucket."""
+    parallel = DistributedDataParallel(model, bucket_cap_mb=0.1)
+    return torch.compile(parallel, backend=wtacrs_fx.backend(policy))
+
+
+PARALLEL = {"ddp": replicate, "fsdp": shard_blocks}
 
 
 def fsdp() -> dict[str, Any]:
     """Sampled blocks, their draws and bytes; then a training of six steps, saved after three."""
     reference, tokens = transformer()
     exact = gradient(reference, reference, tokens)
-    model, _ = sharded(POLICIES["sampled"])
+    model, _ = transformer()
+    shard_blocks(model, POLICIES["sampled"])
     found: dict[str, Any] = {
         "z": z_scores(samples(model, model, shard(tokens), 100 + dist.get_rank()), exact),
         "plans": plans(),
@@ -227,19 +237,21 @@ def fsdp() -> dict[str, Any]:
     measured = saved_bytes(lambda: layer(x).sum(), known)
     found["bytes"] = measured, wtacrs_fx.reports()[0].saved_bytes_after
     found["graphs"] = len(wtacrs_fx.reports())
-    found["losses"] = {name: train(name, range(6)) for name in POLICIES}
+    found["losses"] = {name: train("fsdp", name, range(6)) for name in POLICIES}
     return found
 
 
 def resume() -> dict[str, Any]:
-    """The last three steps of the training, in new processes."""
-    return {"losses": {name: train(name, range(3, 6)) for name in POLICIES}}
+    """The last three steps of each training, in new processes."""
+    with small_buckets():
+        return {kind: {name: train(kind, name, range(3, 6)) for name in POLICIES} for kind in PARALLEL}
 
 
-def train(name: str, steps: range) -> list[float]:
+def train(kind: str, name: str, steps: range) -> list[float]:
     """Train from scratch, or from the checkpoint before the first step; return the losses of this rank."""
-    folder = Path(sys.argv[2]) / name
-    model, tokens = sharded(POLICIES[name], layers=1)
+    folder = Path(sys.argv[2]) / f"{kind}-{name}"
+    model, tokens = transformer(1)
+    call = PARALLEL[kind](model, POLICIES[name])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(dist.get_rank())
     losses = []
@@ -259,7 +271,7 @@ def train(name: str, steps: range) -> list[float]:
                     optim_state_dict=state["optimizer"],
                 )
                 torch.set_rng_state(torch.load(generator))
-        loss = model(shard(tokens))
+        loss = call(shard(tokens))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

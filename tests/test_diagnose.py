@@ -206,7 +206,7 @@ def test_ratios_for_a_budget() -> None:
 
 def test_what_cannot_be_diagnosed(model: Model) -> None:
     with pytest.raises(DiagnosisError, match="two or more batches, for the noise between them, got 1"):
-        diagnose(model, batches(1), RowsOnly())
+        diagnose(model, batches(1))
     with pytest.raises(DiagnosisError, match=r"samples no layer of the model \(ratio 1.0\)"):
         diagnose(model, batches(2), RowsOnly(ratio=1.0))
     with pytest.raises(DiagnosisError, match="must return its loss"):

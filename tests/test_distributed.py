@@ -177,8 +177,10 @@ def test_norms_are_remembered_in_buckets(ranks: Callable) -> None:
 # Checkpoints
 
 
-def test_a_new_launch_resumes_bit_for_bit(ranks: Callable) -> None:
+@pytest.mark.parametrize("case", ["ddp", "fsdp"])
+def test_a_new_launch_resumes_bit_for_bit(ranks: Callable, case: str) -> None:
     """Sampled rows as well: the checkpoint has the state of each rank's generator."""
-    for whole, resumed in zip(ranks("fsdp"), ranks("resume"), strict=True):
+    trained = ranks("ddp"), ranks("fsdp")  # both leave a checkpoint
+    for whole, resumed in zip(trained[case == "fsdp"], ranks("resume"), strict=True):
         for name, losses in whole["losses"].items():
-            assert len(set(losses)) == 6 and losses[3:] == resumed["losses"][name], name
+            assert len(set(losses)) == 6 and losses[3:] == resumed[case][name], name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -195,20 +196,21 @@ def diagnose(
         DiagnosisError: fewer than two batches, or nothing that the policy would sample.
     """
     policy = Policy() if policy is None else policy
-    sites: dict[str, SiteReport] = {}
+    given = iter(batches)
+    first = list(itertools.islice(given, 2))
+    if len(first) < 2:
+        raise DiagnosisError(
+            f"diagnose needs two or more batches, for the noise between them, got {len(first)}"
+        )
+    sites = _sites(model, first[0], policy)
     found: dict[str, list[_Layer]] = {}
     noise = _Noise()
-    for batch in batches:
-        sites = sites or _sites(model, batch, policy)
+    for batch in itertools.chain(first, given):
         rows = rows_of(model, batch, sites)
         weights = _weights(rows, sites)
         noise.add({path: x.T.double() @ dy.double() for path, (x, dy) in rows.items()})
         for path, (x, dy) in rows.items():
             found.setdefault(path, []).append(_measure(x, dy, *weights[path], policy, path))
-    if noise.count < 2:
-        raise DiagnosisError(
-            f"diagnose needs two or more batches, for the noise between them, got {noise.count}"
-        )
     minibatch = noise.relative()
     layers = [_summary(sites[path], found[path], minibatch[path]) for path in sites if path in found]
     return Diagnosis(tuple(layers), noise.count, policy)
