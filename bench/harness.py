@@ -175,7 +175,7 @@ def _commit() -> str:
         found = subprocess.run(["git", *arguments], cwd=RESULTS.parents[1], capture_output=True, text=True)
         return found.stdout.strip()
 
-    dirty = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md")
+    dirty = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md", ":!docs")
     return (git("rev-parse", "--short=12", "--verify", "HEAD") or "uncommitted") + ("+dirty" if dirty else "")
 
 

@@ -1,7 +1,7 @@
-"""Print the tables of bench/results and write them into README.md.
+"""Print the tables of bench/results and write them into README.md and docs.
 
     python -m bench.tables              # print all
-    python -m bench.tables --write      # rewrite the marked blocks of README.md
+    python -m bench.tables --write      # rewrite the marked blocks
 
 A block stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; NAME is a key of `TABLES` or
 `targets`.
@@ -149,6 +149,12 @@ _ACCURACY = {
     "gain over exact": "difference to exact",
     "gain over exact, standard error": "its standard error",
 }
+_HEADLINE = {
+    "inductor": "Inductor",
+    "inductor budget 0.9": "Inductor, `activation_memory_budget=0.9`",
+    "inductor, checkpointing": "Inductor, checkpointing",
+    "wtacrs 0.3 balanced": "**wtacrs**, default policy",
+}
 TABLES: dict[str, Table] = {
     "memory": _of_models("saved units a layer", "bfloat16", _one_digit),
     "memory-float32": _of_models("saved units a layer", "float32", _one_digit),
@@ -212,6 +218,14 @@ TABLES: dict[str, Table] = {
     ),
     "synthetic-variance": Table(
         "synthetic_variance", "rows", lambda row: row.metric == "variance / wta-crs", _model, _variant, _value
+    ),
+    "headline": Table(
+        "frontier",
+        "",
+        lambda row: row.device == "cpu" and row.variant in _HEADLINE,
+        lambda row: _HEADLINE[row.variant],
+        lambda row: f"{row.model}: {row.metric}",
+        _ratio,
     ),
     "frontier": Table(
         "frontier",
@@ -287,7 +301,7 @@ def rewrite(text: str, folder: Path = RESULTS) -> str:
     return re.sub(r"(<!-- bench:([\w-]+) -->).*?(<!-- /bench:\2 -->)", block, text, flags=re.DOTALL)
 
 
-def main(write: Annotated[bool, typer.Option(help="Rewrite the blocks of README.md.")] = False) -> None:
+def main(write: Annotated[bool, typer.Option(help="Rewrite the blocks of the pages.")] = False) -> None:
     """Print every table, or write the marked ones into README.md and docs."""
     if write:
         for page in PAGES:
