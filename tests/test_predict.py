@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, T5Config
 from typer.testing import CliRunner
 
@@ -14,6 +15,7 @@ import wtacrs_fx
 from wtacrs_fx import Policy, cli
 from wtacrs_fx.cli import app
 from wtacrs_fx.predict import (
+    BUDGETS,
     CHECKPOINTING,
     INDUCTOR,
     LORA,
@@ -59,6 +61,11 @@ def test_what_is_predicted_is_what_the_whole_model_would_save(llama: tuple[str, 
     report = wtacrs_fx.explain(model, input_ids=ids, labels=ids, policy=Policy(ratio=0.5))
     assert found.saved[INDUCTOR] == report.saved_bytes_before
     assert found.saved[WTACRS] == report.saved_bytes_after
+    for way, bound in {"inductor, budget 0.9": 1e-9, "inductor, budget 0.5": 0.05}.items():
+        with functorch_config.patch(activation_memory_budget=BUDGETS[way]):
+            exact = Policy(ratio=1.0, residuals="exact")
+            whole = wtacrs_fx.explain(model, input_ids=ids, labels=ids, policy=exact)
+        assert found.saved[way] == pytest.approx(whole.saved_bytes_before, rel=bound)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.layers == 4
     assert found.saved[CHECKPOINTING] < found.saved[INDUCTOR]

@@ -1,18 +1,19 @@
 """What training would store, before anything is allocated: models by name, traced on the meta device.
 
 Models of one and of two layers are traced; more follow, as layers are alike (``bench/scaling.py`` compares
-that with runs).
+that with runs). With a memory budget of 0.5 they are only nearly so: Inductor then decides tensor by tensor
+over the whole model.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 import inspect
+import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,11 +29,13 @@ from wtacrs_passes.report import Report
 from .capture import explain
 from .progress import Progress, silent
 
-INDUCTOR, BUDGET, CHECKPOINTING, WTACRS = "inductor", "inductor, budget 0.9", "checkpointing", "wtacrs"
+INDUCTOR, CHECKPOINTING, WTACRS = "inductor", "checkpointing", "wtacrs"
+BUDGETS = {f"inductor, budget {budget}": budget for budget in (0.9, 0.5)}
+"""Ways of training with Inductor's ``activation_memory_budget``."""
 LORA, LORA_WTACRS = "LoRA", "LoRA, wtacrs"
 LORA_RANK = 8
 CARDS = (24, 40, 80)  # GB
-_TRACING = "tracing models"
+_NOTHING = Policy(ratio=1.0, residuals="exact")
 _MOMENTS = 2 * 4  # bytes of a parameter: AdamW's, in float32
 MakeModel = Callable[[int], tuple[nn.Module, dict[str, Tensor]]]
 
@@ -155,37 +158,34 @@ def predict(
         return _predict_factory(name, batch, length, policy, progress)
     config = _configuration(name)
     depth = int(config.num_hidden_layers)
-    ways = 4 if find_spec("peft") else 3
-    progress(_TRACING, 0, ways)
+    adapts = find_spec("peft") is not None
+    advance = _counter(progress, 2 + len(BUDGETS) + adapts)
     models = {layers: _model(config, layers, batch, length, dtype) for layers in (1, 2)}
     lines, report = saved_lines(models.__getitem__, policy)
-    progress(_TRACING, 1, ways)
-    with _at_budget() as exact:
-        budget = saved_lines(models.__getitem__, exact)[0][INDUCTOR]
-    progress(_TRACING, 2, ways)
+    advance()
+    saved = {INDUCTOR: lines[INDUCTOR](depth)}
+    for way, budget in BUDGETS.items():
+        with functorch_config.patch(activation_memory_budget=budget):
+            saved[way] = saved_lines(models.__getitem__, _NOTHING)[0][INDUCTOR](depth)
+        advance()
     wider = copy.deepcopy(config)
     if getattr(config, "max_position_embeddings", None):
         wider.max_position_embeddings = max(config.max_position_embeddings, 2 * length)
     longer, _ = saved_lines(lambda layers: _model(wider, layers, batch, 2 * length, dtype), policy)
+    advance()
     one, two = (_count(model) for model, _ in models.values())
     parameters = round(Line.through(one, two)(depth))
     inputs_of_layers = depth * batch * length * int(config.hidden_size) * dtype.itemsize
-    saved = {
-        INDUCTOR: lines[INDUCTOR](depth),
-        BUDGET: budget(depth),
-        CHECKPOINTING: lines[INDUCTOR](1) + inputs_of_layers,
-        WTACRS: lines[WTACRS](depth),
-    }
+    saved |= {CHECKPOINTING: lines[INDUCTOR](1) + inputs_of_layers, WTACRS: lines[WTACRS](depth)}
     state = dict.fromkeys(saved, state_bytes(parameters, dtype.itemsize))
-    progress(_TRACING, 3, ways)
-    if find_spec("peft"):
+    if adapts:
         adapted = {layers: _model(config, layers, batch, length, dtype, lora=True) for layers in (1, 2)}
         trained = round(Line.through(*(_count(model, trained=True) for model, _ in adapted.values()))(depth))
         lines, _ = saved_lines(adapted.__getitem__, policy)
         saved |= {LORA: lines[INDUCTOR](depth), LORA_WTACRS: lines[WTACRS](depth)}
         bytes_ = parameters * dtype.itemsize + state_bytes(trained, dtype.itemsize)
         state |= {LORA: bytes_, LORA_WTACRS: bytes_}
-        progress(_TRACING, ways, ways)
+        advance()
     # b (t l + p l^2) through the bytes of two lengths.
     short, long = saved[WTACRS] / batch, longer[WTACRS](depth) / batch
     pair = max(0.0, (long - 2 * short) / (2 * length**2))
@@ -198,17 +198,15 @@ def predict(
 def _predict_factory(name: str, batch: int, length: int, policy: Policy, progress: Progress) -> Prediction:
     with torch.device("meta"):
         model, inputs = _made(name, batch, length)
-    progress(_TRACING, 0, 2)
+    advance = _counter(progress, 1 + len(BUDGETS))
     report = explain(model, **inputs, policy=policy)
-    progress(_TRACING, 1, 2)
-    with _at_budget() as exact:
-        budget = explain(model, **inputs, policy=exact).saved_bytes_before
-    progress(_TRACING, 2, 2)
-    saved = {
-        INDUCTOR: float(report.saved_bytes_before),
-        BUDGET: float(budget),
-        WTACRS: float(report.saved_bytes_after),
-    }
+    advance()
+    saved = {INDUCTOR: float(report.saved_bytes_before)}
+    for way, budget in BUDGETS.items():
+        with functorch_config.patch(activation_memory_budget=budget):
+            saved[way] = float(explain(model, **inputs, policy=_NOTHING).saved_bytes_before)
+        advance()
+    saved[WTACRS] = float(report.saved_bytes_after)
     itemsize = next(model.parameters()).element_size()
     fixed, trained = _count(model) - _count(model, trained=True), _count(model, trained=True)
     state = dict.fromkeys(saved, fixed * itemsize + state_bytes(trained, itemsize))
@@ -274,11 +272,15 @@ def _made(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, Tens
     return model, inputs
 
 
-@contextlib.contextmanager
-def _at_budget() -> Iterator[Policy]:
-    """Let Inductor save what ``activation_memory_budget=0.9`` says; the policy changes nothing."""
-    with functorch_config.patch(activation_memory_budget=0.9):
-        yield Policy(ratio=1.0, residuals="exact")
+def _counter(progress: Progress, total: int) -> Callable[[], None]:
+    """Tell that nothing is done yet; return what tells that one thing more is."""
+    done = itertools.count()
+
+    def advance() -> None:
+        progress("tracing models", next(done), total)
+
+    advance()
+    return advance
 
 
 def _count(model: nn.Module, trained: bool = False) -> int:
