@@ -73,6 +73,13 @@ def step(model: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> dict
     return gradients(model)
 
 
+def adds_up(report: wtacrs_fx.Report) -> bool:
+    """Tell whether the lines of a report account for every byte of its totals, once."""
+    lines = (*report.sites, *report.residuals)
+    totals = report.saved_bytes_before, report.saved_bytes_after
+    return totals == (sum(line.bytes_before for line in lines), sum(line.bytes_after for line in lines))
+
+
 def centring_errors(device: str) -> tuple[float, float]:
     """Return the squared error of dW over 50 steps, without centring and with it.
 

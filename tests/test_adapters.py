@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import is_unbiased
+from conftest import adds_up, is_unbiased
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -72,6 +72,7 @@ def test_lora_keeps_nothing_for_frozen_weights(lora: Adapted) -> None:
     assert report.saved_bytes_after < 0.8 * report.saved_bytes_before
     balanced = wtacrs_fx.explain(lora, TOKENS, policy=Policy())
     assert balanced.saved_bytes_after < 0.45 * balanced.saved_bytes_before
+    assert adds_up(report) and adds_up(balanced)
 
 
 def test_patterns_reach_adapters(lora: Adapted) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import RowsOnly
+from conftest import RowsOnly, adds_up
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,6 +23,7 @@ def test_every_linear_is_sampled(name: str, placement: str, dtype: torch.dtype) 
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     assert {site.module for site in report.sampled} == linears
     assert report.saved_bytes_after < 0.85 * report.saved_bytes_before
+    assert adds_up(report)
 
 
 def test_an_output_projection_behind_materialised_attention_stores_rows() -> None:

@@ -12,6 +12,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, 
 from typer.testing import CliRunner
 
 import wtacrs_fx
+import wtacrs_fx.predict as prediction
 from wtacrs_fx import Policy, cli
 from wtacrs_fx.cli import app
 from wtacrs_fx.predict import (
@@ -71,6 +72,14 @@ def test_what_is_predicted_is_what_the_whole_model_would_save(llama: tuple[str, 
     assert found.saved[CHECKPOINTING] < found.saved[INDUCTOR]
 
 
+@pytest.fixture
+def two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Predict Inductor and wtacrs alone; the other ways of training take as long again."""
+    monkeypatch.setattr(prediction, "BUDGETS", {})
+    monkeypatch.setattr(prediction, "find_spec", lambda name: None)
+
+
+@pytest.mark.usefixtures("two_ways")
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_with_and_without_a_loss(name: str, tmp_path: Path) -> None:
     found = predict(saved(OTHERS[name], tmp_path), 2, 64, torch.bfloat16, Policy())
@@ -126,6 +135,7 @@ def test_adapters_hold_less_state_and_save_less(llama: tuple[str, Prediction]) -
     assert weights < found.state[LORA] == found.state[LORA_WTACRS] < 0.7 * found.state[WTACRS]
 
 
+@pytest.mark.usefixtures("two_ways")
 def test_the_formula_holds_for_other_batches_and_lengths(llama: tuple[str, Prediction]) -> None:
     found = llama[1]
     assert found.per_token is not None and found.per_pair is not None
@@ -140,9 +150,9 @@ def test_no_more_tokens_than_positions(tmp_path: Path) -> None:
         vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=2, architectures=["GPT2LMHeadModel"]
     )
     folder = saved(gpt2, tmp_path / "gpt2")
-    predict(folder, 2, 32, torch.float32, Policy())
+    build(folder, 1, 2, 32, torch.float32, "meta")
     with pytest.raises(ModelError, match="^length must be at most 32, as many positions GPT2Config has"):
-        predict(folder, 2, 33, torch.float32, Policy())
+        build(folder, 1, 2, 33, torch.float32, "meta")
     llama = LlamaConfig(**SMALL, max_position_embeddings=32, architectures=["LlamaForCausalLM"])
     build(saved(llama, tmp_path / "llama"), 1, 2, 64, torch.float32, "meta")
 

@@ -104,7 +104,7 @@ def test_a_gradient_that_others_read_stays() -> None:
 def test_a_chain_of_the_users_own_is_tabulated(function: Callable[[Tensor], Tensor]) -> None:
     report = wtacrs_fx.explain(Chain(function), X, policy=Policy(residuals="balanced"))
     if function is own_mish:
-        assert [residual.encoding for residual in report.residuals] == ["table"]
+        assert [r.encoding for r in report.residuals if r.bytes_after] == ["table"]
     else:  # not constant for large arguments
         assert "table" not in {residual.encoding for residual in report.residuals}
 

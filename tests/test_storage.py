@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Transformer
+from conftest import Transformer, adds_up
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,9 +38,8 @@ def stored(
     report = wtacrs_fx.explain(Sandwich(function, after), X, policy=Policy(residuals=residuals, **fields))
     found: dict[str, list[str]] = {}
     for residual in report.residuals:
-        if residual.encoding == "derive":
-            continue
-        found.setdefault(residual.encoding, []).append(residual.operation)
+        if residual.bytes_after:
+            found.setdefault(residual.encoding, []).append(residual.operation)
     return found
 
 
@@ -76,7 +75,7 @@ def test_squares_are_derived_from_their_argument() -> None:
 def test_rows_chosen_in_the_forward_pass_are_stored_as_integers() -> None:
     policy = Policy(residuals="balanced", placement="forward")
     report = wtacrs_fx.explain(Sandwich(lambda u: u, lambda u: u), X, policy=policy)
-    [residual] = [r for r in report.residuals if r.encoding not in ("exact", "derive")]
+    [residual] = [r for r in report.residuals if r.bytes_after and r.encoding != "exact"]
     assert residual.encoding == "int8"
     assert residual.bytes_after == 32 * (64 + 4)  # min_rows of 64; one float32 scale for each
 
@@ -92,7 +91,7 @@ def test_a_gated_layer_stores_gate_and_value_and_derives_their_product(residuals
             return self.down(F.silu(self.gate(x)) * self.up(x)).sum()
 
     report = wtacrs_fx.explain(Gated(), X, policy=Policy(residuals=residuals))
-    by_module = {r.module: r.encoding for r in report.residuals if r.encoding != "derive"}
+    by_module = {r.module: r.encoding for r in report.residuals if r.bytes_after}
     assert by_module == {"gate": "int4", "up": "int8" if residuals == "balanced" else "int4"}
     assert {site.encoding for site in report.sites if site.module == "down"} == {"recompute"}
 
@@ -108,15 +107,12 @@ def reports() -> dict[str, wtacrs_fx.Report]:
 def test_bytes_shrink_from_mode_to_mode(reports: dict[str, wtacrs_fx.Report]) -> None:
     sizes = [report.saved_bytes_after for report in reports.values()]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
-    for report in reports.values():
-        sites = sum(site.bytes_after for site in report.sites if site.encoding != "exact" or site.kept)
-        total = sum(residual.bytes_after for residual in report.residuals) + sites
-        assert total >= report.saved_bytes_after * 0.99  # the table accounts for every byte
+    assert all(adds_up(report) for report in reports.values())
 
 
 def test_lossless_packs_booleans_and_nothing_else(reports: dict[str, wtacrs_fx.Report]) -> None:
-    assert {residual.encoding for residual in reports["lossless"].residuals} == {"exact", "bits"}
-    assert {residual.encoding for residual in reports["exact"].residuals} == {"exact"}
+    assert {r.encoding for r in reports["lossless"].residuals if r.bytes_after} == {"exact", "bits"}
+    assert {r.encoding for r in reports["exact"].residuals if r.bytes_after} == {"exact"}
 
 
 def test_attention_and_normalisation_are_stored_as_integers(reports: dict[str, wtacrs_fx.Report]) -> None:

@@ -100,11 +100,10 @@ def _extend_seeds(editor: Editor, device: torch.device, count: int) -> tuple[fx.
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """The two graphs, for each site whether it stores rows of X, and what was encoded."""
+    """The two graphs, and what was encoded."""
 
     forward: fx.GraphModule
     backward: fx.GraphModule
-    stores_rows: tuple[bool, ...] = ()
     residuals: tuple[EncodedResidual, ...] = ()
 
 
@@ -142,7 +141,7 @@ def partition(
         _verify(site, rows, forward, backward, saved)
     for residual in residuals:
         _verify_encoded(residual, saved)
-    return Partition(forward, backward, tuple(stores_rows), tuple(residuals))
+    return Partition(forward, backward, tuple(residuals))
 
 
 def write_once(parts: Partition) -> None:
@@ -174,6 +173,16 @@ def pinned_nodes(site: SampledSite, stores_rows: bool) -> list[fx.Node]:
     return [node for node in site.stored if stores_rows or node is not site.rows]
 
 
+def rows_names(site: SampledSite) -> set[str]:
+    """Return the names under which the rows may be saved: themselves, or a view of them."""
+    names, stack = set(), [site.rows]
+    while stack:
+        node = stack.pop()
+        names.add(node.name)
+        stack += [user for user in node.users if user.target in VIEWS]
+    return names
+
+
 def saved_tensors(forward: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node]:
     """Return the tensors that cross to the backward pass, without the graph's inputs."""
     values = [value for value, _ in outputs_with_descriptors(forward.graph)][num_fwd_outputs:]
@@ -194,7 +203,7 @@ def _verify(
             f"the rows of {modules} would be drawn again in the backward pass, so their gradient would be "
             f"wrong; exclude these modules from the policy and report this graph"
         )
-    if stores_rows and not _rows_names(site) & saved:
+    if stores_rows and not rows_names(site) & saved:
         raise PartitionError(
             f"the sampled rows of {modules} are not saved for the backward pass; exclude these modules "
             f"from the policy and report this graph"
@@ -220,16 +229,6 @@ def _verify_encoded(residual: EncodedResidual, saved: set[str]) -> None:
 def _draws_in(gm: fx.GraphModule, site: SampledSite) -> bool:
     """Tell whether a graph draws the rows of `site`."""
     return any(node.op == "call_function" and node.name == site.draw.name for node in gm.graph.nodes)
-
-
-def _rows_names(site: SampledSite) -> set[str]:
-    """Return the names under which the rows may be saved: themselves, or a view of them."""
-    names, stack = set(), [site.rows]
-    while stack:
-        node = stack.pop()
-        names.add(node.name)
-        stack += [user for user in node.users if user.target in VIEWS]
-    return names
 
 
 def _partition_pinned(

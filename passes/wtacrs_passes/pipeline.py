@@ -123,7 +123,7 @@ def rewrite_and_partition(
         for p in (before, after)
     ]
     return after, make_report(
-        rewritten.analysis, rewritten.plan, rewritten.sites, after.stores_rows, rewritten.residuals, *saved
+        rewritten.analysis, rewritten.plan, rewritten.sites, rewritten.residuals, *saved
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, TypeAlias
 
 import sympy
@@ -13,6 +13,7 @@ from torch import fx
 from .encode_residuals import EncodedResidual
 from .encodings import INTEGER_BITS, levels
 from .joint_graph import module_path, nbytes, sympy_size
+from .partition import rows_names
 from .plan import Plan, Site
 from .residuals import Analysis, Product
 from .sample_rows import SampledSite
@@ -60,13 +61,16 @@ class SiteReport:
 
 @dataclasses.dataclass(frozen=True)
 class ResidualReport:
-    """One tensor that crosses from the forward to the backward pass, beside what the sites store.
+    """One tensor that crosses from the forward to the backward pass, with or without the rewrite.
+
+    What a site reports is not repeated here, so that bytes add up to those of the graph.
 
     Attributes:
         module: path of the module that computes it; operation: the ATen operation that does.
-        encoding: how it is stored; ``derive``: computed from others.
+        encoding: how it is stored; ``derive``: computed from others; ``replaced``: the backward pass reads
+            something else.
         bytes_before: its bytes among the tensors that Inductor would have saved; zero where Inductor
-            would have saved something else in its place.
+            would have saved something else in its place, and where a site has counted them.
         bytes_after: bytes stored now.
         gradient: what the encoding does to gradients: ``exact``, ``unbiased`` (stochastic rounding) or
             ``rounded`` with the bound of an element's error.
@@ -228,7 +232,6 @@ def make_report(
     analysis: Analysis,
     plan: Plan,
     sites: Sequence[SampledSite],
-    stores_rows: Sequence[bool],
     residuals: Sequence[EncodedResidual],
     before: Sequence[fx.Node],
     after: Sequence[fx.Node],
@@ -236,18 +239,20 @@ def make_report(
     """Gather what became of each weight gradient.
 
     Args:
-        sites: what was carried out of the plan; `stores_rows` as the partition has it.
+        sites: what was carried out of the plan.
         residuals: what is stored encoded.
         before: the tensors saved without the rewrite; `after`: with it.
     """
-    others = tuple(_residual_reports(sites, residuals, before, after))
     ledger = _Ledger(before, after)
     found: dict[fx.Node, SiteReport] = {}
-    for sampled, rows in zip(sites, stores_rows, strict=True):
-        stored = sum(nbytes(n.meta["val"]) for n in sampled.stored if rows or n is not sampled.rows)
+    encoded = {residual.stored.node.name for residual in residuals if residual.codes}
+    for sampled in sites:
+        rows = rows_names(sampled)
+        stores_rows = ledger.saves(rows) or bool(rows & encoded)
+        stored = ledger.take_after(rows.union(node.name for node in sampled.stored))
         site = sampled.site
         for product in site.products:
-            encoding = "rows" if rows else ledger.encoding(product)
+            encoding = "rows" if stores_rows else ledger.encoding(product)
             size_before, size_after = ledger.take(product)
             found[product.node] = SiteReport(
                 module=product.module,
@@ -261,7 +266,7 @@ def make_report(
                 bytes_before=simplify(size_before),
                 bytes_after=simplify(size_after + stored),
             )
-            stored = 0
+            stored = sympy.Integer(0)
     for product, reason in plan.exact:
         size_before, size_after = ledger.take(product)
         rows_ = simplify(sympy_size(product.rows))
@@ -272,6 +277,7 @@ def make_report(
     reports = [found[product.node] for product in analysis.products]
     for name, reason in analysis.unsampled:
         reports.append(SiteReport(name.rpartition(".")[0], name, 0, 0, "", "", "", "exact", 0, 0, reason))
+    others = tuple(_residual_reports(residuals, ledger))
     total_before, total_after = (simplify(sum(nbytes(n.meta["val"]) for n in s)) for s in (before, after))
     return Report(tuple(reports), total_before, total_after, residuals=others)
 
@@ -302,50 +308,57 @@ def _effect(stored: Stored) -> str:
     return "as what it is derived from" if stored.encoding == "derive" else "exact"
 
 
-def _residual_reports(
-    sites: Sequence[SampledSite],
-    residuals: Sequence[EncodedResidual],
-    before: Sequence[fx.Node],
-    after: Sequence[fx.Node],
-) -> Iterable[ResidualReport]:
-    saved = {node.name: node for node in before}
-    names_before, names_after = set(saved), {node.name for node in after}
-    listed = {node.name for site in sites for node in site.stored}
+def _residual_reports(residuals: Sequence[EncodedResidual], ledger: _Ledger) -> Iterable[ResidualReport]:
     for residual in residuals:
         stored = residual.stored
-        listed |= {code.name for code in residual.codes}
-        replaced = [saved.pop(name) for name in residual.stored_names if name in saved]
-        if stored.encoding == "derive" and not replaced:
-            continue  # Inductor would not have saved it either
+        size_before = ledger.take_before(residual.stored_names)
+        if stored.encoding == "derive" and not size_before:
+            continue  # Inductor would not have saved it either, or it is the X of a site
         yield ResidualReport(
-            stored.module, str(stored.node.target), stored.encoding,
-            simplify(sum(nbytes(node.meta["val"]) for node in replaced)),
-            simplify(sum(nbytes(code.meta["val"]) for code in residual.codes if code.name in names_after)),
-            _effect(stored),
+            stored.module, str(stored.node.target), stored.encoding, simplify(size_before),
+            simplify(ledger.take_after(code.name for code in residual.codes)), _effect(stored),
         )  # fmt: skip
-    for node in after:
-        if node.name not in listed:
-            size = simplify(nbytes(node.meta["val"]))
-            size_before = size if node.name in names_before else 0
-            module = module_path(node) or ""
-            yield ResidualReport(module, str(node.target), "exact", size_before, size, "exact")
+    for node in ledger.left():
+        module = module_path(node) or ""
+        size_before, size_after = ledger.take_before([node.name]), ledger.take_after([node.name])
+        encoding, gradient = ("exact", "exact") if size_after else ("replaced", "as what is read instead")
+        yield ResidualReport(
+            module, str(node.target), encoding, simplify(size_before), simplify(size_after), gradient
+        )
 
 
 class _Ledger:
-    """The bytes of residuals among the saved tensors, each counted once."""
+    """The bytes of the saved tensors, before and after; each is taken once."""
 
     def __init__(self, before: Sequence[fx.Node], after: Sequence[fx.Node]) -> None:
-        self._saved = [{node.name: node for node in saved} for saved in (before, after)]
-        self._names = {node.name for node in after}
+        self._before, self._after = ({node.name: node for node in saved} for saved in (before, after))
+        self._names = frozenset(self._after)
 
     def encoding(self, product: Product) -> str:
         """Tell whether X is stored in full or recomputed from what is stored for others."""
-        return "exact" if product.stored_names & self._names else "recompute"
+        return "exact" if self.saves(product.stored_names) else "recompute"
+
+    def saves(self, names: Set[str]) -> bool:
+        """Tell whether one of these nodes is saved."""
+        return bool(names & self._names)
 
     def take(self, product: Product) -> tuple[sympy.Expr, sympy.Expr]:
-        """Return the bytes of X before and after, zero where another product has taken them."""
-        sizes = []
-        for saved in self._saved:
-            names = [name for name in saved if name in product.stored_names]
-            sizes.append(sum((nbytes(saved.pop(name).meta["val"]) for name in names), sympy.Integer(0)))
-        return sizes[0], sizes[1]
+        """Return the bytes of X before and after."""
+        return self.take_before(product.stored_names), self.take_after(product.stored_names)
+
+    def take_before(self, names: Iterable[str]) -> sympy.Expr:
+        """Return the bytes that Inductor would save of these nodes."""
+        return _take(self._before, names)
+
+    def take_after(self, names: Iterable[str]) -> sympy.Expr:
+        """Return the bytes that are saved of these nodes."""
+        return _take(self._after, names)
+
+    def left(self) -> list[fx.Node]:
+        """Return what has not been taken."""
+        return list((self._after | self._before).values())
+
+
+def _take(saved: dict[str, fx.Node], names: Iterable[str]) -> sympy.Expr:
+    found = [saved.pop(name) for name in names if name in saved]
+    return sum((nbytes(node.meta["val"]) for node in found), sympy.Integer(0))
