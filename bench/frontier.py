@@ -8,6 +8,7 @@ For each of Inductor's ways to save memory the verdict names a policy with no mo
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated
 
@@ -90,11 +91,12 @@ def draw(by_model: dict[str, dict[str, Point]]) -> None:
     for axes, (name, found) in zip(panels[0], by_model.items(), strict=True):
         for label, (variants, style, color, above) in series.items():
             axes.plot(*zip(*sorted(found[v] for v in variants), strict=True), style, color=color, label=label)
-            names: dict[Point, list[str]] = {}
-            for variant in variants:
+            names: dict[Point, list[str]] = {}  # points that lie on each other share a label
+            for variant in sorted(variants, key=lambda name: -found[name][1]):
                 short = re.sub(r"^(inductor,? (budget )?|wtacrs [\d.]+ )", "", variant)
                 saved, time = found[variant]
-                names.setdefault((round(saved, 2), round(time, 2)), []).append(short)
+                near = next((p for p in names if math.dist(p, (saved, time)) < 0.02), (saved, time))
+                names.setdefault(near, []).append(short)
             for (saved, time), shorts in names.items():
                 axes.annotate(
                     ", ".join(shorts),
@@ -103,7 +105,9 @@ def draw(by_model: dict[str, dict[str, Point]]) -> None:
                     textcoords="offset points",
                     fontsize=8,
                     color=color,
-                    ha={"small": "right", "checkpointing": "left"}.get(shorts[0], "center"),
+                    ha={"small": "right", "balanced": "left", "checkpointing": "left"}.get(
+                        shorts[0], "center"
+                    ),
                 )
         axes.set(xlabel="saved activations / Inductor", title=name, xlim=(0, 1.1))
         axes.margins(y=0.12)
@@ -132,7 +136,9 @@ def main(
         by_model[name] = points(rows)
         for variant, policy in verdict(by_model[name]).items():
             saved, time = by_model[name][variant]
-            answer = "none" if policy is None else f"{policy}: {by_model[name][policy]}"
+            answer = "none"
+            if policy is not None:
+                answer = "{} (saved {:.2f}, time {:.2f})".format(policy, *by_model[name][policy])
             print(f"{name}, {variant} (saved {saved:.2f}, time {time:.2f}) is beaten by {answer}")
     if not quick:
         draw(by_model)

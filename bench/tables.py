@@ -226,6 +226,9 @@ TABLES: dict[str, Table] = {
         lambda row: _HEADLINE[row.variant],
         lambda row: f"{row.model}: {row.metric}",
         _ratio,
+        tuple(
+            f"{model}: {metric}" for model in ("bert", "llama") for metric in ("saved", "peak", "step time")
+        ),
     ),
     "frontier": Table(
         "frontier",
