@@ -39,6 +39,7 @@ def test_rows_are_stored_instead_of_the_residual() -> None:
     second = next(site for site in report.sites if site.module == "second")
     assert (second.encoding, second.bytes_before) == ("rows", 128 * 64 * 4)
     assert second.bytes_after == 39 * 64 * 4 + 39 * 8  # rows that are scaled already, indices
+    assert adds_up(report)
 
 
 def draw_again(site: SampledSite, stores_rows: bool) -> list[fx.Node]:

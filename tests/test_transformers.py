@@ -113,7 +113,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
     torch.testing.assert_close(*weights)
 
 
-class Broken(TrainerCallback):
+class Recorder(TrainerCallback):
     """A user's callback that comes after the one of wtacrs."""
 
     seen: list[dict[str, float]]
@@ -124,7 +124,7 @@ class Broken(TrainerCallback):
 
 def test_callbacks_of_the_user_see_the_figures(tmp_path: Path) -> None:
     one = trainer(tmp_path, max_steps=1, logging_steps=1, eval_strategy="no", save_strategy="no")
-    user = Broken()
+    user = Recorder()
     user.seen = []
     one.add_callback(user)
     enable(one, Policy(min_rows=8))
