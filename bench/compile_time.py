@@ -20,7 +20,7 @@ import typer
 
 from bench.harness import BASELINE, VARIANTS, Row, circumstances, record, summarise
 from bench.models import MODELS, TINY, Shape, make
-from wtacrs_fx.steps import Step, interleave
+from wtacrs_fx.tools.steps import Step, interleave
 
 SAMPLED = ("wtacrs 0.3 forward", "wtacrs 0.3 backward", "wtacrs 0.3 balanced")
 

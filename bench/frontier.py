@@ -18,7 +18,7 @@ import typer
 
 from bench.harness import BASELINE, RESULTS, VARIANTS, Row, circumstances, compare, read, record
 from bench.models import TINY, Shape, make
-from wtacrs_fx.steps import Step
+from wtacrs_fx.tools.steps import Step
 
 CHECKPOINTING = "inductor, checkpointing"
 INDUCTOR = (BASELINE, *(f"inductor budget {budget}" for budget in (0.9, 0.7, 0.5, 0.3)), CHECKPOINTING)

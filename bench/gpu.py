@@ -26,10 +26,10 @@ from transformers import LlamaConfig, LlamaModel
 
 from bench.harness import BASELINE, MIB, RESULTS, VARIANTS, Row, circumstances, compare, record, summarise
 from bench.models import VOCABULARY, DistanceToTarget, Shape, make
-from wtacrs_fx.predict import CARDS, largest_batch, state_bytes
-from wtacrs_fx.steps import Step, interleave
-from wtacrs_passes import ops
-from wtacrs_passes.estimators import NOISE
+from wtacrs_fx.tools.predict import CARDS, largest_batch, state_bytes
+from wtacrs_fx.tools.steps import Step, interleave
+from wtacrs_passes.maths import ops
+from wtacrs_passes.maths.estimators import NOISE
 
 SHOWN = (BASELINE, "inductor budget 0.9", "wtacrs 0.3 balanced", "wtacrs 0.1 balanced")
 CHOOSER_ROWS = (2048, 16384, 1_000_000)
@@ -176,7 +176,7 @@ def products(device: str, rounds: int) -> list[Row]:
         operands = dy, indices, x
         ways = {"gather, cuBLAS": partial(ops.gather_and_multiply, *operands)}
         if device == "cuda":
-            from wtacrs_passes import triton_kernels
+            from wtacrs_passes.maths import triton_kernels
 
             for tile in triton_kernels.TILES:
                 ways[f"one kernel {tile}"] = partial(triton_kernels.gathered_product, *operands, tile=tile)

@@ -23,9 +23,8 @@ from bench.gradient_variance import Batch, fine_tune, load
 from bench.harness import BASELINE, MIB, Row, circumstances, record, summarise
 from wtacrs_fx import Policy
 from wtacrs_fx.diagnose import relative_variance
-from wtacrs_fx.steps import Step, inductor, saved_bytes
-from wtacrs_passes import storage
-from wtacrs_passes.storage import Mode
+from wtacrs_fx.tools.steps import Step, inductor, saved_bytes
+from wtacrs_passes.decide.modes import MODES, Mode
 
 MIXTURES = {
     "int8": Mode("int8", "int8", 4),
@@ -38,13 +37,13 @@ MIXTURES = {
 @contextmanager
 def mode(mixture: Mode) -> Iterator[None]:
     """Let `balanced` mean a mixture; caches are off, because their key does not know."""
-    before = storage.MODES["balanced"]
-    storage.MODES["balanced"] = mixture
+    before = MODES["balanced"]
+    MODES["balanced"] = mixture
     try:
         with torch._inductor.config.patch(force_disable_caches=True):
             yield
     finally:
-        storage.MODES["balanced"] = before
+        MODES["balanced"] = before
 
 
 def gradient(step: Step) -> Tensor:
@@ -100,7 +99,7 @@ def main(
 
         noise = minibatch_noise(model, stream, 4 if quick else 16)
         rows.append(describe("minibatch noise", "relative squared error", "1", value=noise))
-        exactly, default = Policy(residuals="balanced", ratio=1.0), storage.MODES["balanced"]
+        exactly, default = Policy(residuals="balanced", ratio=1.0), MODES["balanced"]
         policies = {f"{name}, ratio 1": (exactly, mixture) for name, mixture in MIXTURES.items()}
         for name in ("exact", "balanced", "small"):
             policies[f"{name}, ratio 0.3"] = Policy(residuals=name, placement="backward"), default

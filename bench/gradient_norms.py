@@ -30,8 +30,8 @@ from bench.variance import gram, squared_errors
 from wtacrs_fx import gradient_norms
 from wtacrs_fx.diagnose import relative_variance, rows_of
 from wtacrs_fx.gradient_norms import GradientNorms
-from wtacrs_fx.steps import Step, interleave, step_seconds
-from wtacrs_passes.estimators import gradient_weights
+from wtacrs_fx.tools.steps import Step, interleave, step_seconds
+from wtacrs_passes.maths.estimators import gradient_weights
 
 RATIOS = (0.3, 0.1)
 Figures = dict[str, list[float]]  # variant -> relative variance of each linear and batch

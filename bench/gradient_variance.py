@@ -25,10 +25,10 @@ from torch import Tensor, nn
 import wtacrs_fx
 from bench.harness import Row, circumstances, record, summarise
 from bench.variance import gram, projection_variance, squared_errors
-from wtacrs_fx.demo import Classifier, load_encoder, load_texts
 from wtacrs_fx.diagnose import relative_variance, rows_of
-from wtacrs_fx.steps import Compiler, Step, inductor
-from wtacrs_passes.estimators import ESTIMATORS, PROJECTIONS
+from wtacrs_fx.tools.demo import Classifier, load_encoder, load_texts
+from wtacrs_fx.tools.steps import Compiler, Step, inductor
+from wtacrs_passes.maths.estimators import ESTIMATORS, PROJECTIONS
 
 RATIOS = (0.3, 0.1)
 MIN_ROWS = wtacrs_fx.Policy().min_rows

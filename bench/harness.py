@@ -21,7 +21,7 @@ import transformers
 
 import wtacrs_fx
 from wtacrs_fx import Policy
-from wtacrs_fx.steps import Compiler, Step, inductor, measure_steps
+from wtacrs_fx.tools.steps import Compiler, Step, inductor, measure_steps
 from wtacrs_passes.policy import Placement, Residuals
 
 RESULTS = Path(__file__).parent / "results"

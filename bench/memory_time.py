@@ -19,7 +19,7 @@ import typer
 
 from bench.harness import BASELINE, MIB, VARIANTS, Row, circumstances, compare, record
 from bench.models import MODELS, TINY, Shape, make
-from wtacrs_fx.steps import Step, saved_bytes
+from wtacrs_fx.tools.steps import Step, saved_bytes
 
 
 @dataclass(frozen=True)

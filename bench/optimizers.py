@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from bench.gradient_variance import Batch, Loss, load, sampled_linears
 from bench.harness import BASELINE, MIB, VARIANTS, Row, circumstances, record
-from wtacrs_fx.steps import Step, saved_bytes
+from wtacrs_fx.tools.steps import Step, saved_bytes
 
 VARIANTS_SHOWN = (BASELINE, "wtacrs 0.3 balanced")
 RANK = 8

@@ -27,8 +27,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 import wtacrs_fx
 from bench.harness import Row, circumstances, record
 from wtacrs_fx import Policy
-from wtacrs_fx.measure import saved_bytes
-from wtacrs_fx.predict import CARDS, Loss, largest_batch
+from wtacrs_fx.tools.measure import saved_bytes
+from wtacrs_fx.tools.predict import CARDS, Loss, largest_batch
 
 TOKENS, LABEL_TOKENS = 128, 8
 ADAMW = 4 * 4  # bytes for each trained weight: itself, its gradient, two moments

@@ -18,9 +18,9 @@ from bench.gradient_variance import load
 from bench.harness import BASELINE, MIB, RESULTS, VARIANTS, Row, circumstances, record
 from bench.models import TINY, Shape, make
 from wtacrs_fx import Policy
-from wtacrs_fx.measure import memory_timeline
-from wtacrs_fx.pictures import draw_gradient, plot_timeline
-from wtacrs_fx.steps import Step
+from wtacrs_fx.tools.measure import memory_timeline
+from wtacrs_fx.tools.pictures import draw_gradient, plot_timeline
+from wtacrs_fx.tools.steps import Step
 
 SHOWN = (BASELINE, "inductor budget 0.9", "wtacrs 0.3 balanced")
 

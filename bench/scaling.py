@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.harness import BASELINE, VARIANTS, Row, circumstances, record, summarise
 from bench.models import Shape, make
 from wtacrs_fx import Policy
-from wtacrs_fx.predict import INDUCTOR, WTACRS, Line, MakeModel, largest_batch, saved_lines, state_bytes
-from wtacrs_fx.steps import Step, interleave, saved_bytes, step_seconds
+from wtacrs_fx.tools.predict import INDUCTOR, WTACRS, Line, MakeModel, largest_batch, saved_lines, state_bytes
+from wtacrs_fx.tools.steps import Step, interleave, saved_bytes, step_seconds
 
 SAMPLED = "wtacrs 0.3 balanced"
 RATIOS = {BASELINE: 1.0, SAMPLED: 0.3}

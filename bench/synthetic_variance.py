@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.harness import Row, circumstances, record
 from bench.variance import exact_variance, gram, projection_variance, squared_errors
-from wtacrs_passes.estimators import PROJECTIONS
+from wtacrs_passes.maths.estimators import PROJECTIONS
 
 FEATURES = 64
 PADDED = 0.5  # share of the rows

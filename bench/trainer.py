@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from bench.harness import BASELINE, MIB, Row, circumstances, record
-from wtacrs_fx.demo import load_texts, packaged_encoder, split
 from wtacrs_fx.integrations.transformers import enable
+from wtacrs_fx.tools.demo import load_texts, packaged_encoder, split
 
 HELD_OUT = 400
 VARIANTS = (BASELINE, "wtacrs 0.3 balanced")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wtacrs_passes.estimators import NOISE, choose_rows
+from wtacrs_passes.maths.estimators import NOISE, choose_rows
 
 
 def gram(x: Tensor, dy: Tensor) -> Tensor:

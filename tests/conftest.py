@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 if not torch.cuda.is_available():
@@ -20,6 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # fail at once where a test names 
 
 import wtacrs_fx
 from wtacrs_fx import Policy
+from wtacrs_fx.capture import STATIC_INPUTS, _forward_outputs
+from wtacrs_passes.graph import torch_api
+from wtacrs_passes.joint import Joint
+from wtacrs_passes.pipeline import Pass, run
 
 RowsOnly = functools.partial(Policy, residuals="exact", min_features=1)
 """A policy that samples rows and stores everything else as Inductor would."""
@@ -71,6 +75,13 @@ def step(model: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> dict
     model.zero_grad()
     call(*inputs).backward()
     return gradients(model)
+
+
+def run_passes(gm: fx.GraphModule, *passes: Pass, policy: Policy | None = None) -> Joint:
+    """Run passes over a captured graph, in place; none of them partitions it."""
+    table = gm.meta.get(STATIC_INPUTS, ())
+    outputs = _forward_outputs(gm.graph)
+    return run(passes, gm, policy or Policy(), table, outputs, torch_api.default_partition)
 
 
 def adds_up(report: wtacrs_fx.Report) -> bool:

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import wtacrs_fx
 from wtacrs_fx import Policy
-from wtacrs_fx.measure import saved_bytes
+from wtacrs_fx.tools.measure import saved_bytes
 
 RUNS = 100
 GROUP = 128  # gradients that share a peak in the quantising hook

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import wtacrs_fx
 from wtacrs_fx import PatternWarning, Policy, PolicyError, Rule
-from wtacrs_fx.measure import saved_bytes
+from wtacrs_fx.tools.measure import saved_bytes
 
 BACKWARD = RowsOnly(min_rows=8, placement="backward")
 FORWARD = RowsOnly(min_rows=8, placement="forward")

@@ -20,7 +20,7 @@ from bench.tables import TABLES, render, rewrite
 from bench.targets import TARGETS
 from bench.variance import exact_variance, gram, squared_errors
 from wtacrs_fx import Policy
-from wtacrs_fx.steps import Step, inductor, interleave, peak_bytes, saved_bytes, step_seconds
+from wtacrs_fx.tools.steps import Step, inductor, interleave, peak_bytes, saved_bytes, step_seconds
 
 
 class Mlp(nn.Module):
@@ -238,7 +238,7 @@ def test_a_study_starts_every_variant_from_the_same_weights(tmp_path: Path) -> N
 
 def test_a_mixture_of_encodings_is_taken_back() -> None:
     from bench.gradient_error import MIXTURES, mode
-    from wtacrs_passes.storage import MODES
+    from wtacrs_passes.decide.modes import MODES
 
     assert MIXTURES["int8, int4 before functions"] == MODES["balanced"]
     before = dict(MODES)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import wtacrs_fx
 from wtacrs_fx import Policy
-from wtacrs_passes import estimators
-from wtacrs_passes.estimators import ESTIMATORS, NOISE, choose_rows, combine_rows
+from wtacrs_passes.maths import estimators
+from wtacrs_passes.maths.estimators import ESTIMATORS, NOISE, choose_rows, combine_rows
 
 pytestmark = [
     pytest.mark.cuda,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from wtacrs_passes.encodings import (
+from wtacrs_passes.maths.encodings import (
     INTEGER_BITS,
     Table,
     decode_table,
@@ -26,7 +26,7 @@ from wtacrs_passes.encodings import (
     unpack,
     unpack_mask,
 )
-from wtacrs_passes.tables import tabulate
+from wtacrs_passes.maths.tables import tabulate
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = st.lists(st.integers(0, 5), max_size=2).flatmap(

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bench.variance import gram, projection_variance
-from wtacrs_passes import estimators
-from wtacrs_passes.estimators import (
+from wtacrs_passes.maths import estimators
+from wtacrs_passes.maths.estimators import (
     ESTIMATORS,
     NOISE,
     PROJECTIONS,
@@ -208,7 +208,7 @@ def test_a_projection_depends_on_its_seed_alone(estimator: str, monkeypatch: pyt
     matrix = combine_rows(identity, seed, 20, estimator)
     again = combine_rows(identity.expand(3, 50, 50), seed, 20, estimator)
     assert all(block.equal(matrix) for block in again)
-    monkeypatch.setattr("wtacrs_passes.estimators._ELEMENTS_AT_ONCE", 170)
+    monkeypatch.setattr("wtacrs_passes.maths.estimators._ELEMENTS_AT_ONCE", 170)
     assert combine_rows(identity, seed, 20, estimator).equal(matrix)  # in blocks of three rows
     other = combine_rows(identity, torch.tensor([3, 6]), 20, estimator)
     assert not other.equal(matrix)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import wtacrs_fx
 from wtacrs_fx import GradientNormError, GradientNorms, track_gradient_norms
 from wtacrs_fx.gradient_norms import _decoded, _encoded
-from wtacrs_passes import ops
-from wtacrs_passes.estimators import DEFENCE, NOISE, choose_rows, gradient_weights
+from wtacrs_passes.maths import ops
+from wtacrs_passes.maths.estimators import DEFENCE, NOISE, choose_rows, gradient_weights
 
 SAMPLES, LENGTH, D = 50, 12, 8
 FORWARD = RowsOnly(placement="forward", min_rows=8)

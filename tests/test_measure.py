@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from wtacrs_fx.measure import peak_bytes, saved_bytes
+from wtacrs_fx.tools.measure import peak_bytes, saved_bytes
 
 ROWS, WIDTH = 32, 64
 HIDDEN_BYTES = 4 * ROWS * WIDTH

@@ -7,15 +7,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import RowsOnly, Transformer, adds_up, is_unbiased, step
+from conftest import RowsOnly, Transformer, adds_up, is_unbiased, run_passes, step
 from torch import fx
 
 import wtacrs_fx
 from wtacrs_fx import PartitionError, Policy, Rule
-from wtacrs_passes import joint_graph, partition
-from wtacrs_passes.ops import choose_rows
-from wtacrs_passes.sample_rows import SampledSite
-from wtacrs_passes.torch_api import CheckpointPolicy, inductor_prims
+from wtacrs_passes import partition
+from wtacrs_passes.graph.cones import value_numbers
+from wtacrs_passes.graph.edit import copy_joint
+from wtacrs_passes.graph.torch_api import CheckpointPolicy, inductor_prims
+from wtacrs_passes.lower.lower_noise import lower_noise
+from wtacrs_passes.maths.ops import choose_rows
+from wtacrs_passes.rewrite.sample_rows import SampledSite
 
 FORWARD = RowsOnly(min_rows=8, placement="forward")
 
@@ -63,9 +66,9 @@ def test_the_backend_refuses_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_of_a_residual_that_is_saved_anyway_are_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the plan errs about what the backward pass has at hand, the partition corrects it."""
-    from wtacrs_passes import plan
+    from wtacrs_passes.decide import rows
 
-    monkeypatch.setattr(plan, "available_in_backward", lambda *_: set())
+    monkeypatch.setattr(rows, "available_in_backward", lambda *_: set())
     report = wtacrs_fx.explain(Transformer(), torch.randint(50, (4, 32)), policy=FORWARD)
     out = next(site for site in report.sites if site.module == "layers.0.out")
     assert out.encoding == "exact"  # attention saves its output
@@ -108,14 +111,13 @@ MIXED = RowsOnly(min_rows=8, placement="forward", rules=(Rule("layers.0.down", p
 
 
 def lowered() -> fx.GraphModule:
-    from wtacrs_passes.pipeline import rewrite
-    from wtacrs_passes.torch_api import run_joint_graph_passes
+    from wtacrs_passes.graph.torch_api import run_joint_graph_passes
+    from wtacrs_passes.pipeline import REWRITES
 
     joint = wtacrs_fx.capture(Transformer(dropout=0.1), torch.randint(50, (4, 32)))
-    gm = run_joint_graph_passes(joint_graph.copy_joint(joint))
-    rewrite(gm, MIXED, joint.meta["wtacrs_static_inputs"])
-    partition.lower_noise(gm.graph)
-    return gm
+    gm = run_joint_graph_passes(copy_joint(joint))
+    gm.meta.update(joint.meta)
+    return run_passes(gm, *REWRITES, lower_noise, policy=MIXED).gm
 
 
 def test_draws_share_neither_seeds_with_dropout_nor_numbers_with_each_other() -> None:
@@ -130,7 +132,7 @@ def test_draws_share_neither_seeds_with_dropout_nor_numbers_with_each_other() ->
 
 
 def test_numbers_of_draws_are_not_merged() -> None:
-    numbers: Callable = joint_graph.value_numbers
+    numbers: Callable = value_numbers
     gm = lowered()
     random = gm.graph.find_nodes(op="call_function", target=inductor_prims.random)
     assert len({numbers(gm.graph)[node] for node in random}) == len(random)

@@ -7,8 +7,8 @@ import torch
 
 import wtacrs_fx
 from bench import pictures
-from wtacrs_fx.measure import memory_timeline
-from wtacrs_fx.pictures import draw_gradient
+from wtacrs_fx.tools.measure import memory_timeline
+from wtacrs_fx.tools.pictures import draw_gradient
 
 
 def test_memory_goes_up_and_down() -> None:

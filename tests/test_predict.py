@@ -12,10 +12,10 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, 
 from typer.testing import CliRunner
 
 import wtacrs_fx
-import wtacrs_fx.predict as prediction
+import wtacrs_fx.tools.predict as prediction
 from wtacrs_fx import Policy, cli
 from wtacrs_fx.cli import app
-from wtacrs_fx.predict import (
+from wtacrs_fx.tools.predict import (
     BUDGETS,
     CHECKPOINTING,
     INDUCTOR,

@@ -6,13 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import run_passes
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import wtacrs_fx
 from wtacrs_fx import Policy
-from wtacrs_passes.joint_graph import aten, copy_joint, merge_equal, tangent_cone
-from wtacrs_passes.reassociate import reassociate
+from wtacrs_passes.graph.cones import tangent_cone
+from wtacrs_passes.graph.edit import copy_joint
+from wtacrs_passes.graph.operations import aten
+from wtacrs_passes.rewrite.merge_equal import merge_equal
+from wtacrs_passes.rewrite.reassociate import gather_coefficients
 
 X = torch.randn(40, 32)
 
@@ -44,7 +48,7 @@ FUNCTIONS = (squared_relu, own_mish, masked, F.silu, lambda u: torch.sin(u) * to
 def joint(function: Callable[[Tensor], Tensor]) -> tuple[nn.Module, fx.GraphModule]:
     model = Chain(function)
     gm = copy_joint(wtacrs_fx.capture(model, X))
-    merge_equal(gm.graph)
+    run_passes(gm, merge_equal)
     return model, gm
 
 
@@ -64,7 +68,7 @@ def test_gradients_stay_the_same_up_to_rounding(function: Callable[[Tensor], Ten
     ]
     primals = primals[:-1]
     exact = gm(primals, [torch.tensor(1.0)])
-    reassociate(gm.graph, tangent_cone(gm.graph))
+    gather_coefficients(gm.graph, tangent_cone(gm.graph))
     gm.graph.lint()
     gm.recompile()
     for left, right in zip(gm(primals, [torch.tensor(1.0)]), exact, strict=True):
@@ -77,10 +81,10 @@ def test_one_multiplication_is_left_and_a_second_pass_changes_nothing(
     function: Callable[[Tensor], Tensor],
 ) -> None:
     _, gm = joint(function)
-    reassociate(gm.graph, tangent_cone(gm.graph))
+    gather_coefficients(gm.graph, tangent_cone(gm.graph))
     assert products(gm) == 1
     before = str(gm.graph)
-    reassociate(gm.graph, tangent_cone(gm.graph))
+    gather_coefficients(gm.graph, tangent_cone(gm.graph))
     assert str(gm.graph) == before
 
 
@@ -94,9 +98,9 @@ def test_a_gradient_that_others_read_stays() -> None:
     model = Twice(torch.sin)
     model.scale = nn.Parameter(torch.ones(48))
     gm = copy_joint(wtacrs_fx.capture(model, X))
-    merge_equal(gm.graph)
+    run_passes(gm, merge_equal)
     before = products(gm)
-    reassociate(gm.graph, tangent_cone(gm.graph))
+    gather_coefficients(gm.graph, tangent_cone(gm.graph))
     assert products(gm) == before
 
 

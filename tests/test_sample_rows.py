@@ -14,10 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 import wtacrs_fx
 from wtacrs_fx import Policy, Rule
-from wtacrs_passes import ops, sample_rows
-from wtacrs_passes.joint_graph import parameter_gradients
-from wtacrs_passes.ops import choose_rows
-from wtacrs_passes.sample_rows import NOISE
+from wtacrs_passes.graph.names import parameter_gradients
+from wtacrs_passes.graph.operations import NOISE_OF
+from wtacrs_passes.maths import ops
+from wtacrs_passes.maths.ops import choose_rows
+from wtacrs_passes.rewrite import sample_rows
 
 SMALL = RowsOnly(min_rows=4)
 
@@ -169,7 +170,7 @@ def test_sites_do_not_share_random_numbers() -> None:
     rewritten = wtacrs_fx.transform(
         wtacrs_fx.capture(Transformer(layers=2), torch.randint(50, (4, 32))), SMALL
     )
-    noises = [n for n in rewritten.graph.nodes if n.meta.get(NOISE)]
+    noises = [n for n in rewritten.graph.nodes if n.meta.get(NOISE_OF)]
     assert len(noises) == draws(rewritten) == 9
     assert len({n.args[1] for n in rewritten.graph.find_nodes(op="call_function", target=choose_rows)}) == 9
 

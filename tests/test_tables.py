@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wtacrs_passes.tables import tabulate
+from wtacrs_passes.maths.tables import tabulate
 
 
 def derivative(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from wtacrs_passes import estimators, triton_kernels
-from wtacrs_passes.estimators import NOISE
+from wtacrs_passes.maths import estimators, triton_kernels
+from wtacrs_passes.maths.estimators import NOISE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -95,7 +95,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from wtacrs_passes import triton_kernels
+from wtacrs_passes.maths import triton_kernels
 
 pointers = dict(first="*fp32", second="*fp32", noise="*fp32", indices="*i64", scales="*fp32")
 sizes = dict.fromkeys(("rows", "kept", "height", "width"), "i32")

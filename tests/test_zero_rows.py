@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import RowsOnly, is_unbiased
+from conftest import RowsOnly, is_unbiased, run_passes
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import wtacrs_fx
-from wtacrs_passes import joint_graph as jg
-from wtacrs_passes.zero_rows import zero_rows
+from wtacrs_passes.analyse.zero_rows import zero_rows
+from wtacrs_passes.graph.cones import tangent_cone
+from wtacrs_passes.rewrite.merge_equal import merge_equal
 
 BATCH, LENGTH, D = 3, 16, 8
 X = torch.randn(BATCH, LENGTH, D, generator=torch.Generator().manual_seed(0))
@@ -62,7 +63,7 @@ PROVEN = {
 def values(model: nn.Module) -> tuple[fx.GraphModule, dict[str, Tensor]]:
     """Return the joint graph and the values of all its nodes, from real inputs."""
     gm = wtacrs_fx.capture(model, X, MASK, LABELS)
-    jg.merge_equal(gm.graph)
+    run_passes(gm, merge_equal)
     names = {known.index: known for known in gm.meta["wtacrs_static_inputs"]}
     parameters = dict(model.named_parameters())
     primals = []
@@ -85,7 +86,7 @@ def values(model: nn.Module) -> tuple[fx.GraphModule, dict[str, Tensor]]:
 @pytest.mark.parametrize("kind", [*PROVEN, "two losses", "transposed", "elements", "attention", "mean"])
 def test_what_is_proven_is_true(kind: str) -> None:
     gm, found = values(Head(kind))
-    proven = zero_rows(gm.graph, jg.tangent_cone(gm.graph))
+    proven = zero_rows(gm.graph, tangent_cone(gm.graph))
     for node, conditions in proven.items():
         rows = found[node.name].detach().flatten(0, -2)
         for condition in conditions:

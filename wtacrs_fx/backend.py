@@ -15,9 +15,9 @@ import torch._functorch.config
 import torch._inductor.config
 from torch import fx
 
-from wtacrs_passes import torch_api
-from wtacrs_passes.annotations import MASK_NAMES
-from wtacrs_passes.joint_graph import NamedInput, last_name, path_from_source
+from wtacrs_passes.analyse.annotations import MASK_NAMES
+from wtacrs_passes.graph import torch_api
+from wtacrs_passes.graph.names import NamedInput, last_name, path_from_source
 from wtacrs_passes.pipeline import WtacrsPartitioner, source_hash
 from wtacrs_passes.policy import Policy, PolicyError, nearest, policy_from_options
 from wtacrs_passes.report import Report

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from wtacrs_passes import torch_api
-from wtacrs_passes.joint_graph import copy_joint, is_tangent, outputs_with_descriptors, static_inputs
-from wtacrs_passes.pipeline import NoTangentsError, rewrite, rewrite_and_partition
+from wtacrs_passes.graph import torch_api
+from wtacrs_passes.graph.cones import is_tangent
+from wtacrs_passes.graph.edit import copy_joint
+from wtacrs_passes.graph.names import NamedInput, outputs_with_descriptors, static_inputs
+from wtacrs_passes.joint import Partitioned, Partitioner
+from wtacrs_passes.pipeline import REWRITES, NoTangentsError, rewrite_and_partition, run
 from wtacrs_passes.policy import Policy
 from wtacrs_passes.report import Report
 
@@ -121,7 +125,8 @@ def transform(graph_module: fx.GraphModule, policy: Policy | None = None) -> fx.
     """
     policy = Policy() if policy is None else policy
     rewritten = copy_joint(graph_module)
-    rewrite(rewritten, policy, graph_module.meta.get(STATIC_INPUTS, ()))
+    table = graph_module.meta.get(STATIC_INPUTS, ())
+    run(REWRITES, rewritten, policy, table, _forward_outputs(rewritten.graph), _partitioner(rewritten, table))
     rewritten.report = _report(graph_module, policy)  # type: ignore[assignment]
     return rewritten
 
@@ -141,18 +146,26 @@ def explain(model: nn.Module, *args: Any, policy: Policy | None = None, **kwargs
 
 def _report(graph_module: fx.GraphModule, policy: Policy) -> Report:
     gm = torch_api.run_joint_graph_passes(copy_joint(graph_module))
-    primals = [node for node in gm.graph.find_nodes(op="placeholder") if not is_tangent(node)]
     table = graph_module.meta.get(STATIC_INPUTS, ())
+    partitioner = _partitioner(gm, table)
+    return rewrite_and_partition(gm, policy, table, _forward_outputs(gm.graph), partitioner)[1]
+
+
+def _partitioner(gm: fx.GraphModule, table: Sequence[NamedInput]) -> Partitioner:
+    primals = [node for node in gm.graph.find_nodes(op="placeholder") if not is_tangent(node)]
     statics = static_inputs(gm.graph, {static.index: static for static in table})
     indices = [index for index, node in enumerate(primals) if node in statics]
-    forward_outputs = sum(not _is_gradient(desc) for _, desc in outputs_with_descriptors(gm.graph))
 
-    def partitioner(graph: fx.GraphModule, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def partitioner(graph: fx.GraphModule, outputs: int) -> Partitioned:
         return torch_api.min_cut_rematerialization_partition(
             graph, None, num_fwd_outputs=outputs, static_lifetime_input_indices=indices
         )
 
-    return rewrite_and_partition(gm, policy, table, forward_outputs, partitioner)[1]
+    return partitioner
+
+
+def _forward_outputs(graph: fx.Graph) -> int:
+    return sum(not _is_gradient(descriptor) for _, descriptor in outputs_with_descriptors(graph))
 
 
 def _is_gradient(descriptor: Any) -> bool:

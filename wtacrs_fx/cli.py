@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import torch
 
     from wtacrs_fx import Policy
-    from wtacrs_fx.predict import Prediction
-    from wtacrs_fx.progress import Progress
+    from wtacrs_fx.tools.predict import Prediction
+    from wtacrs_fx.tools.progress import Progress
 
 app = typer.Typer(
     help="Train transformers in less activation memory.", no_args_is_help=True, add_completion=False
@@ -56,7 +56,7 @@ def demo(
     """
     from rich.console import Console
 
-    from wtacrs_fx.demo import Settings, run
+    from wtacrs_fx.tools.demo import Settings, run
 
     with _errors():
         rows = run(Settings(model, data, steps, batch, length, ratio, seed, out), Console(stderr=as_json))
@@ -93,8 +93,8 @@ def explain(
     Examples:  wtacrs explain ./my-model --batch 4 --length 4096;  wtacrs explain config.json --json;
     wtacrs explain my_package.models:make --batch 4
     """
-    from wtacrs_fx.predict import predict
-    from wtacrs_fx.progress import bars
+    from wtacrs_fx.tools.predict import predict
+    from wtacrs_fx.tools.progress import bars
 
     with _errors(), bars() as progress:
         found = predict(model, batch, length, _dtype(dtype), _policy(ratio, residuals), progress)
@@ -126,9 +126,9 @@ def bench(
     import torch
 
     from wtacrs_fx import backend
-    from wtacrs_fx.predict import build
-    from wtacrs_fx.progress import bars
-    from wtacrs_fx.steps import Compiler, Step, inductor, measure_steps
+    from wtacrs_fx.tools.predict import build
+    from wtacrs_fx.tools.progress import bars
+    from wtacrs_fx.tools.steps import Compiler, Step, inductor, measure_steps
 
     with _errors(), bars() as progress:
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,8 +171,8 @@ def diagnose(
     Examples:  wtacrs diagnose my_package.train:model_and_batches --plot noise.png
     """
     import wtacrs_fx
-    from wtacrs_fx.predict import call_factory
-    from wtacrs_fx.progress import bars
+    from wtacrs_fx.tools.predict import call_factory
+    from wtacrs_fx.tools.progress import bars
 
     with _errors(), bars() as progress:
         network, batches = call_factory(model)
@@ -188,8 +188,8 @@ def _errors() -> Iterator[None]:
     from torch._dynamo.exc import TorchDynamoException
 
     from wtacrs_fx import DiagnosisError, NoTangentsError, PolicyError
-    from wtacrs_fx.demo import InputError
-    from wtacrs_fx.predict import ModelError
+    from wtacrs_fx.tools.demo import InputError
+    from wtacrs_fx.tools.predict import ModelError
 
     verbose = os.environ.get("TORCHDYNAMO_VERBOSE") == "1"
     if not verbose:
@@ -222,7 +222,7 @@ def _counted(batches: list[Any], progress: Progress) -> Iterator[Any]:
 def _dtype(name: str) -> torch.dtype:
     import torch
 
-    from wtacrs_fx.predict import ModelError
+    from wtacrs_fx.tools.predict import ModelError
 
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if name not in dtypes:
@@ -240,7 +240,7 @@ def _print_prediction(found: Prediction, dtype: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from wtacrs_fx.predict import CARDS, INDUCTOR
+    from wtacrs_fx.tools.predict import CARDS, INDUCTOR
     from wtacrs_passes.report import format_bytes
 
     part = f"Two of {found.layers} layers of {found.name}" if found.per_token else found.name

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wtacrs_passes.estimators import inclusion_probabilities
+from wtacrs_passes.maths.estimators import inclusion_probabilities
 from wtacrs_passes.policy import Policy, Rule
 from wtacrs_passes.report import SiteReport, align
 

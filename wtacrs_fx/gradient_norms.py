@@ -26,8 +26,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from wtacrs_passes import ops
-from wtacrs_passes.annotations import FRESH, KNOWN
+from wtacrs_passes.analyse.annotations import FRESH, KNOWN
+from wtacrs_passes.maths import ops
 from wtacrs_passes.report import format_bytes
 
 NAME = "wtacrs_gradient_norms"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import wtacrs_fx
-from wtacrs_fx.demo import Classifier, load_encoder, load_texts
+from wtacrs_fx.tools.demo import Classifier, load_encoder, load_texts
 
 MIB = 2**20
 

@@ -11,7 +11,7 @@ import typer
 from torch.utils.data import DataLoader, TensorDataset
 
 import wtacrs_fx
-from wtacrs_fx.demo import Classifier, load_encoder, load_texts
+from wtacrs_fx.tools.demo import Classifier, load_encoder, load_texts
 
 MIB = 2**20
 

@@ -7,127 +7,44 @@ of the forward graph while min-cut runs, and are taken out again afterwards.
 
 from __future__ import annotations
 
-import dataclasses
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch._functorch.config
 from torch import fx
 
-from . import ops
-from .encode_residuals import ROUNDING, EncodedResidual
-from .joint_graph import (
-    VIEWS,
-    Editor,
-    aten,
-    copy_joint,
-    is_loop,
-    is_recomputable,
-    output_of,
-    outputs_with_descriptors,
-)
-from .sample_rows import NOISE, SampledSite
-from .torch_api import CheckpointPolicy, inductor_prims
-
-Partitioned = tuple[fx.GraphModule, fx.GraphModule]
-Partitioner = Callable[[fx.GraphModule, int], Partitioned]
-"""``(joint graph, number of forward outputs) -> (forward graph, backward graph)``"""
-
-
-_SITES_PER_TENSOR = 32  # bounds how long the random numbers of a deep model are held
+from .graph.edit import copy_joint, output_of
+from .graph.names import outputs_with_descriptors
+from .graph.operations import VIEWS
+from .graph.torch_api import CheckpointPolicy
+from .joint import Joint, Partitioned, Partitioner
+from .rewrite.encode_residuals import EncodedResidual
+from .rewrite.sample_rows import SampledSite
 
 
 class PartitionError(RuntimeError):
     """A partition on which gradients would be wrong or bytes would not be saved."""
 
 
-def lower_noise(graph: fx.Graph) -> None:
-    """Turn the sites' ``aten.rand`` into slices of few random tensors, each with a seed of Inductor's.
-
-    Before, for each site::
-
-        noise = rand([3])
-
-    After, for all sites of one placement and shape::
-
-        noises = random([sites, 3], lookup_seed(seeds, index), "rand")
-        noise = select(noises, 0, site)
-
-    One tensor is one kernel to compile and to launch. The seeds extend the tensor that Inductor has made
-    for dropout: a second one of equal count would be merged with it by common-subexpression elimination.
-    """
-    groups: dict[Any, list[list[fx.Node]]] = {}
-    for node in graph.find_nodes(op="call_function", target=aten.rand.default):
-        if NOISE in node.meta:
-            value = node.meta["val"]
-            chunks = groups.setdefault((node.meta[NOISE], value.device, str(value.shape)), [[]])
-            limit = 1 if node.meta[NOISE] == ROUNDING else _SITES_PER_TENSOR
-            if len(chunks[-1]) == limit:
-                chunks.append([])
-            chunks[-1].append(node)
-    by_device: dict[torch.device, list[list[fx.Node]]] = {}
-    for (_, device, _), chunks in groups.items():
-        by_device.setdefault(device, []).extend(chunks)
-    editor = Editor(graph)
-    for device, chunks in by_device.items():
-        seeds, first = _extend_seeds(editor, device, len(chunks))
-        for index, nodes in enumerate(chunks, start=first):
-            with editor.before(nodes[0]):
-                seed = editor.call(inductor_prims.lookup_seed, seeds, index)
-                size = [len(nodes), *nodes[0].args[0]]  # type: ignore[misc]
-                noises = editor.call(inductor_prims.random, size, seed, "rand")
-            for site, node in enumerate(nodes):
-                with editor.before(node):
-                    node.replace_all_uses_with(editor.call(aten.select.int, noises, 0, site))
-                graph.erase_node(node)
-
-
-def _extend_seeds(editor: Editor, device: torch.device, count: int) -> tuple[fx.Node, int]:
-    """Return a tensor of Inductor's seeds with `count` new ones, and the index of the first of these."""
-    graph = editor.graph
-    seeds = graph.find_nodes(op="call_function", target=inductor_prims.seeds)
-    old = next((node for node in seeds if node.args[1] == device), None)
-    first: int = old.args[0] if old else 0
-    with editor.before(next(n for n in graph.nodes if n.op != "placeholder")):
-        extended = editor.call(inductor_prims.seeds, first + count, device)
-    if old:
-        old.replace_all_uses_with(extended)
-        graph.erase_node(old)
-    return extended, first
-
-
-@dataclasses.dataclass(frozen=True)
-class Partition:
-    """The two graphs, and what was encoded."""
-
-    forward: fx.GraphModule
-    backward: fx.GraphModule
-    residuals: tuple[EncodedResidual, ...] = ()
-
-
-def partition(
-    gm: fx.GraphModule,
-    sites: Sequence[SampledSite],
-    residuals: Sequence[EncodedResidual],
-    num_fwd_outputs: int,
-    partitioner: Partitioner,
-) -> Partition:
-    """Partition `gm` so that every site and residual keeps its promise; `gm` stays as it is.
+def partition(joint: Joint) -> None:
+    """Partition the joint graph so that every site and residual keeps its promise.
 
     A site whose full residual is saved for another reader anyway does not store its rows as well.
 
     Raises:
         PartitionError: rows would be drawn twice, or an encoded residual is still saved.
     """
+    sites, residuals = joint.sites, joint.residuals
+    if not sites and not residuals:
+        return  # nothing was rewritten: the graph is partitioned as it came
     codes = [node for residual in residuals for node in residual.codes]
     stores_rows = [site.site.encoding == "rows" for site in sites]
     while True:
         pins = [n for site, rows in zip(sites, stores_rows, strict=True) for n in pinned_nodes(site, rows)]
         pins = list(dict.fromkeys([*pins, *codes]))
-        forward, backward = _partition_pinned(gm, pins, num_fwd_outputs, partitioner)
-        saved = {node.name for node in saved_tensors(forward, num_fwd_outputs)}
+        forward, backward = _partition_pinned(joint.gm, pins, joint.num_fwd_outputs, joint.partitioner)
+        saved = {node.name for node in saved_tensors(forward, joint.num_fwd_outputs)}
         redundant = [
             i
             for i, site in enumerate(sites)
@@ -141,31 +58,7 @@ def partition(
         _verify(site, rows, forward, backward, saved)
     for residual in residuals:
         _verify_encoded(residual, saved)
-    return Partition(forward, backward, tuple(residuals))
-
-
-def write_once(parts: Partition) -> None:
-    """Let Inductor write an encoded value that is read again after the next product of matrices.
-
-    It was written when it was a residual. Now each reader would compute it again, a residual stream from all
-    the terms that were added to it, and those would have to stay in memory.
-    """
-    editor = Editor(parts.forward.graph)
-    by_name = {node.name: node for node in parts.forward.graph.nodes}
-    for residual in parts.residuals:
-        value = by_name.get(residual.stored.source.name)
-        if value is None or not is_recomputable(value):
-            continue
-        fused = {value}
-        following = value.next
-        while is_loop(following):
-            fused.add(following)
-            following = following.next
-        if set(value.users) - fused:
-            with editor.after(value):
-                written = editor.call(ops.write, value)
-            value.replace_all_uses_with(written, lambda user, written=written: user is not written)
-    parts.forward.recompile()
+    joint.parts = forward, backward
 
 
 def pinned_nodes(site: SampledSite, stores_rows: bool) -> list[fx.Node]:

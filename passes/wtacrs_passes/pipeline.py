@@ -1,100 +1,144 @@
-"""The order of the passes over a joint graph, and the identity of what they do.
-
-merge equal values -> take annotations -> analyse -> plan -> sample rows -> reassociate -> choose storage
--> encode residuals -> lower noise -> [pin, min-cut, unpin, verify] -> write once
-"""
+"""The order of the passes over a joint graph, and the identity of what they do."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import hashlib
+import itertools
+import os
 import pathlib
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
-import torch._inductor.config
 from torch import fx
 
-from . import joint_graph as jg
-from . import ops
-from .annotations import erase_markers, take_annotations
-from .encode_residuals import EncodedResidual, encode_residuals
-from .joint_graph import NamedInput
-from .partition import Partition, Partitioner, lower_noise, partition, saved_tensors, write_once
-from .plan import Plan, make_plan
-from .policy import Policy
-from .reassociate import reassociate
-from .report import Report, make_report
-from .residuals import Analysis, analyse
-from .sample_rows import SampledSite, sample_rows
-from .storage import choose_storage, modes
-from .torch_api import (
-    CheckpointPolicy,
+from .account import make_report
+from .analyse.annotations import Annotations, erase_markers, take_annotations
+from .analyse.products import Analysis, find_products
+from .decide.plan import Plan
+from .decide.rows import plan_rows
+from .decide.storage import plan_storage
+from .graph.cones import has_tangents
+from .graph.edit import copy_joint
+from .graph.names import NamedInput
+from .graph.operations import VIEWS, content_of
+from .graph.torch_api import (
     CustomPartitionerFn,
-    lower_in_place,
     min_cut_rematerialization_partition,
+    trace_structured,
     without_code,
 )
+from .joint import Joint, Partitioned, Partitioner
+from .lower.lower_noise import lower_noise
+from .lower.spell_operations import spell_operations
+from .lower.write_once import write_once
+from .partition import partition, saved_tensors
+from .policy import Policy
+from .report import Report
+from .rewrite.encode_residuals import encode_residuals
+from .rewrite.merge_equal import merge_equal
+from .rewrite.reassociate import reassociate
+from .rewrite.sample_rows import sample_rows
+
+Pass = Callable[[Joint], None]
+
+PASSES: tuple[Pass, ...] = (
+    merge_equal,
+    take_annotations,
+    find_products,
+    plan_rows,
+    sample_rows,
+    reassociate,
+    plan_storage,
+    encode_residuals,
+    spell_operations,
+    lower_noise,
+    partition,
+    write_once,
+)
+"""What happens to a joint graph, in this order. `transform` ends before `lower_noise`."""
+
+REWRITES = PASSES[: PASSES.index(lower_noise)]
 
 
 class NoTangentsError(ValueError):
     """A graph without a backward part was given where a joint graph is needed."""
 
 
-@dataclasses.dataclass
-class Rewritten:
-    """What :func:`rewrite` found, decided and built."""
+def run(
+    passes: Sequence[Pass],
+    gm: fx.GraphModule,
+    policy: Policy,
+    table: Sequence[NamedInput],
+    num_fwd_outputs: int,
+    partitioner: Partitioner,
+) -> Joint:
+    """Run passes over a joint graph, in place, and return what became of it.
 
-    analysis: Analysis
-    plan: Plan
-    sites: list[SampledSite]
-    residuals: list[EncodedResidual]
-
-
-def rewrite(gm: fx.GraphModule, policy: Policy, table: Sequence[NamedInput]) -> Rewritten:
-    """Analyse, plan and rewrite a joint graph in place."""
-    if not jg.has_tangents(gm.graph):
+    Each pass leaves a graph that is linted, shown to ``TORCH_TRACE`` and, where the environment names a folder
+    in ``WTACRS_DUMP``, written there.
+    """
+    if not has_tangents(gm.graph):
         raise NoTangentsError(
             "a joint forward-backward graph is needed, got one without tangents; capture it from a model "
             "whose output requires grad, outside torch.no_grad() and torch.inference_mode()"
         )
-    graph = gm.graph
-    jg.merge_equal(graph)
     names = {known.index: known for known in table}
-    annotations = take_annotations(graph, names)
-    analysis = analyse(graph, names, policy.samples_attention)
-    plan = make_plan(analysis, graph, policy, annotations)
-    sites = sample_rows(graph, plan)
-    encodes = any(mode.masks for mode in modes(policy))
-    if encodes and _is_checkpointed(graph):
-        warnings.warn(
-            "the model uses checkpointing, so residuals are stored and computed again as that says, and none "
-            "is encoded; to have them encoded instead, and nothing computed twice, turn checkpointing off",
-            stacklevel=2,
-        )
-        encodes = False
-    residuals = _encode(graph, policy, sites) if encodes else []
-    graph.lint()
+    empty = Annotations(), Analysis((), (), {}, set()), Plan()
+    joint = Joint(gm, policy, names, num_fwd_outputs, partitioner, *empty)
+    dump = _Dump()
+    dump("joint", joint)
+    for step in passes:
+        step(joint)
+        joint.graph.lint()
+        dump(step.__name__, joint)
     gm.recompile()
-    return Rewritten(analysis, plan, sites, residuals)
+    return joint
 
 
-def _encode(graph: fx.Graph, policy: Policy, sites: Sequence[SampledSite]) -> list[EncodedResidual]:
-    tangent = jg.tangent_cone(graph)
-    if any(mode.lossy for mode in modes(policy)):
-        reassociate(graph, tangent)
-    pinned = [node for site in sites for node in site.stored]
-    storage = choose_storage(graph, tangent, policy, pinned)
-    return encode_residuals(graph, tangent, storage, pinned)
+class _Dump:
+    """Show graphs to ``TORCH_TRACE`` and write them to a new folder under ``WTACRS_DUMP``."""
+
+    def __init__(self) -> None:
+        root = os.environ.get("WTACRS_DUMP")
+        self._folder = _new_folder(pathlib.Path(root)) if root else None
+        self._count = itertools.count()
+
+    def __call__(self, name: str, joint: Joint) -> None:
+        number = next(self._count)
+
+        @functools.cache
+        def text() -> str:
+            return "\n\n".join(_readable(part, title) for title, part in _graphs(joint))
+
+        trace_structured(
+            "artifact", lambda: {"name": f"wtacrs_{number:02}_{name}", "encoding": "string"}, payload_fn=text
+        )
+        if self._folder is not None:
+            (self._folder / f"{number:02}_{name}.txt").write_text(text())
 
 
-def _is_checkpointed(graph: fx.Graph) -> bool:
-    """Tell whether the user has said what is computed again; then what is stored is not ours to choose."""
-    again = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
-    return any(node.meta.get("recompute") in again for node in graph.nodes)
+def _new_folder(root: pathlib.Path) -> pathlib.Path:
+    """Make and return the first folder ``graph_0``, ``graph_1``, ... that is not there, whoever asks as well."""
+    for number in itertools.count():
+        with contextlib.suppress(FileExistsError):
+            (root / f"graph_{number}").mkdir(parents=True)
+            return root / f"graph_{number}"
+    raise AssertionError
+
+
+def _graphs(joint: Joint) -> Iterator[tuple[str, fx.GraphModule]]:
+    if joint.parts is None:
+        yield "joint", joint.gm
+    else:
+        yield from zip(("forward", "backward"), joint.parts, strict=True)
+
+
+def _readable(gm: fx.GraphModule, title: str) -> str:
+    module = fx.GraphModule(gm, gm.graph, title)
+    text: str = module.print_readable(print_output=False, include_stride=True, include_device=True)
+    return text
 
 
 def rewrite_and_partition(
@@ -103,33 +147,25 @@ def rewrite_and_partition(
     table: Sequence[NamedInput],
     num_fwd_outputs: int,
     partitioner: Partitioner,
-    lower: Callable[[fx.Graph], None] | None = lower_noise,
-) -> tuple[Partition, Report]:
+) -> tuple[Partitioned, Report]:
     """Rewrite a copy of a joint graph and partition it; report the bytes beside those without the rewrite."""
     with without_code():
-        plain = jg.copy_joint(gm)
+        plain = copy_joint(gm)
         erase_markers(plain.graph)
-        before = Partition(*partitioner(plain, num_fwd_outputs))
-        gm = jg.copy_joint(gm)
-        rewritten = rewrite(gm, policy, table)
-        if not rewritten.sites and not rewritten.residuals:
-            after = before
-        else:
-            if lower is not None:
-                lower(gm.graph)
-            after = partition(gm, rewritten.sites, rewritten.residuals, num_fwd_outputs, partitioner)
+        before = partitioner(plain, num_fwd_outputs)
+        joint = run(PASSES, copy_joint(gm), policy, table, num_fwd_outputs, partitioner)
+        changed = joint.sites or joint.residuals
+        after = joint.parts if changed and joint.parts is not None else before
     saved = [
-        [node for node in saved_tensors(p.forward, num_fwd_outputs) if not _is_view_of_input(node)]
-        for p in (before, after)
+        [node for node in saved_tensors(forward, num_fwd_outputs) if not _is_view_of_input(node)]
+        for forward, _ in (before, after)
     ]
-    return after, make_report(
-        rewritten.analysis, rewritten.plan, rewritten.sites, rewritten.residuals, *saved
-    )
+    return after, make_report(joint, *saved)
 
 
 def _is_view_of_input(node: fx.Node) -> bool:
     """Tell whether saving the node takes no memory, as the input lives anyway."""
-    return jg.content_of(node, jg.VIEWS).op == "placeholder"
+    return content_of(node, VIEWS).op == "placeholder"
 
 
 class WtacrsPartitioner(CustomPartitionerFn):
@@ -157,17 +193,12 @@ class WtacrsPartitioner(CustomPartitionerFn):
         def partitioner(graph: fx.GraphModule, outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
             return min_cut_rematerialization_partition(graph, joint_inputs, num_fwd_outputs=outputs, **kwargs)
 
-        if not jg.has_tangents(gm.graph):
+        if not has_tangents(gm.graph):
             erase_markers(gm.graph)
             return partitioner(gm, num_fwd_outputs)  # nothing is trained here
-        lower = None if torch._inductor.config.fallback_random else lower_noise
-        after, report = rewrite_and_partition(
-            gm, self.policy, self.table, num_fwd_outputs, partitioner, lower
-        )
+        after, report = rewrite_and_partition(gm, self.policy, self.table, num_fwd_outputs, partitioner)
         self.receive(report)
-        lower_in_place(ops.write)
-        write_once(after)
-        return after.forward, after.backward
+        return after
 
     def uuid(self) -> Any:
         """Identify the source of the passes, the whole policy and the parameters: the key of the caches."""
@@ -178,6 +209,6 @@ class WtacrsPartitioner(CustomPartitionerFn):
 def source_hash() -> str:
     """Return a hash of the source of this package."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

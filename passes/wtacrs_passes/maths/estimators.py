@@ -38,6 +38,26 @@ def choose_rows(weights: Tensor, noise: Tensor, kept: int, estimator: str) -> tu
     return indices, scales.float()
 
 
+_HALF_NORM = 2.0**14
+"""The largest norm that a rescaled row of X has in float16, whose numbers end at 65,504."""
+
+
+def split_scales(scales: Tensor, norms: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the scales of drawn rows into factors of X and of dY so that no row of X leaves float16.
+
+    A scale ``1 / q_i`` is large where dY is small, so that the rest of it does no harm there.
+
+    Args:
+        scales: [..., kept]; norms: [..., rows], of X; indices: [..., kept].
+
+    Returns:
+        two tensors [..., kept], float32, with the product `scales`.
+    """
+    room = _HALF_NORM / torch.gather(norms, -1, indices).float()
+    scales_x = torch.minimum(scales, room)
+    return scales_x, torch.where(scales == 0, 0.0, scales / scales_x)
+
+
 DEFENCE = 0.05
 """Share of the mean gradient norm that every row's remembered norm is raised by.
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.compilers import nop
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
@@ -18,9 +19,11 @@ from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import py_sym_types
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -32,7 +35,10 @@ __all__ = [
     "compile_fx",
     "default_partition",
     "detect_fake_mode",
+    "fx_graph_cse",
+    "hint",
     "inductor_prims",
+    "is_unbacked",
     "lower_in_place",
     "make_graph_module",
     "min_cut_rematerialization_partition",
@@ -42,12 +48,32 @@ __all__ = [
     "stable_topological_sort",
     "trace_joint",
     "trace_operations",
+    "trace_structured",
     "tunes",
     "without_code",
 ]
 
 
 make_graph_module = _make_graph_module
+
+_UNBACKED = 4096
+"""Stands for a size that only the data know, where a plan needs a number."""
+
+
+def is_unbacked(size: Any) -> bool:
+    """Tell whether only the data know a size."""
+    return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+
+
+def hint(size: Any) -> int:
+    """Return a size as a number: that of the example inputs where it is symbolic."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    unbacked = free_unbacked_symbols(size)
+    if not unbacked:
+        return int(size.node.hint)
+    known = size.node.shape_env.size_hint(size.node.expr.xreplace(dict.fromkeys(unbacked, _UNBACKED)))
+    return int(known)
 
 
 def without_code() -> contextlib.AbstractContextManager[None]:

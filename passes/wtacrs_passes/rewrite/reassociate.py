@@ -11,7 +11,8 @@ After::
     dz = mul(t, add(a, mul(u, b)))
 
 Only elementwise operations that are linear in one gradient are gathered, and only where nothing else reads
-the gradients in between. The result differs from the original by rounding.
+the gradients in between. The result differs from the original by rounding. No factor is moved past a mask:
+``where(c, t, 0) * a`` is zero where t is Inf and c false, ``t * where(c, a, 0)`` is not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, fx
 
-from .joint_graph import FILLS, Editor, aten
+from ..decide.modes import modes
+from ..graph.edit import Editor
+from ..graph.operations import aten
+from ..joint import Joint
 
 _PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
 _QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
@@ -50,7 +54,13 @@ class _Form:
     primals: frozenset[fx.Node]
 
 
-def reassociate(graph: fx.Graph, tangent: set[fx.Node]) -> None:
+def reassociate(joint: Joint) -> None:
+    """Gather the coefficients of gradients where any of them may be encoded."""
+    if any(mode.lossy for mode in modes(joint.policy)):
+        gather_coefficients(joint.graph, joint.tangent())
+
+
+def gather_coefficients(graph: fx.Graph, tangent: set[fx.Node]) -> None:
     """Rewrite chains of elementwise operations on gradients in place."""
     forms: dict[fx.Node, _Form] = {}
     for node in graph.nodes:
@@ -102,14 +112,7 @@ def _is_linear(node: fx.Node, tangent: set[fx.Node]) -> bool:
         return sides[0] and not sides[1] and not node.kwargs
     if node.target in _SUMS:
         return all(sides) and not node.kwargs
-    if node.target is aten.where.self:
-        branches = zip(sides[1:], node.args[1:], strict=True)
-        return not sides[0] and any(sides[1:]) and all(side or _is_zero(arg) for side, arg in branches)
     return node.target is aten.neg.default
-
-
-def _is_zero(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target in FILLS and bool(node.args[FILLS[node.target]] == 0)
 
 
 def _alike(left: fx.Node, right: fx.Node) -> bool:
@@ -118,14 +121,13 @@ def _alike(left: fx.Node, right: fx.Node) -> bool:
 
 
 def _fits(primal: fx.Node, node: fx.Node) -> bool:
-    """Tell whether a primal may become part of a coefficient: of full size, a condition, or a constant."""
+    """Tell whether a primal may become part of a coefficient: of full size, or a constant."""
     value, result = primal.meta["val"], node.meta["val"]
     if not isinstance(value, Tensor):
         return True
     if value.numel() == 1:
         return not primal.all_input_nodes
-    condition = node.target is aten.where.self and primal is node.args[0]
-    return bool(value.shape == result.shape and (condition or value.dtype == result.dtype))
+    return bool(value.shape == result.shape and value.dtype == result.dtype)
 
 
 class _Coefficient:
@@ -155,8 +157,6 @@ class _Coefficient:
         if not any(isinstance(arg, fx.Node) for arg in args):
             numbers: list[Any] = args
             return _ON_NUMBERS[node.target](*numbers)
-        if node.target is aten.where.self:
-            args = [self._full(node, arg) for arg in args]
         return self.editor.call(*self._call(node, args))
 
     def _call(self, node: fx.Node, args: list[Operand]) -> tuple[Any, ...]:

@@ -14,17 +14,16 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from . import joint_graph as jg
-from .joint_graph import FILLS, aten
+from ..graph.operations import CASTS, COPIES, FILLS, VIEWS, aten, content_of
 
 Conditions = frozenset[fx.Node]
 
 _NOTHING: Conditions = frozenset()
-_LIKE_ITS_OPERAND = {aten.neg.default, aten.mul.Scalar, aten.div.Scalar} | jg.CASTS | jg.COPIES
+_LIKE_ITS_OPERAND = {aten.neg.default, aten.mul.Scalar, aten.div.Scalar} | CASTS | COPIES
 _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
 _SUMS = {aten.add.Tensor, aten.sub.Tensor}
 _TRANSPOSITIONS = {aten.permute.default, aten.t.default, aten.transpose.int}  # other rows in another order
-_OF_A_MASK = (jg.VIEWS - _TRANSPOSITIONS) | jg.CASTS | jg.COPIES
+_OF_A_MASK = (VIEWS - _TRANSPOSITIONS) | CASTS | COPIES
 
 
 def zero_rows(graph: fx.Graph, tangent: set[fx.Node]) -> dict[fx.Node, Conditions]:
@@ -92,7 +91,7 @@ def _mask(operand: Any, node: fx.Node) -> Conditions:
         return frozenset().union(*(_mask(factor, node) for factor in operand.args))
     if operand.meta["val"].shape[-1] != 1:
         return _NOTHING
-    source = jg.content_of(operand, _OF_A_MASK)
+    source = content_of(operand, _OF_A_MASK)
     value = source.meta["val"]
     whole = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
     return frozenset({source}) if whole and value.numel() == operand.meta["val"].numel() else _NOTHING

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from wtacrs_passes import joint_graph as jg
+from wtacrs_passes.graph.cones import tangent_cone
+from wtacrs_passes.graph.names import parameter_gradients
 
-from .capture import STATIC_INPUTS
+from ..capture import STATIC_INPUTS
 
 MIB = 2**20
 # Okabe and Ito: told apart by all.
@@ -25,7 +26,7 @@ def plot_timeline(timelines: Mapping[str, Sequence[tuple[float, int]]], path: st
     """Draw the memory of training steps: up in the forward pass, down in the backward pass.
 
     Args:
-        timelines: what ran -> its :func:`wtacrs_fx.measure.memory_timeline`.
+        timelines: what ran -> its :func:`wtacrs_fx.tools.measure.memory_timeline`.
         path: of the picture; its ending chooses the format.
     """
     import matplotlib.pyplot as plt
@@ -67,11 +68,11 @@ def draw_gradient(graph_module: fx.GraphModule, parameter: str, path: str | Path
 
     graph = graph_module.graph
     table = {known.index: known for known in graph_module.meta.get(STATIC_INPUTS, ())}
-    found = {name: node for node, name in jg.parameter_gradients(graph, table).items()}
+    found = {name: node for node, name in parameter_gradients(graph, table).items()}
     if parameter not in found:
         raise KeyError(f"no gradient of {parameter!r}; the graph has those of {', '.join(sorted(found))}")
     depths = _depths(found[parameter])
-    tangent = jg.tangent_cone(graph)
+    tangent = tangent_cone(graph)
     levels: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         if node in depths:

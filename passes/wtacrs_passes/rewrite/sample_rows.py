@@ -31,10 +31,10 @@ Products that share X share the draw; their weights are ``||x_i|| sqrt(sum_j ||d
 In the forward placement ``0 * sum(dY)`` carries NaN and Inf of rows that were not drawn into dW. (In the
 backward placement such rows have infinite weights.)
 
-Norms and the gather of dY read tensors that exist anyway; so does that of an X that no fused kernel
-computes, in the backward pass. On CPU, where Inductor would give each of them a loop and a C++ file of its
-own (1.2 s of compile time each), they are calls of ``row_norms`` and ``gather_rows``; the gather of any
-other X stays open to fusion with what recomputes X.
+In float16 a scale may take a row of X out of the range of numbers; what would, goes into dY instead.
+
+``row_norms``, ``gather_rows`` and ``append_row`` are abstract here; `spell_operations` writes them for the
+device.
 """
 
 from __future__ import annotations
@@ -46,15 +46,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import estimators, ops
-from .estimators import PROJECTIONS
-from .joint_graph import VIEWS, Editor, aten, content_of, is_derivable, prims
-from .plan import Plan, Site
-from .residuals import Product, rows_first
-from .torch_api import stable_topological_sort, tunes
+from ..analyse.products import Product, rows_first
+from ..decide.plan import Site
+from ..graph.edit import Editor
+from ..graph.operations import NOISE_OF, aten, prims
+from ..graph.torch_api import stable_topological_sort
+from ..joint import Joint
+from ..maths import estimators, ops
+from ..maths.estimators import PROJECTIONS
 
-NOISE = "wtacrs_noise"
-"""Key of ``node.meta`` on the random numbers of a site, with its placement: see ``lower_noise``."""
+_HALF_SUM = 64.0
+"""What a mean row is multiplied with in float16, and the sum of dY divided by: the sum may be large."""
 
 
 @dataclasses.dataclass
@@ -75,18 +77,17 @@ class SampledSite:
     stored_names: frozenset[str]
 
 
-def sample_rows(graph: fx.Graph, plan: Plan) -> list[SampledSite]:
-    """Carry out the plan in place; return what was built for each site."""
-    if not plan.sites:
-        return []
-    editor = Editor(graph)
-    sampled = [
+def sample_rows(joint: Joint) -> None:
+    """Build the sites of the plan."""
+    if not joint.plan.sites:
+        return
+    editor = Editor(joint.graph)
+    joint.sites = [
         (_combine_site if site.sampling.estimator in PROJECTIONS else _sample_site)(editor, site)
-        for site in plan.sites
+        for site in joint.plan.sites
     ]
-    stable_topological_sort(graph)
-    graph.eliminate_dead_code()
-    return sampled
+    stable_topological_sort(joint.graph)
+    joint.graph.eliminate_dead_code()
 
 
 def _sample_site(editor: Editor, site: Site) -> SampledSite:
@@ -98,9 +99,9 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
         norms = _row_norms(editor, [x], center)
         if site.placement == "forward":
             weights = [_gradient_weights(editor, site, norms)] if site.mask or site.state else []
-            draw, indices, scales = _draw(editor, site, [norms, *weights])
-            rows = _rows(editor, site, x, center, indices, scales)
-            stored += [indices, scales]
+            draw = _draw(editor, site, x, norms, [norms, *weights])
+            rows = _rows(editor, x, center, draw)
+            stored += draw.stored
         else:
             stored.append(norms)
     if center is not None:
@@ -108,33 +109,32 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
     with editor.before(last):
         dys = [_operand(editor, product, tangent=True) for product in site.products]
         if site.placement == "backward":
-            draw, indices, scales = _draw(editor, site, [norms, _row_norms(editor, dys)])
-            rows = _rows(editor, site, x, center, indices, scales)
+            draw = _draw(editor, site, x, norms, [norms, _row_norms(editor, dys)])
+            rows = _rows(editor, x, center, draw)
         zero = _observe(editor, site, dys)
         for product, dy in zip(site.products, dys, strict=True):
-            if _gathers_itself(site, product, rows, dy):
-                _replace(product, editor.call(ops.gathered_product, dy, indices, rows))
-                continue
-            drawn = _gather_stored(editor, dy, indices)
+            scales = () if draw.scales_dy is None else (draw.scales_dy,)
+            drawn = editor.call(ops.gather_rows, dy, draw.indices, *scales)
             if center is not None:
-                drawn = _append(editor, drawn, _total(editor, dy, zero))
+                drawn = _append(editor, drawn, _share(editor, _total(editor, dy, zero), 1 / _HALF_SUM, dy))
             elif site.placement == "forward":
                 drawn = _carry(editor, drawn, _total(editor, dy, None), zero)
             _replace(product, _product(editor, product, rows, drawn))
     if site.encoding == "rows":
         stored.append(rows)
-    return SampledSite(site, draw, stored, rows, site.products[0].stored_names)
+    return SampledSite(site, draw.node, stored, rows, site.products[0].stored_names)
 
 
-def _rows(
-    editor: Editor, site: Site, x: fx.Node, center: fx.Node | None, indices: fx.Node, scales: fx.Node
-) -> fx.Node:
+def _rows(editor: Editor, x: fx.Node, center: fx.Node | None, draw: _Draw) -> fx.Node:
     """Return the drawn rows of X less `center`, rescaled; `center` is the last of them."""
-    if site.placement == "backward" and _on_cpu(x) and _in_memory(x):
-        rows = editor.call(ops.gather_rows, x, indices, scales, center)
-    else:
-        rows = _scale(editor, _subtract(editor, _gather(editor, x, indices), center), scales)
-    return rows if center is None else _append(editor, rows, center)
+    rows = editor.call(ops.gather_rows, x, draw.indices, draw.scales_x, center)
+    return rows if center is None else _append(editor, rows, _share(editor, center, _HALF_SUM, x))
+
+
+def _share(editor: Editor, row: fx.Node, factor: float, like: fx.Node) -> fx.Node:
+    """Multiply one of the two factors of the mean row's product, in float16 alone."""
+    half = like.meta["val"].dtype == torch.float16
+    return editor.call(aten.mul.Tensor, row, factor) if half else row
 
 
 def _combine_site(editor: Editor, site: Site) -> SampledSite:
@@ -146,7 +146,7 @@ def _combine_site(editor: Editor, site: Site) -> SampledSite:
         noise = editor.call(aten.mul.Tensor, _noise(editor, site, x, [2]), 2**24)
         seed = editor.call(prims.convert_element_type.default, noise, torch.int64)
         rows = editor.call(ops.combine_rows, _subtract(editor, x, center), seed, kept, estimator)
-        rows = rows if center is None else _append(editor, rows, center)
+        rows = rows if center is None else _append(editor, rows, _share(editor, center, _HALF_SUM, x))
     stored = [seed]  # made again in the backward pass it would be another one
     if center is not None:
         stored.append(center)
@@ -157,7 +157,9 @@ def _combine_site(editor: Editor, site: Site) -> SampledSite:
             dy = _operand(editor, product, tangent=True)
             combined = editor.call(ops.combine_rows, dy, seed, kept, estimator)
             if center is not None:
-                combined = _append(editor, combined, _total(editor, dy, None))
+                combined = _append(
+                    editor, combined, _share(editor, _total(editor, dy, None), 1 / _HALF_SUM, dy)
+                )
             _replace(product, _product(editor, product, rows, combined))
     return SampledSite(site, seed, stored, rows, site.products[0].stored_names)
 
@@ -200,23 +202,8 @@ def _cast_like(editor: Editor, node: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def _row_norms(editor: Editor, operands: list[fx.Node], center: fx.Node | None = None) -> fx.Node:
-    """Return the joint norms of the rows less `center`: ``[..., rows]``, as ``ops.row_norms``."""
-    if _on_cpu(operands[0]):
-        return editor.call(ops.row_norms, operands, center)
-    squares, largest = None, None
-    for operand in operands:
-        wide = _accumulate(editor, operand)
-        if center is not None:
-            wide = editor.call(aten.sub.Tensor, wide, _accumulate(editor, center))
-        square = editor.call(aten.sum.dim_IntList, editor.call(aten.mul.Tensor, wide, wide), [-1])
-        peak = editor.call(aten.amax.default, editor.call(aten.abs.default, wide), [-1])
-        squares = square if squares is None else editor.call(aten.add.Tensor, squares, square)
-        largest = peak if largest is None else editor.call(aten.maximum.default, largest, peak)
-    assert squares is not None
-    small = editor.call(aten.lt.Scalar, squares, ops.SMALLEST_SQUARE)
-    large = editor.call(aten.gt.Scalar, squares, ops.LARGEST_SQUARE)
-    unsafe = editor.call(aten.logical_or.default, small, large)
-    return editor.call(aten.where.self, unsafe, largest, editor.call(aten.sqrt.default, squares))
+    """Return the joint norms of the rows less `center`: ``[..., rows]``."""
+    return editor.call(ops.row_norms, operands, center)
 
 
 def _gradient_weights(editor: Editor, site: Site, norms: fx.Node) -> fx.Node:
@@ -276,26 +263,40 @@ def _carry(editor: Editor, drawn: fx.Node, total: fx.Node, zero: fx.Node | None)
 
 
 def _append(editor: Editor, rows: fx.Node, row: fx.Node) -> fx.Node:
-    row = _cast_like(editor, row, rows)
-    if _on_cpu(rows):  # Inductor's cat is a kernel of scalar instructions there
-        return editor.call(ops.append_row, rows, row)
-    return editor.call(aten.cat.default, [rows, row], rows.meta["val"].dim() - 2)
+    return editor.call(ops.append_row, rows, _cast_like(editor, row, rows))
 
 
-def _draw(editor: Editor, site: Site, norms: list[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node]:
-    value = norms[0].meta["val"]
-    batch = [editor.size(norms[0], d) for d in range(value.dim() - 1)]
-    rows = editor.size(norms[0], -1)
-    kept = _kept(editor, site, rows)
-    noise = _noise(editor, site, norms[0], [*batch, estimators.NOISE])
-    draw = editor.call(ops.choose_rows, norms, noise, kept, site.sampling.estimator)
-    return draw, editor.call(operator.getitem, draw, 0), editor.call(operator.getitem, draw, 1)
+@dataclasses.dataclass(frozen=True)
+class _Draw:
+    """Drawn rows: indices and scales ``[..., kept]``; no `scales_dy` where X takes them whole."""
+
+    node: fx.Node
+    indices: fx.Node
+    scales_x: fx.Node
+    scales_dy: fx.Node | None
+
+    @property
+    def stored(self) -> list[fx.Node]:
+        """What the backward pass needs of a draw in the forward pass."""
+        return [n for n in (self.indices, self.scales_x, self.scales_dy) if n is not None]
+
+
+def _draw(editor: Editor, site: Site, x: fx.Node, norms_x: fx.Node, weights: list[fx.Node]) -> _Draw:
+    value = norms_x.meta["val"]
+    batch = [editor.size(norms_x, d) for d in range(value.dim() - 1)]
+    kept = _kept(editor, site, editor.size(norms_x, -1))
+    noise = _noise(editor, site, norms_x, [*batch, estimators.NOISE])
+    draw = editor.call(ops.choose_rows, weights, noise, kept, site.sampling.estimator)
+    indices, scales = (editor.call(operator.getitem, draw, i) for i in range(2))
+    if x.meta["val"].dtype != torch.float16:
+        return _Draw(draw, indices, scales, None)
+    return _Draw(draw, indices, *editor.trace(estimators.split_scales, scales, norms_x, indices))
 
 
 def _noise(editor: Editor, site: Site, like: fx.Node, size: list[Any]) -> fx.Node:
     device = like.meta["val"].device
     noise = editor.call(aten.rand.default, size, dtype=torch.float32, device=device, pin_memory=False)
-    noise.meta[NOISE] = site.placement
+    noise.meta[NOISE_OF] = site.placement
     return noise
 
 
@@ -309,54 +310,6 @@ def _kept(editor: Editor, site: Site, rows: Any) -> Any:
     wanted = editor.call(operator.floordiv, wanted, share.denominator)
     wanted = editor.call(torch.sym_max, wanted, site.sampling.min_rows)
     return editor.call(torch.sym_min, wanted, rows)
-
-
-def _gather(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
-    """Gather rows: ``[..., rows, features]`` by ``[..., kept]``."""
-    if node.meta["val"].dim() == 2:
-        return editor.call(aten.index.Tensor, node, [indices])
-    kept, features = editor.size(indices, -1), editor.size(node, -1)
-    column = editor.call(aten.unsqueeze.default, indices, -1)
-    wide = editor.call(aten.expand.default, column, [editor.size(node, 0), kept, features])
-    return editor.call(aten.gather.default, node, 1, wide)
-
-
-def _gathers_itself(site: Site, product: Product, rows: fx.Node, dy: fx.Node) -> bool:
-    """Tell whether the ways to compute the product shall compete: of 16-bit rows on a GPU, if tuning.
-
-    Only the drawn rows of dY are read, so that there may be none to add to them.
-    """
-    kind = rows.meta["val"].dtype, dy.meta["val"].dtype
-    return (
-        site.placement == "backward"
-        and not site.sampling.center
-        and tunes(dy.meta["val"].device)
-        and product.node.target is aten.mm.default
-        and product.tangent_side == 0
-        and kind in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16))
-    )
-
-
-def _in_memory(x: fx.Node) -> bool:
-    """Tell whether X is a view of what no fused kernel computes, such as the output of attention."""
-    return not is_derivable(content_of(x, VIEWS))
-
-
-def _gather_stored(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
-    """Gather rows of a tensor that is in memory anyway."""
-    if _on_cpu(node):
-        return editor.call(ops.gather_rows, node, indices)
-    return _gather(editor, node, indices)
-
-
-def _on_cpu(node: fx.Node) -> bool:
-    return bool(node.meta["val"].device.type == "cpu")
-
-
-def _scale(editor: Editor, rows: fx.Node, scales: fx.Node) -> fx.Node:
-    column = editor.call(aten.unsqueeze.default, scales, -1)
-    scaled = editor.call(aten.mul.Tensor, _accumulate(editor, rows), column)
-    return _cast_like(editor, scaled, rows)
 
 
 def _product(editor: Editor, product: Product, x: fx.Node, dy: fx.Node) -> fx.Node:

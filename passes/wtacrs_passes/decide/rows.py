@@ -1,63 +1,31 @@
-"""Decide encoding and placement of each site. The plan is data; `sample_rows` carries it out."""
+"""Decide which rows are sampled, and where: one site for each residual that products share."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from .annotations import Annotations, NormState, TokenMask
-from .policy import Policy, Sampling
-from .residuals import Analysis, Product, available_in_backward, rows_first
-from .storage import MODES
-from .zero_rows import zero_rows
-
-Encoding = Literal["exact", "rows"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One residual together with the weight-gradient products that share a draw of its rows.
-
-    Attributes:
-        products: at least one; all read the same X.
-        sampling: how rows are chosen.
-        placement: where rows are chosen.
-        encoding: how X reaches the backward pass: ``rows`` (only the k rows are stored) or ``exact``
-            (as the partitioner or `choose_storage` likes: stored for another reader, derived from that,
-            or recomputed).
-        kept: k, an int or ``SymInt``.
-        mask: what is known about rows without a gradient, where rows are chosen in the forward pass.
-        state: remembered gradient norms, likewise.
-    """
-
-    products: tuple[Product, ...]
-    sampling: Sampling
-    placement: Literal["forward", "backward"]
-    encoding: Encoding
-    kept: Any
-    mask: TokenMask | None = None
-    state: NormState | None = None
-
-    @property
-    def rows(self) -> Any:
-        """The number of rows N."""
-        return self.products[0].rows
+from ..analyse.annotations import Annotations
+from ..analyse.products import Analysis, Product, rows_first
+from ..analyse.zero_rows import zero_rows
+from ..graph.torch_api import is_unbacked
+from ..joint import Joint
+from ..policy import Policy, Sampling
+from .at_hand import available_in_backward
+from .modes import MODES
+from .plan import Encoding, Plan, Site
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is sampled, and what is left exact with the reason."""
-
-    sites: tuple[Site, ...]
-    exact: tuple[tuple[Product, str], ...]
+def plan_rows(joint: Joint) -> None:
+    """Choose sampling and placement for every weight-gradient product."""
+    joint.plan = make_plan(joint.analysis, joint.graph, joint.policy, joint.annotations)
 
 
 def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: Annotations) -> Plan:
-    """Choose sampling, placement and encoding for every weight-gradient product."""
+    """Return the sites, and the products that stay exact, of a joint graph."""
     wanted: list[tuple[Product, Sampling]] = []
     exact: list[tuple[Product, str]] = []
     for product in analysis.products:
@@ -100,6 +68,10 @@ def _reason_for_exact(product: Product, sampling: Sampling | None) -> str | None
         return "excluded by the policy"
     if sampling.ratio == 1.0:
         return "ratio 1.0"
+    if product.node.meta["val"].is_complex() or product.x.meta["val"].is_complex():
+        return "complex numbers"
+    if is_unbacked(product.rows):
+        return "as many rows as the data says, unknown when it is compiled"
     features = product.node.meta["val"].shape[-1 - product.tangent_side]  # of X: the side that is not dY's
     if isinstance(features, int) and features < sampling.min_features:
         return f"{features} features, fewer than min_features"

@@ -17,19 +17,19 @@ What lies between a stored residual and its readers is computed again from the d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import operator
 
 import torch
 from torch import Tensor, fx
 
-from . import encodings
-from . import joint_graph as jg
-from .joint_graph import Editor, aten
-from .sample_rows import NOISE
-from .storage import Stored
+from ..decide.plan import Stored
+from ..graph.edit import Editor
+from ..graph.operations import NOISE_OF, aten, is_derivable, is_loop, same_content, tensor_operands
+from ..joint import Joint
+from ..maths import encodings
 
 ROUNDING = "rounding"
-"""Placement in ``meta[NOISE]`` of the random numbers of stochastic rounding."""
+"""Placement in ``meta[NOISE_OF]`` of the random numbers of stochastic rounding."""
 
 
 @dataclasses.dataclass
@@ -46,37 +46,37 @@ class EncodedResidual:
     stored_names: frozenset[str]
 
 
-def encode_residuals(
-    graph: fx.Graph, tangent: set[fx.Node], stored: Sequence[Stored], pinned: Iterable[fx.Node]
-) -> list[EncodedResidual]:
-    """Carry out the plan in place; return what was built for each residual.
-
-    Args:
-        tangent: everything computed from tangents; `pinned`: what is stored for the sites anyway.
-    """
-    changed = [item for item in stored if item.encoding != "exact"]
+def encode_residuals(joint: Joint) -> None:
+    """Store what the plan says, encoded, and let the backward pass read what is decoded."""
+    changed = [item for item in joint.plan.residuals if item.encoding != "exact"]
     if not changed:
-        return []
+        return
+    graph, tangent = joint.graph, joint.tangent()
     editor = Editor(graph)
-    names = {item.node: frozenset(form.name for form in jg.same_content(item.node)) for item in changed}
-    items = {item.node: item for item in changed if item.encoding != "derive"}
+    names = {item.node: frozenset(form.name for form in same_content(item.node)) for item in changed}
+    items = {item.node: item for item in changed if item.encoding != "recompute"}
     encoded = {node: _encode(editor, item, tangent) for node, item in items.items()}
-    as_they_are = {*pinned, *(item.node for item in stored if item.encoding == "exact")}
-    rebuild = _Rebuild(editor, encoded, items, as_they_are)
+    as_they_are = {item.node for item in joint.plan.residuals if item.encoding == "exact"}
+    as_they_are.update(node for site in joint.sites for node in site.stored)
+    again = {item.node for item in changed if item.encoding == "recompute"}
+    rebuild = _Rebuild(editor, encoded, items, as_they_are, again)
+    editor.tag = "must_be_in_backward"  # what is decoded is no residual
     for node in list(graph.nodes):
         if node in tangent and node.op == "call_function":
             with editor.before(node):
-                for operand in list(jg.tensor_operands(node)):
+                for operand in list(tensor_operands(node)):
                     if operand not in tangent:
                         node.replace_input_with(operand, rebuild(operand))
     graph.eliminate_dead_code()
-    return [EncodedResidual(item, encoded.get(item.node, ()), names[item.node]) for item in changed]
+    joint.residuals = [
+        EncodedResidual(item, encoded.get(item.node, ()), names[item.node]) for item in changed
+    ]
 
 
 def _encode(editor: Editor, item: Stored, tangent: set[fx.Node]) -> tuple[fx.Node, ...]:
     """Encode once the loops after the residual are done: some of what they read needs no memory then."""
     source, last = item.source, item.node
-    while jg.is_loop(last.next) and last.next not in tangent:
+    while is_loop(last.next) and last.next not in tangent:
         last = last.next
     with editor.after(last):
         if item.encoding == "bits":
@@ -94,7 +94,7 @@ def _noise(editor: Editor, source: fx.Node) -> fx.Node:
     value = source.meta["val"]
     size = [editor.size(source, dim) for dim in range(value.dim())]
     noise = editor.call(aten.rand.default, size, dtype=torch.float32, device=value.device, pin_memory=False)
-    noise.meta[NOISE] = ROUNDING
+    noise.meta[NOISE_OF] = ROUNDING
     return noise
 
 
@@ -122,9 +122,12 @@ class _Rebuild:
         encoded: dict[fx.Node, tuple[fx.Node, ...]],
         stored: dict[fx.Node, Stored],
         as_they_are: set[fx.Node],
+        again: set[fx.Node],
     ) -> None:
         self.editor, self.encoded, self.stored = editor, encoded, stored
         self.built = {node: node for node in as_they_are}
+        several = {node for node in again if node.target is operator.getitem}
+        self.again = several.union(*(node.all_input_nodes for node in several))
 
     def __call__(self, node: fx.Node) -> fx.Node:
         stack = [node]
@@ -141,7 +144,7 @@ class _Rebuild:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """Return what a node is computed from again; nothing where it is stored or cannot be."""
-        again = jg.is_derivable(node) and isinstance(node.meta.get("val"), Tensor)
+        again = node in self.again or (is_derivable(node) and isinstance(node.meta.get("val"), Tensor))
         return node.all_input_nodes if again and node not in self.stored else []
 
     def _build(self, node: fx.Node) -> fx.Node:
@@ -152,5 +155,5 @@ class _Rebuild:
         if all(new is old for old, new in rebuilt.items()):
             return node
         copy = self.editor.graph.node_copy(node, rebuilt.__getitem__)
-        copy.meta = dict(node.meta)
+        copy.meta = {**node.meta, "partitioner_tag": self.editor.tag}
         return copy

@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from torch import Tensor, fx
 
-from . import joint_graph as jg
-from . import ops
-from .joint_graph import NamedInput, aten
+from ..graph.edit import sympy_size
+from ..graph.names import NamedInput, named_inputs, static_inputs
+from ..graph.operations import CASTS, COPIES, aten, content_of
+from ..joint import Joint
+from ..maths import ops
 
 MASK_NAMES = ("attention_mask", "padding_mask")
 """Names of inputs ``[batch, positions]`` that are zero for padding."""
@@ -22,7 +24,7 @@ KNOWN, FRESH = "wtacrs_known", "wtacrs_fresh"
 """Names of the buffers of a layer whose gradient norms are tracked."""
 
 _SUPPOSED = 1 / 64
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default} | jg.COPIES | jg.CASTS
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default} | COPIES | CASTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Annotations:
         found += [
             TokenMask(node, _name(node, names), "proven")
             for node in sorted(zero, key=lambda node: node.name)
-            if _product(tuple(node.meta["val"].shape)) == jg.sympy_size(rows)
+            if _product(tuple(node.meta["val"].shape)) == sympy_size(rows)
         ]
         order = ("declared", "proven", "supposed")
         return min(found, key=lambda mask: order.index(mask.origin), default=None)
@@ -94,9 +96,15 @@ def erase_markers(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def take_annotations(graph: fx.Graph, table: Mapping[int, NamedInput]) -> Annotations:
-    """Return what the markers and the names of a joint graph's inputs say, and erase the markers."""
-    buffers = jg.static_inputs(graph, table)
+def take_annotations(joint: Joint) -> None:
+    """Note what the markers and the names of a joint graph's inputs say, and erase the markers."""
+    joint.annotations = annotations_of(joint.graph, joint.names)
+    erase_markers(joint.graph)
+
+
+def annotations_of(graph: fx.Graph, table: Mapping[int, NamedInput]) -> Annotations:
+    """Return what the markers and the names of a joint graph's inputs say."""
+    buffers = static_inputs(graph, table)
     masks = [
         TokenMask(node.args[0], "token_mask", "declared")
         for node in graph.find_nodes(op="call_function", target=ops.token_mask)
@@ -107,13 +115,12 @@ def take_annotations(graph: fx.Graph, table: Mapping[int, NamedInput]) -> Annota
         x, known, fresh = node.args
         if known in buffers and fresh in buffers:
             states[buffers[known].name.removesuffix(KNOWN).rstrip(".")] = NormState(x, known, fresh)
-    erase_markers(graph)
     return Annotations(tuple(masks), states)
 
 
 def _named_masks(graph: fx.Graph, table: Mapping[int, NamedInput]) -> list[tuple[fx.Node, str]]:
     found = []
-    for node, known in jg.named_inputs(graph, table, ("mask",)).items():
+    for node, known in named_inputs(graph, table, ("mask",)).items():
         value = node.meta.get("val")
         if isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point():
             found.append((node, known.name))
@@ -123,7 +130,7 @@ def _named_masks(graph: fx.Graph, table: Mapping[int, NamedInput]) -> list[tuple
 def _name(condition: fx.Node, names: Mapping[fx.Node, str]) -> str:
     """Return how the report calls a condition; what a loss compares with -100 are labels."""
     if condition.target is aten.ne.Scalar:
-        source, value = jg.content_of(condition.args[0]), condition.args[1]  # type: ignore[arg-type]
+        source, value = content_of(condition.args[0]), condition.args[1]  # type: ignore[arg-type]
         name = "labels" if value == -100 else source.name
         return f"{names.get(source, name)} != {value}"
     return names.get(condition, condition.name)
@@ -131,7 +138,7 @@ def _name(condition: fx.Node, names: Mapping[fx.Node, str]) -> str:
 
 def _describes(mask: fx.Node, leading: tuple[Any, ...] | None, rows: Any) -> bool:
     sizes = tuple(mask.meta["val"].shape)
-    return leading == sizes or (leading is None and bool(_product(sizes) == jg.sympy_size(rows)))
+    return leading == sizes or (leading is None and bool(_product(sizes) == sympy_size(rows)))
 
 
 def _leading_sizes(x: fx.Node) -> tuple[Any, ...] | None:
@@ -146,7 +153,7 @@ def _leading_sizes(x: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _product(sizes: tuple[Any, ...]) -> Any:
-    total = jg.sympy_size(1)
+    total = sympy_size(1)
     for size in sizes:
-        total = total * jg.sympy_size(size)
+        total = total * sympy_size(size)
     return total

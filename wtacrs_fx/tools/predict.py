@@ -26,7 +26,7 @@ from torch._functorch import config as functorch_config
 from wtacrs_passes.policy import Policy
 from wtacrs_passes.report import Report
 
-from .capture import explain
+from ..capture import explain
 from .progress import Progress, silent
 
 INDUCTOR, CHECKPOINTING, WTACRS = "inductor", "checkpointing", "wtacrs"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx
 
+from ..backend import reports
 from . import measure
-from .backend import reports
 from .progress import Progress, silent
 
 Compiler = Callable[[torch.fx.GraphModule, list[Any]], Any]

@@ -1,0 +1,146 @@
+"""Account for every byte that crosses to the backward pass: from a partitioned joint graph to its report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Set
+
+import sympy
+from torch import fx
+
+from .analyse.products import Product
+from .decide.plan import Site, Stored
+from .graph.edit import nbytes, sympy_size
+from .graph.names import module_path
+from .joint import Joint
+from .maths.encodings import INTEGER_BITS, levels
+from .partition import rows_names
+from .report import Report, ResidualReport, SiteReport, simplify
+from .rewrite.encode_residuals import EncodedResidual
+
+
+def make_report(joint: Joint, before: Sequence[fx.Node], after: Sequence[fx.Node]) -> Report:
+    """Gather what became of each weight gradient and of each stored tensor.
+
+    Args:
+        before: the tensors saved without the rewrite; `after`: with it.
+    """
+    analysis, plan, sites, residuals = joint.analysis, joint.plan, joint.sites, joint.residuals
+    ledger = _Ledger(before, after)
+    found: dict[fx.Node, SiteReport] = {}
+    encoded = {residual.stored.node.name for residual in residuals if residual.codes}
+    for sampled in sites:
+        rows = rows_names(sampled)
+        stores_rows = ledger.saves(rows) or bool(rows & encoded)
+        stored = ledger.take_after(rows.union(node.name for node in sampled.stored))
+        site = sampled.site
+        for product in site.products:
+            encoding = "rows" if stores_rows else ledger.encoding(product)
+            size_before, size_after = ledger.take(product)
+            found[product.node] = SiteReport(
+                module=product.module,
+                parameter=product.parameter,
+                rows=simplify(sympy_size(product.rows)),
+                kept=simplify(sympy_size(site.kept)),
+                estimator=site.sampling.estimator,
+                placement=site.placement,
+                weights=_weights(site),
+                encoding=encoding,
+                bytes_before=simplify(size_before),
+                bytes_after=simplify(size_after + stored),
+            )
+            stored = sympy.Integer(0)
+    for product, reason in plan.exact:
+        size_before, size_after = ledger.take(product)
+        rows_ = simplify(sympy_size(product.rows))
+        found[product.node] = SiteReport(
+            product.module, product.parameter, rows_, rows_, "", "", "", ledger.encoding(product),
+            simplify(size_before), simplify(size_after), reason,
+        )  # fmt: skip
+    reports = [found[product.node] for product in analysis.products]
+    for name, reason in analysis.unsampled:
+        reports.append(SiteReport(name.rpartition(".")[0], name, 0, 0, "", "", "", "exact", 0, 0, reason))
+    others = tuple(_residual_reports(residuals, ledger))
+    total_before, total_after = (simplify(sum(nbytes(n.meta["val"]) for n in s)) for s in (before, after))
+    return Report(tuple(reports), total_before, total_after, residuals=others)
+
+
+def _weights(site: Site) -> str:
+    """Return what the rows of a site are chosen by."""
+    if site.placement == "backward":
+        return "||x|| ||dy||"
+    weights = "||x|| remembered ||dy||" if site.state else "||x||"
+    if site.mask is None:
+        return weights
+    return f"{weights}, {_share(site.mask.factor)} unless {site.mask.name}"
+
+
+def _share(factor: float) -> str:
+    return f"1/{1 / factor:g}" if factor else "zero"
+
+
+def _effect(stored: Stored) -> str:
+    """Return what an encoding does to gradients."""
+    if stored.table is not None:
+        return f"rounded to {len(stored.table.values)} values, integral of error^2 {stored.table.error:.2g}"
+    if stored.encoding in INTEGER_BITS:
+        largest = levels(INTEGER_BITS[stored.encoding])
+        if stored.stochastic:
+            return f"unbiased, error < group peak / {largest}"
+        return f"rounded, error <= group peak / {2 * largest}"
+    return "as what it is derived from" if stored.encoding == "recompute" else "exact"
+
+
+def _residual_reports(residuals: Sequence[EncodedResidual], ledger: _Ledger) -> Iterable[ResidualReport]:
+    for residual in residuals:
+        stored = residual.stored
+        size_before = ledger.take_before(residual.stored_names)
+        if stored.encoding == "recompute" and not size_before:
+            continue  # Inductor would not have saved it either, or it is the X of a site
+        yield ResidualReport(
+            stored.module, str(stored.node.target), stored.encoding, simplify(size_before),
+            simplify(ledger.take_after(code.name for code in residual.codes)), _effect(stored),
+        )  # fmt: skip
+    for node in ledger.left():
+        module = module_path(node) or ""
+        size_before, size_after = ledger.take_before([node.name]), ledger.take_after([node.name])
+        encoding, gradient = ("exact", "exact") if size_after else ("replaced", "as what is read instead")
+        yield ResidualReport(
+            module, str(node.target), encoding, simplify(size_before), simplify(size_after), gradient
+        )
+
+
+class _Ledger:
+    """The bytes of the saved tensors, before and after; each is taken once."""
+
+    def __init__(self, before: Sequence[fx.Node], after: Sequence[fx.Node]) -> None:
+        self._before, self._after = ({node.name: node for node in saved} for saved in (before, after))
+        self._names = frozenset(self._after)
+
+    def encoding(self, product: Product) -> str:
+        """Tell whether X is stored in full or recomputed from what is stored for others."""
+        return "exact" if self.saves(product.stored_names) else "recompute"
+
+    def saves(self, names: Set[str]) -> bool:
+        """Tell whether one of these nodes is saved."""
+        return bool(names & self._names)
+
+    def take(self, product: Product) -> tuple[sympy.Expr, sympy.Expr]:
+        """Return the bytes of X before and after."""
+        return self.take_before(product.stored_names), self.take_after(product.stored_names)
+
+    def take_before(self, names: Iterable[str]) -> sympy.Expr:
+        """Return the bytes that Inductor would save of these nodes."""
+        return _take(self._before, names)
+
+    def take_after(self, names: Iterable[str]) -> sympy.Expr:
+        """Return the bytes that are saved of these nodes."""
+        return _take(self._after, names)
+
+    def left(self) -> list[fx.Node]:
+        """Return what has not been taken."""
+        return list((self._after | self._before).values())
+
+
+def _take(saved: dict[str, fx.Node], names: Iterable[str]) -> sympy.Expr:
+    found = [saved.pop(name) for name in names if name in saved]
+    return sum((nbytes(node.meta["val"]) for node in found), sympy.Integer(0))

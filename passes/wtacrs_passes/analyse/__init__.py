@@ -1,0 +1,1 @@
+"""What a joint graph says: products, readers, functions, ranges, annotations, zero rows."""

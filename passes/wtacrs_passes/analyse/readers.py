@@ -1,0 +1,206 @@
+"""Which operations on tangents tolerate a bounded error of the residual that they read.
+
+The backward pass is linear in its tangents. An operation is *tolerant* of a residual r if an error of r, a small
+share of the largest value of its row, is a small share of its result's: products elementwise and of matrices,
+convolutions, sums, branches of ``where``. Division, comparison, inversion, powers, indexing and the bodies of
+higher-order operations are not. Nor is a product whose tangent has been, or will be, multiplied elementwise with
+something *wild*: ``t * r * exp(b)`` is large where r is small. Sums over a row and matrix products end that.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Set
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..graph.operations import (
+    ATTENTION_BACKWARD,
+    CASTS,
+    COPIES,
+    FILLS,
+    GATHERS,
+    VIEWS,
+    aten,
+    is_random,
+    packet,
+    prims,
+    tensor_operands,
+)
+from ..maths import ops
+from .ranges import Ranges
+
+_PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar, prims.fma.default}
+_MATRIX_PRODUCTS = {
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.convolution_backward.default,
+    aten._grouped_mm.default,
+    ops.gathered_product,
+    ops.combine_rows,
+} | ATTENTION_BACKWARD
+_SUMS = {
+    aten.sum.dim_IntList,
+    aten.sum.default,
+    aten.mean.dim,
+}
+_STRUCTURE = VIEWS | COPIES | CASTS | GATHERS | {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.neg.default,
+    aten.where.self,
+    aten.cat.default,
+    aten.constant_pad_nd.default,
+    aten.slice_scatter.default,
+    aten.select_scatter.default,
+    aten.div.Scalar,
+    aten.flip.default,
+    ops.gather_rows,
+    ops.append_row,
+}  # fmt: skip
+"""Operations through which an error passes as it is."""
+_INTO_VECTORS = {ops.row_norms, ops.choose_rows, ops.record_norms, ops.require_zero}
+"""Operations whose results only choose rows."""
+
+
+class Readers:
+    """The residuals of a joint graph, what reads each, and whether it tolerates an error.
+
+    Attributes:
+        of: residuals with the operations on tangents that read them.
+    """
+
+    def __init__(self, graph: fx.Graph, tangent: Set[fx.Node], ranges: Ranges) -> None:
+        self._tangent, self._ranges = tangent, ranges
+        self.of: dict[fx.Node, list[fx.Node]] = {}
+        self._amplified: set[fx.Node] = set()
+        self._masked: set[fx.Node] = set()
+        self._data = _from_data(graph)
+        nodes = [node for node in graph.nodes if node in tangent and node.op == "call_function"]
+        for node in nodes:
+            for operand in tensor_operands(node):
+                if operand not in tangent:
+                    self.of.setdefault(operand, []).append(node)
+            if self._carries(node, self._amplified) or self._amplifies(node):
+                self._amplified.add(node)
+            if self._carries(node, self._masked) or self._masks(node):
+                self._masked.add(node)
+        self._to_be_amplified: set[fx.Node] = set()
+        self._to_be_masked: set[fx.Node] = set()
+        for node in reversed(nodes):
+            users = [user for user in node.users if user in tangent and user.target not in _MATRIX_PRODUCTS]
+            if any(user in self._to_be_amplified or self._amplifies(user) for user in users):
+                self._to_be_amplified.add(node)
+            if any(user in self._to_be_masked or self._masks(user) for user in users):
+                self._to_be_masked.add(node)
+
+    def refusal(self, residual: fx.Node) -> str:
+        """Return why a residual must be stored exactly; an empty string where every reader is tolerant."""
+        return next(
+            filter(None, (self._refusal(residual, reader) for reader in self.of.get(residual, ()))), ""
+        )
+
+    def are_dense(self, residual: fx.Node) -> bool:
+        """Tell whether no reader's gradient is zero but for few elements that the data choose."""
+        readers = self.of.get(residual, ())
+        gradients = {arg for reader in readers for arg in reader.all_input_nodes if arg in self._tangent}
+        return not any(arg in self._masked for arg in gradients) and not any(
+            reader in self._to_be_masked for reader in readers
+        )
+
+    def _refusal(self, residual: fx.Node, reader: fx.Node) -> str:
+        name = packet(reader.target)
+        if reader.target in _INTO_VECTORS or reader.target in _MATRIX_PRODUCTS:
+            return ""
+        if reader.target in _PRODUCTS or (reader.target in _STRUCTURE and not _is_index(residual, reader)):
+            before = any(arg in self._amplified for arg in reader.all_input_nodes if arg in self._tangent)
+            if before or reader in self._to_be_amplified:
+                return f"its product {name} is multiplied with values of any size"
+            return ""
+        return f"read by {name}, which does not tolerate an error"
+
+    def _carries(self, node: fx.Node, marked: Set[fx.Node]) -> bool:
+        """Tell whether a result is as marked as what it is computed from."""
+        if node.target in _MATRIX_PRODUCTS:
+            return False
+        if node.target in _SUMS and _sums_over_rows(node):
+            return False
+        if node.target is operator.getitem and node.all_input_nodes[0].target in _MATRIX_PRODUCTS:
+            return False
+        return any(arg in marked for arg in node.all_input_nodes)
+
+    def _amplifies(self, node: fx.Node) -> bool:
+        """Tell whether an operation multiplies gradients with something wild, or does what nobody knows."""
+        primals = [arg for arg in node.args if isinstance(arg, fx.Node) and arg not in self._tangent]
+        if node.target in _PRODUCTS:
+            return any(self._ranges.amplifies(arg) for arg in primals)
+        if node.target is aten.div.Tensor:
+            return any(self._ranges.amplifies_by_division(arg) for arg in primals)
+        known = _STRUCTURE | _SUMS | _MATRIX_PRODUCTS | _INTO_VECTORS | {operator.getitem, *FILLS}
+        return node.target not in known and packet(node.target) not in _SPREADING
+
+    def _masks(self, node: fx.Node) -> bool:
+        """Tell whether an operation sets gradients to zero where the data say so."""
+        if packet(node.target) in _SPREADING:
+            return True
+        if node.target is aten.where.self:
+            return node.args[0] in self._data
+        booleans = [arg for arg in node.args if isinstance(arg, fx.Node) and _is_from_boolean(arg)]
+        return node.target in _PRODUCTS and any(arg in self._data for arg in booleans)
+
+
+_SPREADING = {
+    aten.index_put,
+    aten._unsafe_index_put,
+    aten._unsafe_masked_index_put_accumulate,
+    aten.scatter,
+    aten.scatter_add,
+    aten.index_add,
+    aten.embedding_dense_backward,
+    aten.select_backward,
+    aten.slice_backward,
+    aten.cumsum,
+    aten.avg_pool2d_backward,
+    aten.max_pool2d_with_indices_backward,
+    aten._adaptive_avg_pool2d_backward,
+    aten.upsample_nearest2d_backward,
+    aten.upsample_bilinear2d_backward,
+}
+"""Operations that put gradients elsewhere, at their own size."""
+
+
+def _from_data(graph: fx.Graph) -> set[fx.Node]:
+    """Return what depends on floating-point values: not what random numbers, integers and masks determine."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            if isinstance(value, Tensor) and value.is_floating_point():
+                found.add(node)
+        elif not is_random(node) and any(arg in found for arg in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_from_boolean(node: fx.Node) -> bool:
+    while node.target in CASTS | VIEWS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype.is_floating_point is False
+
+
+def _is_index(residual: fx.Node, reader: fx.Node) -> bool:
+    """Tell whether a residual says where to read, not what."""
+    return reader.target in GATHERS and reader.args[0] is not residual
+
+
+def _sums_over_rows(node: fx.Node) -> bool:
+    """Tell whether a sum takes in the last dimension, so that it is one number in each row."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    dims: Any = node.args[1] if len(node.args) > 1 else ()
+    rank = source.meta["val"].dim()
+    return not dims or any(dim % rank == rank - 1 for dim in dims)

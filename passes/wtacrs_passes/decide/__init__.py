@@ -1,0 +1,1 @@
+"""Decisions: which rows, which storage. They are data, and change nothing."""

@@ -1,0 +1,44 @@
+"""What the values of ``Policy.residuals`` allow."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from ..policy import Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """What a value of ``Policy.residuals`` allows.
+
+    Attributes:
+        integers: for residuals in general.
+        sources: for residuals of which the backward pass reads a nonlinear function.
+        table_bits: for coefficients that are a bounded function of one tensor.
+        masks: booleans are packed, and what can be derived from something stored is.
+    """
+
+    integers: Literal["exact", "int8", "int4"] = "exact"
+    sources: Literal["exact", "int8", "int4"] = "exact"
+    table_bits: int = 0
+    masks: bool = True
+
+    @property
+    def lossy(self) -> bool:
+        """Whether more than booleans are encoded."""
+        return self.integers != "exact"
+
+
+MODES = {
+    "exact": Mode(masks=False),
+    "lossless": Mode(),
+    "balanced": Mode("int8", "int4", 3),
+    "small": Mode("int4", "int4", 2),
+}
+
+
+def modes(policy: Policy) -> tuple[Mode, ...]:
+    """Return the modes that a policy names, for all modules or for some."""
+    names = (policy.residuals, *(dict(rule.overrides).get("residuals", "exact") for rule in policy.rules))
+    return tuple(MODES[name] for name in names)

@@ -1,0 +1,91 @@
+"""The plan: what is sampled, what is stored and how, and why. Plain data; the rewrites carry it out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, TypeAlias
+
+from torch import fx
+
+from ..analyse.annotations import NormState, TokenMask
+from ..analyse.products import Product
+from ..maths.encodings import Table
+from ..policy import Sampling
+
+Encoding: TypeAlias = Literal["exact", "rows", "int8", "int4", "table", "bits", "recompute"]
+"""How a residual reaches the backward pass.
+
+``exact``: as the partitioner likes; ``rows``: k rows; ``int8``, ``int4``: integers; ``table``: a few bits of a
+tabulated function; ``bits``: packed booleans; ``recompute``: not stored, computed from what is.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One residual together with the weight-gradient products that share a draw of its rows.
+
+    Attributes:
+        products: at least one; all read the same X.
+        sampling: how rows are chosen.
+        placement: where rows are chosen.
+        encoding: how X reaches the backward pass: ``rows``, or ``exact``, which leaves it to the partitioner
+            and to :attr:`Plan.residuals`.
+        kept: k, an int or ``SymInt``.
+        mask: what is known about rows without a gradient, where rows are chosen in the forward pass.
+        state: remembered gradient norms, likewise.
+    """
+
+    products: tuple[Product, ...]
+    sampling: Sampling
+    placement: Literal["forward", "backward"]
+    encoding: Encoding
+    kept: Any
+    mask: TokenMask | None = None
+    state: NormState | None = None
+
+    @property
+    def rows(self) -> Any:
+        """The number of rows N."""
+        return self.products[0].rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One residual and how the backward pass comes by it.
+
+    Attributes:
+        node: the residual.
+        encoding: how it is stored.
+        source: what is encoded: `node`, or for a ``table`` what `node` is a function of.
+        table: the tabulated function.
+        module: path of the module that computes it.
+        stochastic: integers are rounded at random.
+        reason: why it is not stored in fewer bits.
+    """
+
+    node: fx.Node
+    encoding: Encoding
+    source: fx.Node
+    table: Table | None = None
+    module: str = ""
+    stochastic: bool = False
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is done to a joint graph.
+
+    Attributes:
+        sites: what is sampled.
+        exact: products that stay exact, with the reason.
+        residuals: how everything else that the backward pass reads is stored.
+    """
+
+    sites: tuple[Site, ...] = ()
+    exact: tuple[tuple[Product, str], ...] = ()
+    residuals: tuple[Stored, ...] = ()
+
+    def storing(self, residuals: tuple[Stored, ...]) -> Plan:
+        """Return this plan with residuals."""
+        return dataclasses.replace(self, residuals=residuals)

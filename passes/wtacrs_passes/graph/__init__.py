@@ -1,0 +1,1 @@
+"""Joint graphs: what operations do, names, cones, edits; and everything private of torch."""

@@ -1,0 +1,113 @@
+"""Edit a joint graph: copies, new operations with the right ``meta``, sizes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from .operations import aten, is_symbolic
+from .torch_api import detect_fake_mode, make_graph_module, trace_operations
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    """Return the output node."""
+    output: fx.Node = graph.find_nodes(op="output")[0]
+    return output
+
+
+def copy_joint(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy whose graph can be edited; sub-modules and constants are shared."""
+    graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
+    output = graph.output(graph.graph_copy(gm.graph, {}))
+    output.meta = copy.copy(output_of(gm.graph).meta)
+    graph.set_codegen(copy.copy(gm.graph._codegen))
+    copied = make_graph_module(gm, graph, class_name=type(gm).__name__)
+    copied.meta = dict(gm.meta)
+    return copied
+
+
+def nbytes(value: Any) -> sympy.Expr:
+    """Return the size of a tensor in bytes; symbolic where a size is."""
+    if not isinstance(value, torch.Tensor):
+        return sympy.Integer(0)
+    return sympy_size(value.numel()) * value.element_size()
+
+
+def sympy_size(size: Any) -> sympy.Expr:
+    """Return an int or ``SymInt`` as a sympy expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+class Editor:
+    """Insert operations before a node of a joint graph; the only place that writes ``meta``.
+
+    Each new node gets a ``meta["val"]`` computed under the graph's own fake mode, and the editor's `tag`, which
+    tells PyTorch's partitioner where it belongs.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        values = [node.meta.get("val") for node in graph.nodes]
+        self.mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
+        self.tag: str | None = None
+        self._traces: dict[Any, fx.Graph] = {}
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Insert ``target(*args, **kwargs)`` at the current insertion point."""
+        node = self.graph.call_function(target, args, kwargs)
+        values = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+        if self.mode is None:
+            node.meta["val"] = target(*values[0], **values[1])
+        else:
+            with self.mode:
+                node.meta["val"] = target(*values[0], **values[1])
+        if self.tag is not None:
+            node.meta["partitioner_tag"] = self.tag
+        return node
+
+    def trace(self, function: Callable[..., Any], *nodes: fx.Node, **constants: Any) -> tuple[fx.Node, ...]:
+        """Insert the operations of ``function(*nodes, **constants)``, plain torch; return its results.
+
+        Layers of one model ask for the same thing again and again: what was traced once for tensors of a
+        kind is repeated.
+        """
+        values = [node.meta["val"] for node in nodes]
+        sizes = [size for value in values for size in (*value.shape, *value.stride())]
+        kinds = [(value.dtype, value.device) for value in values]
+        key = (function, *constants.items(), *kinds, *sizes)
+        repeatable = not any(is_symbolic(part) for part in (*sizes, *constants.values()))
+        traced = self._traces.get(key) if repeatable else None
+        if traced is None:
+            with self.mode or contextlib.nullcontext():
+                traced = trace_operations(partial(function, **constants), values)
+            if repeatable:
+                self._traces[key] = traced
+        new = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
+        for node in traced.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)
+                new[node] = self.call(node.target, *args, **kwargs)
+        return tuple(new[node] for node in torch.utils._pytree.arg_tree_leaves(*output_of(traced).args))
+
+    def size(self, node: fx.Node, dim: int) -> Any:
+        """Return a size of `node`: an int, or a node where it is symbolic."""
+        size = node.meta["val"].shape[dim]
+        return self.call(aten.sym_size.int, node, dim) if isinstance(size, torch.SymInt) else size
+
+    def before(self, node: fx.Node) -> Any:
+        """Insert before `node` within a ``with`` block."""
+        return self.graph.inserting_before(node)
+
+    def after(self, node: fx.Node) -> Any:
+        """Insert after `node` and the inputs, one operation after the other, within a ``with`` block."""
+        following = node.next
+        while following.op == "placeholder":
+            following = following.next
+        return self.before(following)

@@ -1,0 +1,119 @@
+"""Names: which inputs and outputs of a joint graph belong to which parameter, buffer or mask."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Container, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from .edit import output_of
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedInput:
+    """An input of a compiled graph that the rewrite knows by name.
+
+    Args:
+        index: position among the flat inputs.
+        name: path as ``named_parameters()`` prints it; of a mask its argument's name.
+        kind: a parameter or buffer of the model, or a mask of tokens.
+    """
+
+    index: int
+    name: str
+    kind: Literal["parameter", "buffer", "mask"]
+
+
+def outputs_with_descriptors(graph: fx.Graph) -> list[tuple[Any, Any]]:
+    """Return each output value (a node or None) with its AOTAutograd descriptor (or None)."""
+    output = output_of(graph)
+    values = torch.utils._pytree.arg_tree_leaves(*output.args)
+    descriptors = list(output.meta.get("desc") or [None] * len(values))
+    return list(zip(values, descriptors, strict=True))
+
+
+def named_inputs(
+    graph: fx.Graph, table: Mapping[int, NamedInput], kinds: Container[str]
+) -> dict[fx.Node, NamedInput]:
+    """Return the placeholders of a joint graph that have a name, of some kinds.
+
+    Args:
+        table: names by position, for graphs that Dynamo lifted parameters and buffers into.
+    """
+    found = {}
+    for node in graph.find_nodes(op="placeholder"):
+        known = _named_input(node.meta.get("desc"), table)
+        if known is not None and known.kind in kinds:
+            found[node] = known
+    return found
+
+
+def static_inputs(graph: fx.Graph, table: Mapping[int, NamedInput]) -> dict[fx.Node, NamedInput]:
+    """Return the placeholders of a joint graph that are parameters or buffers."""
+    return named_inputs(graph, table, ("parameter", "buffer"))
+
+
+def _named_input(descriptor: Any, table: Mapping[int, NamedInput]) -> NamedInput | None:
+    while hasattr(descriptor, "base"):  # inner tensor of a subclass, e.g. a DTensor's local shard
+        descriptor = descriptor.base
+    if hasattr(descriptor, "idx"):
+        return table.get(descriptor.idx)
+    if descriptor is not None and hasattr(descriptor, "target"):
+        return NamedInput(-1, descriptor.target, "parameter" if descriptor.is_param() else "buffer")
+    return None
+
+
+def parameter_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> dict[fx.Node, str]:
+    """Return the outputs that are gradients of parameters and nothing else, with the parameters' names."""
+    gradients: dict[fx.Node, str] = {}
+    others: set[fx.Node] = set()  # one value may be the gradient of a parameter and of an input
+    for value, descriptor in outputs_with_descriptors(graph):
+        if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+            continue  # an inner value of a subclass that is no tensor, such as the mesh of a DTensor
+        while hasattr(descriptor, "base"):
+            descriptor = descriptor.base
+        known = _named_input(getattr(descriptor, "grad_of", None), table)
+        if known is not None and known.kind == "parameter":
+            gradients[value] = known.name
+        else:
+            others.add(value)
+    return {value: name for value, name in gradients.items() if value not in others}
+
+
+def module_path(node: fx.Node) -> str | None:
+    """Return the path of the module whose forward or backward the node belongs to."""
+    stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path = str(list(stack.values())[-1][0])
+    return path_from_source(path)
+
+
+def path_from_source(source: str) -> str:
+    """Turn Dynamo's name of a module or parameter into a path as ``named_modules()`` prints it.
+
+    >>> path_from_source("L['self']._modules['layers']._modules['0']._parameters['weight']")
+    'layers.0.weight'
+    >>> path_from_source("L['self'].layers.0")
+    'layers.0'
+    >>> path_from_source("L['self'].__dict__['_modules']['inner']._modules['0']")
+    'inner.0'
+    """
+    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", source)
+    path = re.sub(r"__dict__\['(_modules|_parameters|_buffers)'\]", r"\1", path)
+    path = re.sub(r"_(modules|parameters|buffers)\['([^']*)'\]", r"\2", path)
+    path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
+    return path.replace("._orig_mod", "").removeprefix("_orig_mod.").strip(".")
+
+
+def last_name(source: str) -> str:
+    """Return the name of an argument or item that Dynamo found by a source.
+
+    >>> last_name("L['kwargs']['attention_mask']"), last_name("L['batch'].mask")
+    ('attention_mask', 'mask')
+    """
+    return re.split(r"[.\[]", source)[-1].strip("[]'\"")

@@ -1,0 +1,160 @@
+"""Tables and predicates of operations: what a node does, whatever graph it stands in."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Set
+from typing import Any
+
+import torch
+from torch import fx
+
+from .torch_api import inductor_prims, py_sym_types
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+VIEWS = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.permute.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.squeeze.default,
+    aten.unsqueeze.default,
+    aten.alias.default,
+    aten.detach.default,
+}
+COPIES = {aten.clone.default, aten.contiguous.default}
+CASTS = {prims.convert_element_type.default, aten._to_copy.default}
+GATHERS = {aten.expand.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.gather.default}
+FILLS: dict[Any, int] = {aten.full.default: 1, aten.scalar_tensor.default: 0}
+"""Constants, with the position of the value among the arguments."""
+_LOOPS = {aten.cat.default, aten.embedding.default, *FILLS}
+RANDOM = {inductor_prims.seed, inductor_prims.seeds, inductor_prims.random, inductor_prims.randint}
+
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+}
+ATTENTION_BACKWARD = {
+    aten._scaled_dot_product_flash_attention_backward.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    aten._scaled_dot_product_efficient_attention_backward.default,
+    aten._scaled_dot_product_cudnn_attention_backward.default,
+}
+MIXING = ATTENTION | {
+    aten.mm,
+    aten.bmm,
+    aten.addmm,
+    aten.baddbmm,
+    aten.convolution,
+    aten._grouped_mm,
+    aten.embedding,
+    aten.native_layer_norm,
+    aten.native_group_norm,
+    aten.avg_pool2d,
+    aten._adaptive_avg_pool2d,
+    aten.arange,
+    prims.iota,
+    aten.one_hot,
+}
+"""Operations each of whose results is a sum over many operands, or an index: of one order of size."""
+
+SELECTIONS = {
+    aten.split,
+    aten.split_with_sizes,
+    aten.unbind,
+    aten.chunk,
+    aten.sort,
+    aten.topk,
+    aten.max,
+    aten.min,
+    aten.kthvalue,
+    aten.median,
+    aten.mode,
+}
+"""Operations with several results, whose elements are elements of the operand."""
+
+NOISE_OF = "wtacrs_noise"
+"""Key of ``node.meta`` on random numbers that a rewrite draws: whose they are, see `lower_noise`."""
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Tell whether a node computes each element from one element of each input."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags and not is_random(node)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Tell whether two equal calls of the node may return different values."""
+    tags = getattr(node.target, "tags", ())
+    return node.target in RANDOM or torch.Tag.nondeterministic_seeded in tags
+
+
+def packet(target: Any) -> Any:
+    """Return an operation without its overload."""
+    return getattr(target, "overloadpacket", target)
+
+
+def mutates(node: fx.Node) -> bool:
+    """Tell whether a node writes to an operand, or may: what is no operator of PyTorch's."""
+    schema = getattr(node.target, "_schema", None)
+    return not isinstance(node.target, torch._ops.OpOverload) or bool(schema and schema.is_mutable)
+
+
+def is_recomputable(node: fx.Node) -> bool:
+    """Tell whether Inductor computes the node again in a fused kernel at the cost of reading its inputs."""
+    return (
+        is_pointwise(node)
+        or node.target in VIEWS | COPIES | CASTS | GATHERS
+        or (node.target is operator.getitem)
+    )
+
+
+def is_loop(node: fx.Node) -> bool:
+    """Tell whether Inductor writes the loop that computes the node, and so may fuse it with others."""
+    reduces = getattr(torch.Tag, "reduction", None) in getattr(node.target, "tags", ())
+    return reduces or is_recomputable(node) or node.target in _LOOPS
+
+
+def is_derivable(node: fx.Node) -> bool:
+    """Tell whether the node's operands suffice to compute it again: not so for one of several results."""
+    return is_recomputable(node) and node.target is not operator.getitem
+
+
+def content_of(node: fx.Node, forms: Set[Any] = VIEWS | COPIES | CASTS) -> fx.Node:
+    """Return what a view, copy or cast is a form of."""
+    while node.target in forms and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def same_content(node: fx.Node) -> set[fx.Node]:
+    """Return the nodes that hold what `node` holds: what it is a view, copy or cast of, and those of that."""
+    source = content_of(node)
+    found, stack = {source}, [source]
+    while stack:
+        for user in stack.pop().users:
+            if user.target in VIEWS | COPIES | CASTS and user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def is_symbolic(value: Any) -> bool:
+    """Tell whether a value is a symbolic number."""
+    return isinstance(value, py_sym_types)
+
+
+def tensor_operands(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the inputs of a node whose values are tensors (or tuples of them)."""
+    for arg in node.all_input_nodes:
+        value = arg.meta.get("val")
+        if isinstance(value, torch.Tensor | tuple | list):
+            yield arg

@@ -1,0 +1,74 @@
+"""One joint graph on its way through the passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+from torch import fx
+
+from .graph.cones import tangent_cone
+from .graph.names import NamedInput
+from .policy import Policy
+
+if TYPE_CHECKING:
+    from .analyse.annotations import Annotations
+    from .analyse.products import Analysis
+    from .decide.plan import Plan
+    from .rewrite.encode_residuals import EncodedResidual
+    from .rewrite.sample_rows import SampledSite
+
+Partitioned: TypeAlias = tuple[fx.GraphModule, fx.GraphModule]
+Partitioner: TypeAlias = Callable[[fx.GraphModule, int], Partitioned]
+"""``(joint graph, number of forward outputs) -> (forward graph, backward graph)``"""
+
+
+@dataclasses.dataclass
+class Joint:
+    """A joint graph, what is known about it, what was decided and what was built.
+
+    A pass is a function of this; it edits `gm` in place, or adds to what is known or decided.
+
+    Attributes:
+        gm: the joint graph.
+        policy: what the user asked for.
+        names: parameters, buffers and masks among the inputs, by position.
+        num_fwd_outputs: how many outputs belong to the forward graph.
+        partitioner: PyTorch's, as Inductor would call it.
+        annotations: what the graph says about its rows.
+        analysis: its weight-gradient products.
+        plan: what is sampled, and what is stored how, with the reasons.
+        sites: the sampled sites that were built.
+        residuals: the encoded residuals that were built.
+        parts: forward and backward graph; None before the partition.
+    """
+
+    gm: fx.GraphModule
+    policy: Policy
+    names: Mapping[int, NamedInput]
+    num_fwd_outputs: int
+    partitioner: Partitioner
+    annotations: Annotations
+    analysis: Analysis
+    plan: Plan
+    sites: list[SampledSite] = dataclasses.field(default_factory=list)
+    residuals: list[EncodedResidual] = dataclasses.field(default_factory=list)
+    parts: Partitioned | None = None
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The joint graph as it is now."""
+        return self.gm.graph
+
+    def tangent(self) -> set[fx.Node]:
+        """Return everything that is computed from tangents."""
+        return tangent_cone(self.graph)
+
+    def replaced(self, old: fx.Node, new: fx.Node) -> None:
+        """Let what was built name `new` wherever it names `old`."""
+        for site in self.sites:
+            site.stored = [new if node is old else node for node in site.stored]
+            site.rows = new if site.rows is old else site.rows
+        for residual in self.residuals:
+            residual.codes = tuple(new if node is old else node for node in residual.codes)

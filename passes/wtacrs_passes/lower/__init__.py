@@ -1,0 +1,1 @@
+"""From the abstract operations of the rewrites to those of a device."""

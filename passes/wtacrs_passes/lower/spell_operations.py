@@ -1,0 +1,146 @@
+"""Write the abstract operations of the rewrites as a device does them best.
+
+On CPU Inductor would give each norm and each gather of rows a loop and a C++ file of its own (1.2 s of compile
+time each), and its ``cat`` is a kernel of scalar instructions. So they stay calls where what they read is in
+memory anyway::
+
+    norms = row_norms([x]);  rows = gather_rows(dy, indices)
+
+Elsewhere they become operations that Inductor fuses with what computes their operand: on GPUs, and for rows of
+an X that the backward pass computes again, so that only these rows are::
+
+    norms = sqrt(sum(x * x));  rows = index(x, indices) * scales
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.edit import Editor
+from ..graph.operations import VIEWS, aten, content_of, is_derivable, prims
+from ..graph.torch_api import tunes
+from ..joint import Joint
+from ..maths import ops
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def spell_operations(joint: Joint) -> None:
+    """Replace abstract operations by those of their device."""
+    editor, tangent = Editor(joint.graph), joint.tangent()
+    for node in joint.graph.find_nodes(op="call_function", target=aten.mm.default):
+        if _gathers_itself(node):
+            with editor.before(node):
+                _put(joint, node, editor.call(ops.gathered_product, *_gathered(node)))
+    spellings: dict[Any, tuple[Callable[[fx.Node, set[fx.Node]], bool], Callable[..., fx.Node]]] = {
+        ops.row_norms: (_on_cpu, _row_norms),
+        ops.gather_rows: (_reads_memory, _gather_rows),
+        ops.append_row: (_on_cpu, _append_row),
+    }
+    for target, (stays, spell) in spellings.items():
+        for node in joint.graph.find_nodes(op="call_function", target=target):
+            if not stays(node, tangent):
+                with editor.before(node):
+                    _put(joint, node, spell(editor, *node.args))
+    joint.graph.eliminate_dead_code()
+
+
+def _put(joint: Joint, old: fx.Node, new: fx.Node) -> None:
+    old.replace_all_uses_with(new)
+    new.meta = {**old.meta, "val": new.meta["val"]}
+    joint.replaced(old, new)
+
+
+def _on_cpu(node: fx.Node, tangent: set[fx.Node]) -> bool:
+    return bool(node.meta["val"].device.type == "cpu")
+
+
+def _reads_memory(node: fx.Node, tangent: set[fx.Node]) -> bool:
+    """Tell whether rows are gathered on CPU from a tensor that is in memory anyway.
+
+    A gradient is, for the other product that reads it; so is an X that no fused kernel computes.
+    """
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    in_memory = x in tangent or (node in tangent and not is_derivable(content_of(x, VIEWS)))
+    return _on_cpu(node, tangent) and in_memory
+
+
+def _gathers_itself(node: fx.Node) -> bool:
+    """Tell whether the ways to compute a product shall compete: of 16-bit rows on a GPU, if tuning."""
+    left, rows = node.args
+    gathered = left.args[0] if isinstance(left, fx.Node) and left.target is aten.permute.default else None
+    if not isinstance(gathered, fx.Node) or gathered.target is not ops.gather_rows or len(gathered.args) > 2:
+        return False
+    kinds = {operand.meta["val"].dtype for operand in (gathered, rows)}  # type: ignore[union-attr]
+    return tunes(node.meta["val"].device) and len(kinds) == 1 and kinds <= set(_HALF)
+
+
+def _gathered(node: fx.Node) -> tuple[Any, Any, Any]:
+    gathered = node.args[0].args[0]  # type: ignore[union-attr]
+    return gathered.args[0], gathered.args[1], node.args[1]  # type: ignore[union-attr]
+
+
+def _accumulate(editor: Editor, node: fx.Node) -> fx.Node:
+    if node.meta["val"].dtype in (torch.float32, torch.float64):
+        return node
+    return editor.call(prims.convert_element_type.default, node, torch.float32)
+
+
+def _cast_like(editor: Editor, node: fx.Node, like: fx.Node) -> fx.Node:
+    dtype = like.meta["val"].dtype
+    if node.meta["val"].dtype == dtype:
+        return node
+    return editor.call(prims.convert_element_type.default, node, dtype)
+
+
+def _row_norms(editor: Editor, operands: Sequence[fx.Node], center: fx.Node | None = None) -> fx.Node:
+    """Write norms as sums of squares; where those leave the range, the largest element stands in."""
+    squares, largest = None, None
+    for operand in operands:
+        wide = _accumulate(editor, operand)
+        if center is not None:
+            wide = editor.call(aten.sub.Tensor, wide, _accumulate(editor, center))
+        square = editor.call(aten.sum.dim_IntList, editor.call(aten.mul.Tensor, wide, wide), [-1])
+        peak = editor.call(aten.amax.default, editor.call(aten.abs.default, wide), [-1])
+        squares = square if squares is None else editor.call(aten.add.Tensor, squares, square)
+        largest = peak if largest is None else editor.call(aten.maximum.default, largest, peak)
+    assert squares is not None
+    small = editor.call(aten.lt.Scalar, squares, ops.SMALLEST_SQUARE)
+    large = editor.call(aten.gt.Scalar, squares, ops.LARGEST_SQUARE)
+    unsafe = editor.call(aten.logical_or.default, small, large)
+    return editor.call(aten.where.self, unsafe, largest, editor.call(aten.sqrt.default, squares))
+
+
+def _gather_rows(
+    editor: Editor,
+    x: fx.Node,
+    indices: fx.Node,
+    scales: fx.Node | None = None,
+    center: fx.Node | None = None,
+) -> fx.Node:
+    rows = _gather(editor, x, indices)
+    if center is not None:
+        rows = editor.call(aten.sub.Tensor, _accumulate(editor, rows), _accumulate(editor, center))
+    if scales is not None:
+        column = editor.call(aten.unsqueeze.default, scales, -1)
+        rows = editor.call(aten.mul.Tensor, _accumulate(editor, rows), column)
+    return _cast_like(editor, rows, x)
+
+
+def _gather(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
+    """Gather rows: ``[..., rows, features]`` by ``[..., kept]``."""
+    if node.meta["val"].dim() == 2:
+        return editor.call(aten.index.Tensor, node, [indices])
+    kept, features = editor.size(indices, -1), editor.size(node, -1)
+    column = editor.call(aten.unsqueeze.default, indices, -1)
+    wide = editor.call(aten.expand.default, column, [editor.size(node, 0), kept, features])
+    return editor.call(aten.gather.default, node, 1, wide)
+
+
+def _append_row(editor: Editor, rows: fx.Node, row: fx.Node) -> fx.Node:
+    return editor.call(aten.cat.default, [rows, row], rows.meta["val"].dim() - 2)

@@ -1,0 +1,1 @@
+"""Rewrites of a joint graph, one file each. They decide nothing."""

@@ -1,0 +1,1 @@
+"""A workbench over the rest: demo, predictions, measurements, pictures."""
