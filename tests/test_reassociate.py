@@ -42,7 +42,7 @@ def masked(u: Tensor) -> Tensor:
     return torch.where(u.detach() > 0.5, u * torch.sigmoid(u), torch.tanh(u))
 
 
-FUNCTIONS = (squared_relu, own_mish, masked, F.silu, lambda u: torch.sin(u) * torch.cos(u) * u)
+FUNCTIONS = (squared_relu, own_mish, F.silu, lambda u: torch.sin(u) * torch.cos(u) * u)
 
 
 def joint(function: Callable[[Tensor], Tensor]) -> tuple[nn.Module, fx.GraphModule]:

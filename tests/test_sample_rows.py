@@ -18,7 +18,7 @@ from wtacrs_passes.graph.names import parameter_gradients
 from wtacrs_passes.graph.operations import NOISE_OF
 from wtacrs_passes.maths import ops
 from wtacrs_passes.maths.ops import choose_rows
-from wtacrs_passes.rewrite import sample_rows
+from wtacrs_passes.lower import spell_operations
 
 SMALL = RowsOnly(min_rows=4)
 
@@ -297,7 +297,7 @@ def test_a_product_that_gathers_its_rows_gives_the_same_gradient(
     policy = RowsOnly(**{"min_rows": 4, "placement": "backward", **options})
     found = []
     for tunes in (False, True):
-        monkeypatch.setattr(sample_rows, "tunes", lambda device, tunes=tunes: tunes)
+        monkeypatch.setattr(spell_operations, "tunes", lambda device, tunes=tunes: tunes)
         gm = wtacrs_fx.transform(captured, policy)
         nodes = gm.graph.find_nodes(op="call_function", target=ops.gathered_product)
         assert len(nodes) == (count if tunes else 0)

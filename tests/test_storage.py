@@ -62,8 +62,7 @@ def test_the_mask_of_relu_is_one_exact_bit() -> None:
 
 
 def test_steep_functions_are_not_derived_from_lossy_values() -> None:
-    found = stored(torch.exp)
-    assert found == {"int8": ["aten.exp.default"]}
+    assert stored(torch.exp) == {}  # large where others are small: from the exact argument
     found = stored(lambda x: 1 / x)
     assert "aten.mm.default" not in found.get("int8", []) + found.get("int4", [])
 

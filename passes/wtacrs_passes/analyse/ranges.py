@@ -67,7 +67,8 @@ _TAME = _SAME | _SUMS | {
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.neg.default, aten.abs.default,
     aten.mul.Tensor, aten.mul.Scalar, aten.relu.default, aten.clamp.default, aten.clamp_min.default,
     aten.clamp_max.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default,
-    aten.cumsum.default, aten.flip.default, aten.var.correction, aten.sqrt.default, ops.row_norms,
+    aten.cumsum.default, aten.flip.default, aten.var.correction, aten.sqrt.default, ops.row_norms, ops.append_row,
+    ops.combine_rows,
 }  # fmt: skip
 """Operations that return nothing of another order of size than their operands."""
 

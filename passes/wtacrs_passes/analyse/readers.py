@@ -140,7 +140,7 @@ class Readers:
         if node.target is aten.div.Tensor:
             return any(self._ranges.amplifies_by_division(arg) for arg in primals)
         known = _STRUCTURE | _SUMS | _MATRIX_PRODUCTS | _INTO_VECTORS | {operator.getitem, *FILLS}
-        return node.target not in known and packet(node.target) not in _SPREADING
+        return node.target not in known and packet(node.target) not in _SPREADING | _SHIFTING
 
     def _masks(self, node: fx.Node) -> bool:
         """Tell whether an operation sets gradients to zero where the data say so."""
@@ -152,6 +152,8 @@ class Readers:
         return node.target in _PRODUCTS and any(arg in self._data for arg in booleans)
 
 
+_SHIFTING = {aten.cumsum, aten.flip, aten.roll}
+"""Operations that keep dense gradients dense."""
 _SPREADING = {
     aten.index_put,
     aten._unsafe_index_put,
@@ -162,7 +164,6 @@ _SPREADING = {
     aten.embedding_dense_backward,
     aten.select_backward,
     aten.slice_backward,
-    aten.cumsum,
     aten.avg_pool2d_backward,
     aten.max_pool2d_with_indices_backward,
     aten._adaptive_avg_pool2d_backward,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..maths import ops
 from .torch_api import inductor_prims, py_sym_types
 
 aten = torch.ops.aten
@@ -30,7 +31,8 @@ VIEWS = {
 }
 COPIES = {aten.clone.default, aten.contiguous.default}
 CASTS = {prims.convert_element_type.default, aten._to_copy.default}
-GATHERS = {aten.expand.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.gather.default}
+GATHERS = {aten.expand.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.gather.default,
+           ops.gather_rows}  # fmt: skip
 FILLS: dict[Any, int] = {aten.full.default: 1, aten.scalar_tensor.default: 0}
 """Constants, with the position of the value among the arguments."""
 _LOOPS = {aten.cat.default, aten.embedding.default, *FILLS}

@@ -112,6 +112,8 @@ def _is_linear(node: fx.Node, tangent: set[fx.Node]) -> bool:
         return sides[0] and not sides[1] and not node.kwargs
     if node.target in _SUMS:
         return all(sides) and not node.kwargs
+    if node.target is aten.where.self:
+        return not sides[0] and all(sides[1:])
     return node.target is aten.neg.default
 
 
@@ -121,13 +123,14 @@ def _alike(left: fx.Node, right: fx.Node) -> bool:
 
 
 def _fits(primal: fx.Node, node: fx.Node) -> bool:
-    """Tell whether a primal may become part of a coefficient: of full size, or a constant."""
+    """Tell whether a primal may become part of a coefficient: of full size, a condition, or a constant."""
     value, result = primal.meta["val"], node.meta["val"]
     if not isinstance(value, Tensor):
         return True
     if value.numel() == 1:
         return not primal.all_input_nodes
-    return bool(value.shape == result.shape and value.dtype == result.dtype)
+    condition = node.target is aten.where.self and primal is node.args[0]
+    return bool(value.shape == result.shape and (condition or value.dtype == result.dtype))
 
 
 class _Coefficient:
@@ -154,6 +157,8 @@ class _Coefficient:
             [factor] = [arg for arg in args if arg is not None]
             return factor
         args = [1.0 if arg is None else arg for arg in args]
+        if node.target is aten.where.self:
+            args = [self._full(node, arg) for arg in args]
         if not any(isinstance(arg, fx.Node) for arg in args):
             numbers: list[Any] = args
             return _ON_NUMBERS[node.target](*numbers)
