@@ -16,9 +16,9 @@ import wtacrs_fx
 from wtacrs_fx import Policy, Rule
 from wtacrs_passes.graph.names import parameter_gradients
 from wtacrs_passes.graph.operations import NOISE_OF
+from wtacrs_passes.lower import spell_operations
 from wtacrs_passes.maths import ops
 from wtacrs_passes.maths.ops import choose_rows
-from wtacrs_passes.lower import spell_operations
 
 SMALL = RowsOnly(min_rows=4)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -82,10 +84,6 @@ class Backend:
         partitioner = WtacrsPartitioner(self.policy, table, received.append)
         config = {**self.config, "custom_partitioner_fn": partitioner}
         compiled = torch_api.compile_fx(gm, example_inputs, config, name)
-        if not received and not path.exists() and _is_training(example_inputs):
-            # The code came from a cache that is older than the file of its report.
-            config["force_disable_caches"] = True
-            compiled = torch_api.compile_fx(gm, example_inputs, config, name)
         report = _keep(path, received) if _is_training(example_inputs) else None
         if report is not None:
             _REPORTS.append(report)
@@ -191,15 +189,22 @@ def _is_training(example_inputs: Sequence[Any]) -> bool:
 def _keep(path: pathlib.Path, received: Sequence[Report]) -> Report | None:
     """Write a report beside Inductor's caches, or read what an earlier process wrote there.
 
-    A graph that trains nothing is kept as ``null``.
+    None where the code came from a cache and its report is gone: that is no reason to compile again.
     """
     if received or not path.exists():
         report = received[-1] if received else None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report.to_dict() if report else None))
+        if report is not None:
+            _write(path, json.dumps(report.to_dict()))
         return report
-    data = json.loads(path.read_text())
-    return Report.from_dict({**data, "from_cache": True}) if data else None
+    return Report.from_dict({**json.loads(path.read_text()), "from_cache": True})
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Write a file at once: another rank sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.replace(file.name, path)
 
 
 def _report_path(
@@ -209,12 +214,14 @@ def _report_path(
     policy: Policy,
     table: Sequence[NamedInput],
 ) -> pathlib.Path:
-    inputs = [
+    fakes = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+    values = [x if fake is None else fake for x, fake in zip(example_inputs, fakes, strict=True)]
+    inputs = [  # sizes that vary are symbols here, so that another batch finds the same report
         (tuple(x.shape), x.dtype, x.stride(), x.device, x.requires_grad) if isinstance(x, torch.Tensor) else x
-        for x in example_inputs
+        for x in values
     ]
     parts = (
-        gm.code,
+        [module.code for _, module in gm.named_modules() if isinstance(module, fx.GraphModule)],
         inputs,
         sorted(config.items()),
         policy,

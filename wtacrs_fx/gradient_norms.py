@@ -125,7 +125,9 @@ class GradientNorms:
         self._linears, self._model = tuple(modules.values()), model
         self.records: dict[str, Tensor] = {}
         self._check_size(max_bytes)
-        self._handles = [module.register_forward_pre_hook(_mark) for module in self._linears]
+        self._handles = [
+            module.register_forward_pre_hook(_mark, with_kwargs=True) for module in self._linears
+        ]
         self._handles.append(model._register_state_dict_hook(self._save))  # type: ignore[no-untyped-call]
         self._handles.append(model._register_load_state_dict_pre_hook(self._load))  # type: ignore[no-untyped-call]
         setattr(model, NAME, self)  # not a child: containers call their children
@@ -383,9 +385,10 @@ def _is_tracked(module: nn.Module) -> bool:
     return linear and isinstance(weight, Tensor) and weight.requires_grad and weight.dim() == 2
 
 
-def _mark(module: nn.Module, args: tuple[Any, ...]) -> None:
-    if torch.is_grad_enabled() and args[0].dim() == 3:
-        ops.norm_state(args[0], getattr(module, KNOWN), getattr(module, FRESH))
+def _mark(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x = args[0] if args else next(iter(kwargs.values()))
+    if torch.is_grad_enabled() and x.dim() == 3:
+        ops.norm_state(x, getattr(module, KNOWN), getattr(module, FRESH))
 
 
 def _pooled(norms: Tensor, bucket: int) -> tuple[Tensor, Tensor]:

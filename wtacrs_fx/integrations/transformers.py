@@ -81,7 +81,7 @@ class WtacrsCallback(_callback_class()):  # type: ignore[misc]
         found: dict[str, float] = {}
         # Of each part of the model the last graph of fixed shapes: bytes in symbols cannot be logged.
         graphs = {
-            tuple(site.module for site in report.sites): report
+            tuple((line.module, line.encoding) for line in (*report.sites, *report.residuals)): report
             for report in self.backend.reports
             if isinstance(report.saved_bytes_before, int) and isinstance(report.saved_bytes_after, int)
         }

@@ -18,8 +18,8 @@ from ..graph.operations import CASTS, COPIES, aten, content_of
 from ..joint import Joint
 from ..maths import ops
 
-MASK_NAMES = ("attention_mask", "padding_mask")
-"""Names of inputs ``[batch, positions]`` that are zero for padding."""
+MASK_NAMES = ("attention_mask",)
+"""Names of inputs ``[batch, positions]`` that are zero for padding. (What is called a padding mask is true for it.)"""
 KNOWN, FRESH = "wtacrs_known", "wtacrs_fresh"
 """Names of the buffers of a layer whose gradient norms are tracked."""
 

@@ -242,6 +242,13 @@ def _given(graph: fx.Graph, statics: Container[fx.Node]) -> tuple[set[fx.Node], 
     return masks, inputs
 
 
+def is_opaque(node: fx.Node) -> bool:
+    """Tell whether nobody here knows what an operation does to sizes: inverses, factorisations, scans, bodies."""
+    if node.op != "call_function" or is_pointwise(node) or is_random(node) or node.target is operator.getitem:
+        return False
+    return node.target not in _TAME and packet(node.target) not in MIXING | SELECTIONS
+
+
 def _operands(node: fx.Node) -> list[fx.Node]:
     return [arg for arg in node.all_input_nodes if isinstance(arg.meta.get("val"), Tensor)]
 

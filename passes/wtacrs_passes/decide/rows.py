@@ -11,6 +11,7 @@ from torch import fx
 from ..analyse.annotations import Annotations
 from ..analyse.products import Analysis, Product, rows_first
 from ..analyse.zero_rows import zero_rows
+from ..graph.operations import makes_sparse
 from ..graph.torch_api import is_unbacked
 from ..joint import Joint
 from ..policy import Policy, Sampling
@@ -28,9 +29,14 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: 
     """Return the sites, and the products that stay exact, of a joint graph."""
     wanted: list[tuple[Product, Sampling]] = []
     exact: list[tuple[Product, str]] = []
+    sparse = (
+        "the graph makes a sparse tensor, whose memory Inductor may use again"
+        if makes_sparse(graph)
+        else None
+    )
     for product in analysis.products:
         sampling = policy.sampling(product.module)
-        reason = _reason_for_exact(product, sampling)
+        reason = sparse or _reason_for_exact(product, sampling)
         if reason is None:
             assert sampling is not None
             wanted.append((product, sampling))

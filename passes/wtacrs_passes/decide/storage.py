@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from ..analyse.functions import Shape, is_float, shape, unary_function, unary_roots
-from ..analyse.ranges import Ranges
+from ..analyse.ranges import Ranges, is_opaque
 from ..analyse.readers import Readers
 from ..graph.names import module_path, static_inputs
 from ..graph.operations import (
@@ -35,7 +35,9 @@ from ..graph.operations import (
     content_of,
     is_derivable,
     is_random,
+    makes_sparse,
     packet,
+    same_content,
     tensor_operands,
 )
 from ..graph.torch_api import CheckpointPolicy, hint, real_tensors
@@ -67,7 +69,7 @@ def plan_storage(joint: Joint) -> None:
 
     What is to be stored as it is remains the partitioner's choice: it may find something as good.
     """
-    if not any(mode.masks for mode in modes(joint.policy)):
+    if not any(mode.masks for mode in modes(joint.policy)) or makes_sparse(joint.graph):
         return
     if _is_checkpointed(joint.graph):
         warnings.warn(
@@ -113,6 +115,8 @@ class _Storage:
         self.known = self._known(graph)
         self.choices: dict[fx.Node, tuple[Encoding, Table | None]] = {}
         self.operands = self._derivations()
+        self.sparse = self._sparse()
+        self.logits = self._logits()
         self.nonlinear = {
             content_of(self.roots[node] or node) for node in self.operands if self._shape(node) == "smooth"
         }
@@ -158,6 +162,22 @@ class _Storage:
         constant = not node.all_input_nodes and not is_random(node)
         return constant or node in self.pinned or self.roots[node] is None
 
+    def _sparse(self) -> set[fx.Node]:
+        """Return what meets gradients that are zero but for few elements, or is a source of it.
+
+        The data choose these elements, so they are none of those that a table or 4 bits are right for in the mean.
+        """
+        found = {node for node in self.residuals if not self.readers.are_dense(node)}
+        return found | {content_of(self.roots[node] or node) for node in found}
+
+    def _logits(self) -> set[fx.Node]:
+        """Return queries and keys that attention computes its logits from again: exponentials enlarge an error."""
+        operands = {
+            arg for call in self.attention.values() for arg in call.args[:2] if isinstance(arg, fx.Node)
+        }
+        found = {content_of(arg) for arg in operands}
+        return found | {content_of(self.roots[node] or node) for node in found}
+
     def _attention(self, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         """Return outputs and log-sum-exps that the backward pass computes again, with the attention.
 
@@ -168,7 +188,8 @@ class _Storage:
         for node in graph.nodes:
             if node.target not in ATTENTION_BACKWARD:
                 continue
-            made = {arg: arg.args[0] for arg in node.all_input_nodes if arg.target is operator.getitem}
+            results = [content_of(arg, VIEWS) for arg in node.all_input_nodes]
+            made = {result: result.args[0] for result in results if result.target is operator.getitem}
             again = {
                 out: call for out, call in made.items()
                 if packet(call.target) in ATTENTION and out.args[1] in (0, 1)
@@ -188,6 +209,7 @@ class _Storage:
             ]  # fmt: skip
             reason = "excluded by the policy" if excluded else self.readers.refusal(node)
             reason = reason or self._refusal_of_attention(node)
+            reason = reason or self._refusal_of_opaque(node)
             if not reason and self.ranges.amplifies(node):
                 reason = "its elements may be of any size beside each other"
             if reason:
@@ -196,8 +218,16 @@ class _Storage:
 
     def _refusal_of_attention(self, node: fx.Node) -> str:
         calls = [reader for reader in self.readers.of[node] if reader.target in ATTENTION_BACKWARD]
-        again = all(any(arg in self.attention for arg in call.all_input_nodes) for call in calls)
+        again = all(
+            any(content_of(arg, VIEWS) in self.attention for arg in call.all_input_nodes) for call in calls
+        )
         return "" if again else "attention with dropout, which cannot be computed again"
+
+    def _refusal_of_opaque(self, node: fx.Node) -> str:
+        """Refuse what an inverse or a factorisation reads: its gradient cancels to the last bit, or does not."""
+        users = {user for form in same_content(node) for user in form.users}
+        opaque = [user for user in users if user not in self.tangent and is_opaque(user)]
+        return f"read by {packet(opaque[0].target)}, whose gradient may cancel" if opaque else ""
 
     def _refuse(self, node: fx.Node, reason: str, found: dict[fx.Node, str]) -> None:
         """Refuse a node and, through functions of one tensor and views, what it is derived from."""
@@ -327,8 +357,8 @@ class _Storage:
             return "exact", None
         if node in self.ranges.wild or node in self.ranges.outlying:
             return "exact", None
-        if not self.readers.are_dense(node):
-            return mode.integers, None
+        if node in self.sparse or node in self.logits:
+            return "int8", None
         table = self._table(node, mode)
         if table is not None:
             return "table", table

@@ -99,6 +99,12 @@ def is_random(node: fx.Node) -> bool:
     return node.target in RANDOM or torch.Tag.nondeterministic_seeded in tags
 
 
+def makes_sparse(graph: fx.Graph) -> bool:
+    """Tell whether a graph makes a sparse tensor: Inductor does not see that it still holds its values' memory."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    return any(isinstance(value, torch.Tensor) and value.layout is not torch.strided for value in values)
+
+
 def packet(target: Any) -> Any:
     """Return an operation without its overload."""
     return getattr(target, "overloadpacket", target)

@@ -21,6 +21,13 @@ RANGE = 10.0
 _POINTS = 1000
 _FAR = 1e4
 _NEAR_ZERO = (-1e-3, -1e-6, 0.0, 1e-6, 1e-3)
+_SPREADS = (0.3, 1.0, 3.0)
+_WORST = {
+    1: 0.2,
+    2: 0.1,
+    3: 0.02,
+    4: 0.01,
+}  # share of the squared values that the squared error may be, by bits
 _TOLERANCE = 1e-2  # of the function's extent: what it may still change beyond the range
 
 
@@ -31,7 +38,8 @@ def tabulate(function: Callable[[Tensor], Tensor], bits: int) -> Table | None:
         function: float64 [n] to float64 [n], elementwise.
 
     Returns:
-        None where the function is not finite and bounded, or not constant beyond the tabulated range.
+        None where the function is not finite and bounded, not constant beyond the tabulated range, or so narrow
+        that the table would be wrong where most arguments may lie.
     """
     even = _is_even(function)
     low = 0.0 if even else -RANGE
@@ -52,7 +60,22 @@ def tabulate(function: Callable[[Tensor], Tensor], bits: int) -> Table | None:
     starts = [0, *ends[:-1]]
     means = tuple(float(values[a:b].mean()) for a, b in zip(starts, ends, strict=True))
     boundaries = tuple(_boundary(function, float(grid[end - 1]), float(grid[end])) for end in ends[:-1])
-    return Table(boundaries, means, even, error * step * (1 + even))
+    table = Table(boundaries, means, even, error * step * (1 + even))
+    return table if _serves(function, table) else None
+
+
+def _serves(function: Callable[[Tensor], Tensor], table: Table) -> bool:
+    """Tell whether a table is right for arguments that spread less, or more, than the tabulated range."""
+    levels = torch.linspace(0, 1, 402, dtype=torch.float64)[1:-1]
+    for spread in _SPREADS:
+        points = spread * torch.special.ndtri(levels)
+        values = function(points)
+        place = points.abs() if table.even else points
+        codes = torch.bucketize(place, torch.tensor(table.boundaries, dtype=torch.float64))
+        error = (torch.tensor(table.values, dtype=torch.float64)[codes] - values).square().mean()
+        if bool(error > _WORST[table.bits] * values.square().mean()):
+            return False
+    return True
 
 
 def _is_even(function: Callable[[Tensor], Tensor]) -> bool:

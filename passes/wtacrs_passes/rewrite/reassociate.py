@@ -26,7 +26,7 @@ from torch import Tensor, fx
 
 from ..decide.modes import modes
 from ..graph.edit import Editor
-from ..graph.operations import aten
+from ..graph.operations import aten, makes_sparse
 from ..joint import Joint
 
 _PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
@@ -56,7 +56,7 @@ class _Form:
 
 def reassociate(joint: Joint) -> None:
     """Gather the coefficients of gradients where any of them may be encoded."""
-    if any(mode.lossy for mode in modes(joint.policy)):
+    if any(mode.lossy for mode in modes(joint.policy)) and not makes_sparse(joint.graph):
         gather_coefficients(joint.graph, joint.tangent())
 
 
