@@ -81,7 +81,10 @@ class WtacrsCallback(_callback_class()):  # type: ignore[misc]
         found: dict[str, float] = {}
         # Of each part of the model the last graph of fixed shapes: bytes in symbols cannot be logged.
         graphs = {
-            tuple((line.module, line.encoding) for line in (*report.sites, *report.residuals)): report
+            (
+                tuple(site.module for site in report.sites),
+                tuple(residual.module for residual in report.residuals),
+            ): report
             for report in self.backend.reports
             if isinstance(report.saved_bytes_before, int) and isinstance(report.saved_bytes_after, int)
         }

@@ -78,6 +78,7 @@ def unary_function(node: fx.Node, root: fx.Node) -> Callable[[Tensor], Tensor]:
 
 
 def is_float(node: fx.Node) -> bool:
+    """Tell whether a node is a tensor of real numbers."""
     value = node.meta.get("val")
     return isinstance(value, Tensor) and value.is_floating_point()
 

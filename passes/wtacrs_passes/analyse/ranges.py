@@ -176,7 +176,10 @@ class Ranges:
         low, high = self.bounds[node]
         if math.isfinite(low) and math.isfinite(high):
             return False
-        operands = [arg for arg in _operands(node) if is_float(arg) and arg not in self.uniform]
+        read = node.args[:1] if node.target in GATHERS else _operands(node)  # one scale a row changes nothing
+        operands = [
+            arg for arg in read if isinstance(arg, fx.Node) and is_float(arg) and arg not in self.uniform
+        ]
         if not is_pointwise(node) and node.target not in _TAME:
             if node.target is operator.getitem:
                 whole = node.all_input_nodes[0]

@@ -147,7 +147,8 @@ class Readers:
         if packet(node.target) in _SPREADING:
             return True
         if node.target is aten.where.self:
-            return node.args[0] in self._data
+            branches = all(arg in self._tangent for arg in node.args[1:])
+            return node.args[0] in self._data and not branches
         booleans = [arg for arg in node.args if isinstance(arg, fx.Node) and _is_from_boolean(arg)]
         return node.target in _PRODUCTS and any(arg in self._data for arg in booleans)
 

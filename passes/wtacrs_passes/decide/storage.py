@@ -43,7 +43,7 @@ from ..graph.operations import (
 from ..graph.torch_api import CheckpointPolicy, hint, real_tensors
 from ..joint import Joint
 from ..maths.encodings import Table, encoded_bits
-from ..maths.tables import tabulate
+from ..maths.tables import serves, tabulate
 from ..policy import Policy
 from .modes import MODES, Mode, modes
 from .network import minimum_cut
@@ -189,7 +189,9 @@ class _Storage:
             if node.target not in ATTENTION_BACKWARD:
                 continue
             results = [content_of(arg, VIEWS) for arg in node.all_input_nodes]
-            made = {result: result.args[0] for result in results if result.target is operator.getitem}
+            made = {
+                result: result.all_input_nodes[0] for result in results if result.target is operator.getitem
+            }
             again = {
                 out: call for out, call in made.items()
                 if packet(call.target) in ATTENTION and out.args[1] in (0, 1)
@@ -371,7 +373,8 @@ class _Storage:
             return None
         if any(t.target is not aten.mul.Tensor or t.args[0] is t.args[1] for t in readers):
             return None
-        return tabulate(self._function(node), mode.table_bits)
+        table = tabulate(self._function(node), mode.table_bits)
+        return table if table is not None and serves(self._function(node), table) else None
 
 
 def _drops(attention: fx.Node) -> bool:

@@ -38,8 +38,7 @@ def tabulate(function: Callable[[Tensor], Tensor], bits: int) -> Table | None:
         function: float64 [n] to float64 [n], elementwise.
 
     Returns:
-        None where the function is not finite and bounded, not constant beyond the tabulated range, or so narrow
-        that the table would be wrong where most arguments may lie.
+        None where the function is not finite and bounded, or not constant beyond the tabulated range.
     """
     even = _is_even(function)
     low = 0.0 if even else -RANGE
@@ -60,11 +59,10 @@ def tabulate(function: Callable[[Tensor], Tensor], bits: int) -> Table | None:
     starts = [0, *ends[:-1]]
     means = tuple(float(values[a:b].mean()) for a, b in zip(starts, ends, strict=True))
     boundaries = tuple(_boundary(function, float(grid[end - 1]), float(grid[end])) for end in ends[:-1])
-    table = Table(boundaries, means, even, error * step * (1 + even))
-    return table if _serves(function, table) else None
+    return Table(boundaries, means, even, error * step * (1 + even))
 
 
-def _serves(function: Callable[[Tensor], Tensor], table: Table) -> bool:
+def serves(function: Callable[[Tensor], Tensor], table: Table) -> bool:
     """Tell whether a table is right for arguments that spread less, or more, than the tabulated range."""
     levels = torch.linspace(0, 1, 402, dtype=torch.float64)[1:-1]
     for spread in _SPREADS:
