@@ -58,6 +58,7 @@ _STRUCTURE = VIEWS | COPIES | CASTS | GATHERS | {
     aten.select_scatter.default,
     aten.div.Scalar,
     aten.flip.default,
+    prims.rev.default,
     ops.gather_rows,
     ops.append_row,
 }  # fmt: skip
