@@ -4,13 +4,22 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test operators architectures programs bench lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/wtacrs demo
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+operators: $(INSTALLED)
+	WTACRS_OPERATORS=all $(BIN)/python -m pytest tests/test_operators.py $(PYTEST_ARGS)
+
+architectures: $(INSTALLED)
+	WTACRS_ARCHITECTURES=$${WTACRS_ARCHITECTURES:-all} $(BIN)/python -m pytest tests/test_architectures.py $(PYTEST_ARGS)
+
+programs: $(INSTALLED)
+	WTACRS_PROGRAMS=$${WTACRS_PROGRAMS:-2000} $(BIN)/python -m pytest tests/test_programs.py $(PYTEST_ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench
