@@ -319,7 +319,7 @@ def test_reports_of_cached_code(tmp_path) -> None:  # type: ignore[no-untyped-de
     assert run(0.3) == ["(39,", "False)", "0"]  # another policy is another key
     for path in tmp_path.glob("wtacrs_reports/*"):
         path.unlink()
-    assert run(0.5) == ["1"]  # a lost report is no reason to compile again
+    assert run(0.5) == ["(64,", "True)", "1"]  # a lost report is said again, with the code of the cache
 
 
 def test_activation_checkpointing() -> None:

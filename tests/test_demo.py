@@ -8,8 +8,8 @@ from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
-from wtacrs_fx import demo
 from wtacrs_fx.cli import app
+from wtacrs_fx.tools import demo
 
 CPU = torch.device("cpu")
 needs_packages = pytest.mark.skipif(

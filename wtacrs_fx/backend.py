@@ -84,6 +84,11 @@ class Backend:
         partitioner = WtacrsPartitioner(self.policy, table, received.append)
         config = {**self.config, "custom_partitioner_fn": partitioner}
         compiled = torch_api.compile_fx(gm, example_inputs, config, name)
+        if not received and not path.exists() and _is_training(example_inputs):
+            # The code came from a cache and its report is gone, or was of an equal graph with other names. The passes
+            # say it again; no code is generated.
+            torch_api.trace_joint(gm, example_inputs, partitioner)
+            received = [dataclasses.replace(report, from_cache=True) for report in received]
         report = _keep(path, received) if _is_training(example_inputs) else None
         if report is not None:
             _REPORTS.append(report)
@@ -189,14 +194,14 @@ def _is_training(example_inputs: Sequence[Any]) -> bool:
 def _keep(path: pathlib.Path, received: Sequence[Report]) -> Report | None:
     """Write a report beside Inductor's caches, or read what an earlier process wrote there.
 
-    None where the code came from a cache and its report is gone: that is no reason to compile again.
+    A graph that trains nothing is kept as ``null``.
     """
     if received or not path.exists():
         report = received[-1] if received else None
-        if report is not None:
-            _write(path, json.dumps(report.to_dict()))
+        _write(path, json.dumps(report.to_dict() if report else None))
         return report
-    return Report.from_dict({**json.loads(path.read_text()), "from_cache": True})
+    data = json.loads(path.read_text())
+    return Report.from_dict({**data, "from_cache": True}) if data else None
 
 
 def _write(path: pathlib.Path, text: str) -> None:
