@@ -35,30 +35,50 @@ def partition(joint: Joint) -> None:
     Raises:
         PartitionError: rows would be drawn twice, or an encoded residual is still saved.
     """
-    sites, residuals = joint.sites, joint.residuals
-    if not sites and not residuals:
+    if not joint.sites and not joint.residuals:
         return  # nothing was rewritten: the graph is partitioned as it came
-    codes = [node for residual in residuals for node in residual.codes]
-    stores_rows = [site.site.encoding == "rows" for site in sites]
+    forward, backward, stores_rows = _partition_sites(joint, ())
+    saved = _saved_names(forward, joint)
+    if any(residual.stored_names & saved for residual in joint.residuals):
+        # The partitioner computes an exact residual from one that is encoded: it is told to store it as planned.
+        exact = [item.node for item in joint.plan.residuals if item.encoding == "exact"]
+        forward, backward, stores_rows = _partition_sites(joint, [node for node in exact if node.users])
+        saved = _saved_names(forward, joint)
+    for site, rows in zip(joint.sites, stores_rows, strict=True):
+        _verify(site, rows, forward, backward, saved)
+    for residual in joint.residuals:
+        _verify_encoded(residual, saved)
+    joint.parts = forward, backward
+
+
+def _partition_sites(
+    joint: Joint, exact: Sequence[fx.Node]
+) -> tuple[fx.GraphModule, fx.GraphModule, list[bool]]:
+    """Return the two graphs, and which sites store their rows.
+
+    Args:
+        exact: what is stored as it is, beside what sites and residuals store.
+    """
+    codes = [node for residual in joint.residuals for node in residual.codes]
+    stores_rows = [site.site.encoding == "rows" for site in joint.sites]
     while True:
-        pins = [n for site, rows in zip(sites, stores_rows, strict=True) for n in pinned_nodes(site, rows)]
-        pins = list(dict.fromkeys([*pins, *codes]))
+        pins = [n for s, rows in zip(joint.sites, stores_rows, strict=True) for n in pinned_nodes(s, rows)]
+        pins = list(dict.fromkeys([*pins, *codes, *exact]))
         forward, backward = _partition_pinned(joint.gm, pins, joint.num_fwd_outputs, joint.partitioner)
-        saved = {node.name for node in saved_tensors(forward, joint.num_fwd_outputs)}
+        saved = _saved_names(forward, joint)
         redundant = [
             i
-            for i, site in enumerate(sites)
+            for i, site in enumerate(joint.sites)
             if stores_rows[i] and (site.stored_names & saved or not _draws_in(forward, site))
         ]
         if not redundant:
-            break
+            return forward, backward, stores_rows
         for i in redundant:
             stores_rows[i] = False
-    for site, rows in zip(sites, stores_rows, strict=True):
-        _verify(site, rows, forward, backward, saved)
-    for residual in residuals:
-        _verify_encoded(residual, saved)
-    joint.parts = forward, backward
+
+
+def _saved_names(forward: fx.GraphModule, joint: Joint) -> set[str]:
+    return {node.name for node in saved_tensors(forward, joint.num_fwd_outputs)}
 
 
 def pinned_nodes(site: SampledSite, stores_rows: bool) -> list[fx.Node]:

@@ -156,4 +156,6 @@ class _Rebuild:
             return node
         copy = self.editor.graph.node_copy(node, rebuilt.__getitem__)
         copy.meta = {**node.meta, "partitioner_tag": self.editor.tag}
+        if copy.target is aten.view.default:
+            copy.target = aten.reshape.default  # what is computed again may have other strides
         return copy

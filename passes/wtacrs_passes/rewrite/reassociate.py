@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, fx
 
 from ..decide.modes import modes
+from ..graph.cones import depends_on
 from ..graph.edit import Editor
 from ..graph.operations import aten, makes_sparse
 from ..joint import Joint
@@ -70,6 +71,7 @@ def gather_coefficients(graph: fx.Graph, tangent: set[fx.Node]) -> None:
                 forms[node] = form
     editor = Editor(graph)
     gathered: set[fx.Node] = set()
+    moved: set[fx.Node] = set()
     for node in reversed(list(graph.nodes)):
         form = forms.get(node)
         if form is None or node in gathered or len(form.primals) < 2:
@@ -81,8 +83,13 @@ def gather_coefficients(graph: fx.Graph, tangent: set[fx.Node]) -> None:
             coefficient = _Coefficient(editor, form)(node)
             scaled = editor.call(aten.mul.Tensor, form.base, coefficient)
         node.replace_all_uses_with(scaled)
+        if scaled.meta["val"].stride() != node.meta["val"].stride():
+            moved.add(scaled)
         scaled.meta = {**node.meta, "val": scaled.meta["val"]}
         tangent.add(scaled)
+    for node in depends_on(graph, moved):
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default  # views were traced for other strides
     graph.eliminate_dead_code()
 
 
