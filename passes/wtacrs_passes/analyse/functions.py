@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.operations import CASTS, FILLS, is_pointwise
+from ..graph.torch_api import same_shape
 
 Shape = Literal["linear", "smooth", "steep"]
 
@@ -33,14 +34,14 @@ def unary_roots(graph: fx.Graph) -> dict[fx.Node, fx.Node | None]:
             continue
         operands = [(roots[arg], arg) for arg in node.all_input_nodes]
         found = {root for root, _ in operands if root is not None}
-        same_shape = all(
-            isinstance(arg.meta.get("val"), Tensor) and arg.meta["val"].shape == value.shape
+        alike = all(
+            isinstance(arg.meta.get("val"), Tensor) and same_shape(arg.meta["val"].shape, value.shape)
             for root, arg in operands
             if root is not None
         )
         if operands and not found:
             roots[node] = None
-        elif len(found) == 1 and same_shape:
+        elif len(found) == 1 and alike:
             roots[node] = next(iter(found))
     return roots
 

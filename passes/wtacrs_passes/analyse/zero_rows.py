@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..graph.operations import CASTS, COPIES, FILLS, VIEWS, aten, content_of
+from ..graph.torch_api import same_shape
 
 Conditions = frozenset[fx.Node]
 
@@ -70,7 +71,7 @@ def _conditions(node: fx.Node, tangent: set[fx.Node], found: dict[fx.Node, Condi
 def _same_rows(operand: Any, node: fx.Node) -> bool:
     value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
     result = node.meta["val"]
-    return isinstance(value, Tensor) and value.dim() > 1 and value.shape[:-1] == result.shape[:-1]
+    return isinstance(value, Tensor) and value.dim() > 1 and same_shape(value.shape[:-1], result.shape[:-1])
 
 
 def _keeps_rows(node: fx.Node) -> bool:
@@ -79,8 +80,8 @@ def _keeps_rows(node: fx.Node) -> bool:
     if source.dim() < 2 or result.dim() < 2:
         return False
     if node.target is aten.expand.default:
-        return bool(source.shape[:-1] == result.shape[:-1])
-    return bool(source.shape[-1] == result.shape[-1])
+        return same_shape(source.shape[:-1], result.shape[:-1])
+    return same_shape(source.shape[-1:], result.shape[-1:])
 
 
 def _mask(operand: Any, node: fx.Node) -> Conditions:
@@ -94,7 +95,11 @@ def _mask(operand: Any, node: fx.Node) -> Conditions:
     source = content_of(operand, _OF_A_MASK)
     value = source.meta["val"]
     whole = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
-    return frozenset({source}) if whole and value.numel() == operand.meta["val"].numel() else _NOTHING
+    return (
+        frozenset({source})
+        if whole and same_shape([value.numel()], [operand.meta["val"].numel()])
+        else _NOTHING
+    )
 
 
 def _is_zero(operand: Any) -> bool:

@@ -12,6 +12,7 @@ from ..graph.cones import needed_for
 from ..graph.edit import sympy_size
 from ..graph.names import outputs_with_descriptors
 from ..graph.operations import CASTS, COPIES, VIEWS, is_recomputable, tensor_operands
+from ..graph.torch_api import hint
 
 _NEGLIGIBLE = Fraction(1, 16)
 """A value with so small a share of a result's elements is stored without asking what it costs."""
@@ -66,7 +67,11 @@ def _keeps_bytes(node: fx.Node) -> bool:
 def _is_statistic(operand: fx.Node, node: fx.Node) -> bool:
     """Tell whether an operand has so few elements, beside the result, that storing it costs nothing."""
     value, result = operand.meta.get("val"), node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not isinstance(result, torch.Tensor) or result.numel() == 0:
+    if (
+        not isinstance(value, torch.Tensor)
+        or not isinstance(result, torch.Tensor)
+        or hint(result.numel()) == 0
+    ):
         return False
     share = sympy_size(value.numel()) / sympy_size(result.numel())
     return bool(share.is_number and share <= _NEGLIGIBLE)

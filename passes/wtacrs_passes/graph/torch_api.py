@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_module_simplified
@@ -23,7 +24,7 @@ from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import py_sym_types
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -45,6 +46,7 @@ __all__ = [
     "py_sym_types",
     "real_tensors",
     "run_joint_graph_passes",
+    "same_shape",
     "stable_topological_sort",
     "trace_joint",
     "trace_operations",
@@ -65,6 +67,15 @@ def is_unbacked(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
 
 
+def same_shape(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Tell whether two shapes are known to be equal; sizes that only the data know are where they are one symbol."""
+    if len(left) != len(right):
+        return False
+    if any(is_unbacked(size) for size in (*left, *right)):
+        return all(statically_known_true(a == b) for a, b in zip(left, right, strict=True))
+    return bool(tuple(left) == tuple(right))
+
+
 def hint(size: Any) -> int:
     """Return a size as a number: that of the example inputs where it is symbolic."""
     if not isinstance(size, torch.SymInt):
@@ -72,7 +83,8 @@ def hint(size: Any) -> int:
     unbacked = free_unbacked_symbols(size)
     if not unbacked:
         return int(size.node.hint)
-    known = size.node.shape_env.size_hint(size.node.expr.xreplace(dict.fromkeys(unbacked, _UNBACKED)))
+    expression = sympy.sympify(size.node.expr).xreplace(dict.fromkeys(unbacked, sympy.Integer(_UNBACKED)))
+    known = expression if expression.is_number else size.node.shape_env.size_hint(expression)
     return int(known)
 
 

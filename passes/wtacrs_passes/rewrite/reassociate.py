@@ -28,6 +28,7 @@ from ..decide.modes import modes
 from ..graph.cones import depends_on
 from ..graph.edit import Editor
 from ..graph.operations import aten, makes_sparse
+from ..graph.torch_api import hint, same_shape
 from ..joint import Joint
 
 _PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
@@ -126,7 +127,7 @@ def _is_linear(node: fx.Node, tangent: set[fx.Node]) -> bool:
 
 def _alike(left: fx.Node, right: fx.Node) -> bool:
     a, b = left.meta["val"], right.meta["val"]
-    return bool(a.shape == b.shape and a.dtype == b.dtype)
+    return same_shape(a.shape, b.shape) and bool(a.dtype == b.dtype)
 
 
 def _fits(primal: fx.Node, node: fx.Node) -> bool:
@@ -134,10 +135,10 @@ def _fits(primal: fx.Node, node: fx.Node) -> bool:
     value, result = primal.meta["val"], node.meta["val"]
     if not isinstance(value, Tensor):
         return True
-    if value.numel() == 1:
+    if hint(value.numel()) == 1:
         return not primal.all_input_nodes
     condition = node.target is aten.where.self and primal is node.args[0]
-    return bool(value.shape == result.shape and (condition or value.dtype == result.dtype))
+    return same_shape(value.shape, result.shape) and bool(condition or value.dtype == result.dtype)
 
 
 class _Coefficient:
