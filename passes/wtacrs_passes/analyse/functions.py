@@ -69,6 +69,7 @@ def unary_function(node: fx.Node, root: fx.Node) -> Callable[[Tensor], Tensor]:
             if node.target in CASTS and is_float(node):
                 return value(node.args[0]).double()  # type: ignore[arg-type]
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+            kwargs = {name: arg for name, arg in kwargs.items() if name != "memory_format"}  # of another rank
             assert callable(node.target)
             result: Tensor = node.target(*args, **kwargs)
             return result

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, fx
@@ -167,16 +167,23 @@ class _Storage:
 
         The data choose these elements, so they are none of those that a table or 4 bits are right for in the mean.
         """
-        found = {node for node in self.residuals if not self.readers.are_dense(node)}
-        return found | {content_of(self.roots[node] or node) for node in found}
+        return self._with_sources(node for node in self.residuals if not self.readers.are_dense(node))
 
     def _logits(self) -> set[fx.Node]:
         """Return queries and keys that attention computes its logits from again: exponentials enlarge an error."""
-        operands = {
-            arg for call in self.attention.values() for arg in call.args[:2] if isinstance(arg, fx.Node)
-        }
-        found = {content_of(arg) for arg in operands}
-        return found | {content_of(self.roots[node] or node) for node in found}
+        calls = self.attention.values()
+        return self._with_sources(arg for call in calls for arg in call.args[:2] if isinstance(arg, fx.Node))
+
+    def _with_sources(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """Return nodes and what they are views, casts or functions of."""
+        found: set[fx.Node] = set()
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack += [content_of(node), self.roots[node] or node]
+        return found
 
     def _attention(self, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
         """Return outputs and log-sum-exps that the backward pass computes again, with the attention.
@@ -329,7 +336,8 @@ class _Storage:
 
     def _capacity(self, node: fx.Node) -> int | None:
         """Return thousandths of a byte, and among equals the less exact encoding at a little more."""
-        if node.target in _FORMS or node.target is aten.expand.default or node in self.attention:
+        forms = node.target in _FORMS or node.target is aten.expand.default
+        if (forms or node in self.attention) and self.operands[node] is not None:
             return None  # what it is a form of is stored
         encoding, table = self._choice(node)
         value = node.meta["val"]
@@ -355,8 +363,8 @@ class _Storage:
         if value.dtype == torch.bool:
             return "bits", None
         wide = is_float(node) and value.element_size() in (2, 4)
-        if not wide or not mode.lossy or node in self.refusals:
-            return "exact", None
+        if not wide or not mode.lossy or node in self.known:
+            return "exact", None  # what is needed to the last bit may be computed from it
         if node in self.ranges.wild or node in self.ranges.outlying:
             return "exact", None
         if node in self.sparse or node in self.logits:
