@@ -68,7 +68,7 @@ _TAME = _SAME | _SUMS | {
     aten.mul.Tensor, aten.mul.Scalar, aten.relu.default, aten.clamp.default, aten.clamp_min.default,
     aten.clamp_max.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default,
     aten.cumsum.default, aten.flip.default, aten.var.correction, aten.sqrt.default, ops.row_norms, ops.append_row,
-    ops.combine_rows,
+    ops.combine_rows, ops.choose_rows, ops.gradient_weights,
 }  # fmt: skip
 """Operations that return nothing of another order of size than their operands."""
 
@@ -102,6 +102,11 @@ class Ranges:
                     self.wild.add(node)
                 if is_float(node) and self._is_outlying(node):
                     self.outlying.add(node)
+
+    def is_bounded(self, node: fx.Node) -> bool:
+        """Tell whether values lie in an interval that is known."""
+        low, high = self._of(node)
+        return math.isfinite(low) and math.isfinite(high)
 
     def amplifies(self, factor: Any) -> bool:
         """Tell whether a product with `factor` may make a small share of a row a large one."""
@@ -173,8 +178,7 @@ class Ranges:
         return is_constant(node) or (repeats and bool(operands) and all(o in self.uniform for o in operands))
 
     def _is_wild(self, node: fx.Node) -> bool:
-        low, high = self.bounds[node]
-        if math.isfinite(low) and math.isfinite(high):
+        if self.is_bounded(node):
             return False
         read = node.args[:1] if node.target in GATHERS else _operands(node)  # one scale a row changes nothing
         operands = [
@@ -248,6 +252,8 @@ def _given(graph: fx.Graph, statics: Container[fx.Node]) -> tuple[set[fx.Node], 
 def is_opaque(node: fx.Node) -> bool:
     """Tell whether nobody here knows what an operation does to sizes: inverses, factorisations, scans, bodies."""
     if node.op != "call_function" or is_pointwise(node) or is_random(node) or node.target is operator.getitem:
+        return False
+    if not any(is_float(arg) for arg in node.all_input_nodes):
         return False
     return node.target not in _TAME and packet(node.target) not in MIXING | SELECTIONS
 

@@ -10,7 +10,7 @@ something *wild*: ``t * r * exp(b)`` is large where r is small. Sums over a row 
 from __future__ import annotations
 
 import operator
-from collections.abc import Set
+from collections.abc import Container, Set
 from typing import Any
 
 from torch import Tensor, fx
@@ -23,13 +23,15 @@ from ..graph.operations import (
     GATHERS,
     VIEWS,
     aten,
+    content_of,
     is_random,
     packet,
     prims,
     tensor_operands,
 )
 from ..maths import ops
-from .ranges import Ranges
+from .functions import is_float
+from .ranges import Ranges, is_opaque
 
 _PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar, prims.fma.default}
 _MATRIX_PRODUCTS = {
@@ -66,6 +68,9 @@ _STRUCTURE = VIEWS | COPIES | CASTS | GATHERS | {
 _INTO_VECTORS = {ops.row_norms, ops.choose_rows, ops.record_norms, ops.require_zero}
 """Operations whose results only choose rows."""
 
+_KNOWN: set[Any] = _PRODUCTS | _STRUCTURE | _SUMS | _MATRIX_PRODUCTS | _INTO_VECTORS | {*FILLS}
+_KNOWN |= {operator.getitem, aten.div.Tensor}
+
 
 class Readers:
     """The residuals of a joint graph, what reads each, and whether it tolerates an error.
@@ -74,8 +79,11 @@ class Readers:
         of: residuals with the operations on tangents that read them.
     """
 
-    def __init__(self, graph: fx.Graph, tangent: Set[fx.Node], ranges: Ranges) -> None:
-        self._tangent, self._ranges = tangent, ranges
+    def __init__(
+        self, graph: fx.Graph, tangent: Set[fx.Node], ranges: Ranges, statics: Container[fx.Node]
+    ) -> None:
+        self._tangent, self._ranges, self._statics = tangent, ranges, statics
+        self._delicate = self._around_inverses(graph)
         self.of: dict[fx.Node, list[fx.Node]] = {}
         self._amplified: set[fx.Node] = set()
         self._masked: set[fx.Node] = set()
@@ -91,12 +99,15 @@ class Readers:
                 self._masked.add(node)
         self._to_be_amplified: set[fx.Node] = set()
         self._to_be_masked: set[fx.Node] = set()
+        self._to_be_solved: set[fx.Node] = set()
         for node in reversed(nodes):
             users = [user for user in node.users if user in tangent and user.target not in _MATRIX_PRODUCTS]
             if any(user in self._to_be_amplified or self._amplifies(user) for user in users):
                 self._to_be_amplified.add(node)
             if any(user in self._to_be_masked or self._masks(user) for user in users):
                 self._to_be_masked.add(node)
+            if any(self._solves(user) for user in node.users if user in tangent):
+                self._to_be_solved.add(node)
 
     def refusal(self, residual: fx.Node) -> str:
         """Return why a residual must be stored exactly; an empty string where every reader is tolerant."""
@@ -114,6 +125,10 @@ class Readers:
 
     def _refusal(self, residual: fx.Node, reader: fx.Node) -> str:
         name = packet(reader.target)
+        if residual in self._delicate:
+            return "made of an inverse or a factorisation, whose gradient cancels to the last bit or does not"
+        if reader in self._to_be_solved and is_float(residual):
+            return f"its product {name} goes into the gradient of an inverse or a factorisation"
         if reader.target in _INTO_VECTORS or reader.target in _MATRIX_PRODUCTS:
             return ""
         if reader.target in _PRODUCTS or (reader.target in _STRUCTURE and not _is_index(residual, reader)):
@@ -122,6 +137,27 @@ class Readers:
                 return f"its product {name} is multiplied with values of any size"
             return ""
         return f"read by {name}, which does not tolerate an error"
+
+    def _around_inverses(self, graph: fx.Graph) -> set[fx.Node]:
+        """Return what is computed from results of operations that nobody here knows, up to the next parameter."""
+        found: set[fx.Node] = set()
+        for node in graph.nodes:
+            if node in self._tangent or node.op != "call_function" or self._meets_parameter(node):
+                continue
+            if is_opaque(node) or any(arg in found for arg in node.all_input_nodes):
+                found.add(node)
+        return {node for node in found if is_float(node)}
+
+    def _meets_parameter(self, node: fx.Node) -> bool:
+        """Tell whether a product of matrices has a parameter for an operand."""
+        operands = (content_of(arg) for arg in node.all_input_nodes)
+        return node.target in _MATRIX_PRODUCTS and any(operand in self._statics for operand in operands)
+
+    def _solves(self, node: fx.Node) -> bool:
+        """Tell whether gradients go through an inverse here, or later but before they meet a parameter."""
+        if self._is_unknown(node) or any(arg in self._delicate for arg in node.all_input_nodes):
+            return True
+        return node in self._to_be_solved and not self._meets_parameter(node)
 
     def _carries(self, node: fx.Node, marked: Set[fx.Node]) -> bool:
         """Tell whether a result is as marked as what it is computed from."""
@@ -140,8 +176,10 @@ class Readers:
             return any(self._ranges.amplifies(arg) for arg in primals)
         if node.target is aten.div.Tensor:
             return any(self._ranges.amplifies_by_division(arg) for arg in primals)
-        known = _STRUCTURE | _SUMS | _MATRIX_PRODUCTS | _INTO_VECTORS | {operator.getitem, *FILLS}
-        return node.target not in known and packet(node.target) not in _SPREADING | _SHIFTING
+        return self._is_unknown(node)
+
+    def _is_unknown(self, node: fx.Node) -> bool:
+        return node.target not in _KNOWN and packet(node.target) not in _SPREADING | _SHIFTING
 
     def _masks(self, node: fx.Node) -> bool:
         """Tell whether an operation sets gradients to zero where the data say so."""

@@ -105,8 +105,9 @@ class _Storage:
         self.tangent = joint.tangent()
         self.order = {node: position for position, node in enumerate(graph.nodes)}
         self.roots = unary_roots(graph)
-        self.ranges = Ranges(graph, self.tangent, self.roots, static_inputs(graph, joint.names))
-        self.readers = Readers(graph, self.tangent, self.ranges)
+        statics = static_inputs(graph, joint.names)
+        self.ranges = Ranges(graph, self.tangent, self.roots, statics)
+        self.readers = Readers(graph, self.tangent, self.ranges, statics)
         self.residuals = [node for node in self.readers.of if not self._at_hand(node)]
         self.attention = self._attention(graph)
         self.statistics = _statistics(graph)
@@ -117,6 +118,7 @@ class _Storage:
         self.operands = self._derivations()
         self.sparse = self._sparse()
         self.logits = self._logits()
+        self.differences = self._differences()
         self.nonlinear = {
             content_of(self.roots[node] or node) for node in self.operands if self._shape(node) == "smooth"
         }
@@ -174,6 +176,15 @@ class _Storage:
         calls = self.attention.values()
         return self._with_sources(arg for call in calls for arg in call.args[:2] if isinstance(arg, fx.Node))
 
+    def _differences(self) -> set[fx.Node]:
+        """Return what is subtracted from each other: little may be left of it but an error."""
+        found = []
+        for node, operands in self.operands.items():
+            if node.target is aten.sub.Tensor and operands:
+                rounded = [arg for arg in operands if arg not in self.known]
+                found += rounded if len(rounded) > 1 else []
+        return self._with_sources(found)
+
     def _with_sources(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         """Return nodes and what they are views, casts or functions of."""
         found: set[fx.Node] = set()
@@ -182,7 +193,7 @@ class _Storage:
             node = stack.pop()
             if node not in found:
                 found.add(node)
-                stack += [content_of(node), self.roots[node] or node]
+                stack += [content_of(node, _FORMS | CASTS | GATHERS), self.roots[node] or node]
         return found
 
     def _attention(self, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
@@ -367,8 +378,10 @@ class _Storage:
             return "exact", None  # what is needed to the last bit may be computed from it
         if node in self.ranges.wild or node in self.ranges.outlying:
             return "exact", None
-        if node in self.sparse or node in self.logits:
+        if node in self.sparse | self.logits | self.differences:
             return "int8", None
+        if node in self.nonlinear and self.ranges.is_bounded(node):
+            return "int8", None  # its function may vanish at the ends: (1 - y^2) of a tanh
         table = self._table(node, mode)
         if table is not None:
             return "table", table
