@@ -1,0 +1,110 @@
+"""In how few bits a residual may be stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from ..analyse.functions import is_float
+from ..graph.names import module_path
+from ..graph.operations import aten, content_of
+from ..graph.torch_api import hint
+from ..maths.encodings import Table, encoded_bits
+from ..maths.tables import serves, tabulate
+from .derivations import Derivations
+from .exactness import Exactness
+from .facts import Facts
+from .modes import Mode
+from .plan import Encoding
+
+_SMALLEST = 16  # elements in the last dimension of what is worth encoding
+
+
+class Choices:
+    """The smallest encoding of each node that the policy, its readers and its values allow."""
+
+    def __init__(self, facts: Facts, exactness: Exactness, derivations: Derivations) -> None:
+        self.facts, self._exactness, self._derivations = facts, exactness, derivations
+        self._chosen: dict[fx.Node, tuple[Encoding, Table | None]] = {}
+        # What meets gradients that are zero but for few elements: the data choose these, so they are none of those
+        # that a table or 4 bits are right for in the mean.
+        self._sparse = facts.with_sources(n for n in facts.residuals if not facts.readers.are_dense(n))
+        self._queries_and_keys = self._logits()
+        self._subtracted = self._differences()
+        self._nonlinear = {
+            content_of(facts.roots[node] or node)
+            for node in derivations.operands
+            if derivations.shape(node) == "smooth"
+        }
+
+    def __call__(self, node: fx.Node) -> tuple[Encoding, Table | None]:
+        """Return the encoding of a node, with its table."""
+        if node not in self._chosen:
+            self._chosen[node] = self._smallest(node)
+        return self._chosen[node]
+
+    def capacity(self, node: fx.Node) -> int | None:
+        """Return thousandths of a byte, and among equals the less exact encoding at a little more; None for forms."""
+        if self._derivations.is_form(node):
+            return None
+        encoding, table = self(node)
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            return 0
+        features = value.shape[-1] if value.dim() else 1
+        bits = encoded_bits(encoding, features, value.element_size(), table.bits if table else 0)
+        return int(hint(value.numel()) * bits * 125) + (encoding != "exact")
+
+    def _logits(self) -> set[fx.Node]:
+        """Return queries and keys that attention computes its logits from again: exponentials enlarge an error."""
+        calls = self.facts.attention.values()
+        return self.facts.with_sources(
+            arg for call in calls for arg in call.args[:2] if isinstance(arg, fx.Node)
+        )
+
+    def _differences(self) -> set[fx.Node]:
+        """Return what is subtracted from each other: little may be left of it but an error."""
+        found = []
+        for node, operands in self._derivations.operands.items():
+            if node.target is aten.sub.Tensor and operands:
+                rounded = [arg for arg in operands if arg not in self._exactness.known]
+                found += rounded if len(rounded) > 1 else []
+        return self.facts.with_sources(found)
+
+    def _smallest(self, node: fx.Node) -> tuple[Encoding, Table | None]:
+        value = node.meta.get("val")
+        mode = self.facts.mode(module_path(node))
+        if (
+            not mode.masks
+            or not isinstance(value, Tensor)
+            or value.dim() < 2
+            or node in self.facts.statistics
+        ):
+            return "exact", None
+        if isinstance(value.shape[-1], int) and value.shape[-1] < _SMALLEST:
+            return "exact", None
+        if value.dtype == torch.bool:
+            return "bits", None
+        wide = is_float(node) and value.element_size() in (2, 4)
+        if not wide or not mode.lossy or node in self._exactness.known:
+            return "exact", None  # what is needed to the last bit may be computed from it
+        if node in self.facts.ranges.wild or node in self.facts.ranges.outlying:
+            return "exact", None
+        if node in self._sparse | self._queries_and_keys | self._subtracted:
+            return "int8", None
+        if node in self._nonlinear and self.facts.ranges.is_bounded(node):
+            return "int8", None  # its function may vanish at the ends: (1 - y^2) of a tanh
+        table = self._table(node, mode)
+        if table is not None:
+            return "table", table
+        return (mode.sources if node in self._nonlinear else mode.integers), None
+
+    def _table(self, node: fx.Node, mode: Mode) -> Table | None:
+        """Return the table of a node that only scales tangents and is a bounded function of one tensor."""
+        readers = self.facts.readers.of.get(node, ())
+        if not self.facts.is_function(node) or not readers:
+            return None
+        if any(t.target is not aten.mul.Tensor or t.args[0] is t.args[1] for t in readers):
+            return None
+        table = tabulate(self.facts.function(node), mode.table_bits)
+        return table if table is not None and serves(self.facts.function(node), table) else None

@@ -1,0 +1,90 @@
+"""What a residual can be computed from again, and stay within its bound."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..analyse.functions import Shape, is_float, shape
+from ..graph.operations import CASTS, COPIES, GATHERS, VIEWS, aten, content_of, is_derivable, tensor_operands
+from .exactness import Exactness
+from .facts import Facts
+
+_SUMS_AND_PRODUCTS = {
+    aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.neg.default,
+    aten.mul.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.where.self, aten.cat.default,
+    aten.maximum.default, aten.minimum.default,
+}  # fmt: skip
+_FORMS = VIEWS | COPIES
+
+
+class Derivations:
+    """The network of residuals and what they can be computed from.
+
+    Attributes:
+        operands: what each node is derived from; None where it must be stored.
+    """
+
+    def __init__(self, facts: Facts, exactness: Exactness) -> None:
+        self.facts, self._exactness = facts, exactness
+        self._shapes: dict[fx.Node, Shape] = {}
+        self.operands: dict[fx.Node, tuple[fx.Node, ...] | None] = {}
+        stack = list(facts.residuals)
+        while stack:
+            node = stack.pop()
+            if node not in self.operands:
+                operands = self._derivation(node)
+                if operands is not None:
+                    operands = tuple(operand for operand in operands if not facts.is_at_hand(operand))
+                    stack += operands
+                self.operands[node] = operands
+
+    def is_form(self, node: fx.Node) -> bool:
+        """Tell whether a node is a view or copy of what it is derived from, which is stored in its place."""
+        again = node in self.facts.attention or node.target in _FORMS or node.target is aten.expand.default
+        return again and self.operands[node] is not None
+
+    def _derivation(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
+        if node in self.facts.attention:
+            return tuple(tensor_operands(self.facts.attention[node]))
+        if not is_derivable(node):
+            return None
+        operands, root = tuple(tensor_operands(node)), self.facts.roots[node]
+        if all(operand in self._exactness.known for operand in operands):
+            return operands
+        if root is not None and root in self._exactness.known:
+            return (root,)
+        if (
+            node not in self._exactness.refusals
+            and node not in self.facts.ranges.wild
+            and self.shape(node) != "steep"
+        ):
+            return (root,) if root is not None else None
+        if node in self._exactness.refusals or node in self.facts.ranges.wild:
+            return None  # it is needed to the last bit
+        if node.target in _FORMS | GATHERS:
+            return operands
+        if node.target in CASTS and is_float(node) and is_float(operands[0]):
+            return operands
+        if root is not None and root is not node:
+            return None  # a steep function
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and any(map(self._is_statistic, operands)):
+            return None  # less its mean, little may be left of a value but its error
+        if node.target in _SUMS_AND_PRODUCTS:
+            return operands
+        if node.target is aten.div.Tensor and len(operands) == 2 and operands[-1] in self._exactness.known:
+            return None if self.facts.ranges.amplifies_by_division(operands[-1]) else operands
+        return None
+
+    def _is_statistic(self, node: fx.Node) -> bool:
+        source = content_of(node, VIEWS | CASTS | {aten.expand.default})
+        return (
+            node in self.facts.statistics
+            and source not in self.facts.pinned
+            and not self.facts.is_at_hand(node)
+        )
+
+    def shape(self, node: fx.Node) -> Shape:
+        """Tell how a node depends on its root; ``steep`` where it is no function of real numbers."""
+        if node not in self._shapes:
+            self._shapes[node] = shape(self.facts.function(node)) if self.facts.is_function(node) else "steep"
+        return self._shapes[node]

@@ -1,0 +1,100 @@
+"""Which residuals must reach the backward pass to the last bit, and why."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..analyse.functions import is_float
+from ..analyse.ranges import is_opaque
+from ..graph.names import module_path
+from ..graph.operations import (
+    ATTENTION_BACKWARD,
+    CASTS,
+    COPIES,
+    GATHERS,
+    VIEWS,
+    content_of,
+    is_derivable,
+    packet,
+    same_content,
+    tensor_operands,
+)
+from .facts import Facts
+
+_EXCLUDED = "excluded by the policy"
+_OF_ANY_SIZE = "its elements may be of any size beside each other"
+
+
+class Exactness:
+    """What must be exact.
+
+    Attributes:
+        refusals: residuals, and what they are derived from, with the reason.
+        known: what the backward pass has to the last bit.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.refusals: dict[fx.Node, str] = {}
+        for node in facts.residuals:
+            reason = self._refusal(node)
+            if reason:
+                self._refuse(node, reason)
+        self.known = self._known()
+
+    def reason(self, node: fx.Node) -> str:
+        """Return why a node is stored as it is, if it has to be."""
+        if node in self.facts.ranges.outlying:
+            return "may hold a sentinel, such as the score of a masked token"
+        return _OF_ANY_SIZE if node in self.facts.ranges.wild else self.refusals.get(node, "")
+
+    def _refusal(self, node: fx.Node) -> str:
+        readers = self.facts.readers
+        modules = [module_path(reader) or module_path(node) for reader in readers.of[node]]
+        if not all(self.facts.mode(module).lossy for module in modules):
+            return _EXCLUDED
+        reason = readers.refusal(node) or self._refusal_of_attention(node) or self._refusal_of_opaque(node)
+        return reason or (_OF_ANY_SIZE if self.facts.ranges.amplifies(node) else "")
+
+    def _refusal_of_attention(self, node: fx.Node) -> str:
+        calls = [reader for reader in self.facts.readers.of[node] if reader.target in ATTENTION_BACKWARD]
+        again = all(
+            any(content_of(arg, VIEWS) in self.facts.attention for arg in call.all_input_nodes)
+            for call in calls
+        )
+        return "" if again else "attention with dropout, which cannot be computed again"
+
+    def _refusal_of_opaque(self, node: fx.Node) -> str:
+        """Refuse what an inverse or a factorisation reads: its gradient cancels to the last bit, or does not."""
+        users = {user for form in same_content(node) for user in form.users}
+        opaque = [user for user in users if user not in self.facts.tangent and is_opaque(user)]
+        return f"read by {packet(opaque[0].target)}, whose gradient may cancel" if opaque else ""
+
+    def _refuse(self, node: fx.Node, reason: str) -> None:
+        """Refuse a node and, through functions of one tensor and views, what it is derived from."""
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if node in self.refusals:
+                continue
+            self.refusals[node] = reason
+            root = self.facts.roots[node]
+            if root is not None and root is not node:
+                stack.append(root)
+            moves = node.target in VIEWS | COPIES | CASTS | GATHERS
+            if is_derivable(node) and (moves or reason == _EXCLUDED):
+                stack += tensor_operands(node)
+
+    def _known(self) -> set[fx.Node]:
+        """Return inputs, statistics, integers, booleans, what is refused, and what is computed from those alone."""
+        known: set[fx.Node] = set()
+        for node in self.facts.order:
+            if (
+                self.facts.is_at_hand(node)
+                or node in self.facts.statistics
+                or node in self.refusals
+                or not is_float(node)
+                or (is_derivable(node) and all(operand in known for operand in tensor_operands(node)))
+            ):
+                known.add(node)
+        return known

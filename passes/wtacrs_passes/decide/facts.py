@@ -1,0 +1,159 @@
+"""The residuals of a joint graph, and what is known about them before anything is decided."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, fx
+
+from ..analyse.functions import is_float, unary_function, unary_roots
+from ..analyse.ranges import Ranges
+from ..analyse.readers import Readers
+from ..graph.names import module_path, static_inputs
+from ..graph.operations import (
+    ATTENTION,
+    ATTENTION_BACKWARD,
+    CASTS,
+    COPIES,
+    GATHERS,
+    VIEWS,
+    aten,
+    content_of,
+    is_derivable,
+    is_random,
+    packet,
+    tensor_operands,
+)
+from ..graph.torch_api import hint
+from ..joint import Joint
+from ..maths import ops
+from .modes import MODES, Mode
+
+_REDUCTIONS = {
+    aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.var.correction,
+    aten.logsumexp.default, ops.row_norms,
+}  # fmt: skip
+
+_SHRINKS = 8  # a statistic is at least so many times smaller than what it is reduced from
+
+
+class Facts:
+    """What a graph says about its residuals.
+
+    Attributes:
+        order: positions in the graph.
+        pinned: what is stored for the sites anyway.
+        tangent: everything computed from tangents.
+        roots: of `unary_roots`; `ranges`, `readers`: see there.
+        residuals: what the backward pass reads and does not have at hand.
+        attention: outputs and log-sum-exps that the backward pass computes again, with the attention.
+        statistics: what is small beside what it summarises.
+    """
+
+    def __init__(self, joint: Joint) -> None:
+        graph, statics = joint.graph, static_inputs(joint.graph, joint.names)
+        self.policy = joint.policy
+        self.order = {node: position for position, node in enumerate(graph.nodes)}
+        self.pinned = {node for site in joint.sites for node in site.stored}
+        self.tangent = joint.tangent()
+        self.roots = unary_roots(graph)
+        self.ranges = Ranges(graph, self.tangent, self.roots, statics)
+        self.readers = Readers(graph, self.tangent, self.ranges, statics)
+        self.residuals = [node for node in self.readers.of if not self.is_at_hand(node)]
+        self.attention = self._attention(graph)
+        self.statistics = _statistics(graph)
+
+    def is_at_hand(self, node: fx.Node) -> bool:
+        """Tell whether a node needs no storage: an input, a constant, or stored for a site."""
+        constant = not node.all_input_nodes and not is_random(node)
+        return constant or node in self.pinned or self.roots[node] is None
+
+    def mode(self, module: str | None) -> Mode:
+        """Return what the policy allows for a module (a path)."""
+        sampling = self.policy.sampling(module or "")
+        return MODES[sampling.residuals if sampling else "exact"]
+
+    def is_function(self, node: fx.Node) -> bool:
+        """Tell whether a node is a function of one other tensor, element by element, in real numbers."""
+        root = self.roots[node]
+        return root is not None and root is not node and is_float(root) and is_float(node)
+
+    def function(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
+        """Return the function from its root to a node."""
+        root = self.roots[node]
+        assert root is not None
+        return unary_function(node, root)
+
+    def with_sources(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """Return nodes and what they are views, casts or functions of."""
+        found: set[fx.Node] = set()
+        stack = list(nodes)
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack += [content_of(node, VIEWS | COPIES | CASTS | GATHERS), self.roots[node] or node]
+        return found
+
+    def _attention(self, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+        """Return outputs and log-sum-exps that the backward pass computes again, with the attention.
+
+        Probabilities made from rounded queries and keys and an exact log-sum-exp do not sum to one, and what
+        cancels in their gradient does not: so both come from the rounded operands.
+        """
+        found: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            if node.target not in ATTENTION_BACKWARD:
+                continue
+            results = [content_of(arg, VIEWS) for arg in node.all_input_nodes]
+            made = {
+                result: result.all_input_nodes[0] for result in results if result.target is operator.getitem
+            }
+            again = {
+                out: call for out, call in made.items()
+                if packet(call.target) in ATTENTION and out.args[1] in (0, 1)
+                and not _drops(call) and self.mode(module_path(node)).lossy
+            }  # fmt: skip
+            if len(again) == 2 and len(set(again.values())) == 1:
+                found.update(again)
+        return found
+
+
+def _drops(attention: fx.Node) -> bool:
+    """Tell whether an attention has dropout."""
+    schema = attention.target._schema  # type: ignore[union-attr]
+    names = [argument.name for argument in schema.arguments]
+    position = names.index("dropout_p")
+    given = (
+        attention.args[position] if position < len(attention.args) else attention.kwargs.get("dropout_p", 0.0)
+    )
+    return bool(given != 0.0)
+
+
+def _statistics(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes with few elements beside what they summarise: norms, means, log-sum-exps."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            continue
+        operands = [arg for arg in node.all_input_nodes if isinstance(arg.meta.get("val"), Tensor)]
+        if node.target is operator.getitem:
+            parent = node.args[0]
+            assert isinstance(parent, fx.Node)
+            siblings = [v for v in parent.meta["val"] if isinstance(v, Tensor)]
+            read = [arg.meta["val"] for arg in tensor_operands(parent)]
+            small = _elements(value) * _SHRINKS <= max(map(_elements, [*siblings, *read]))
+        elif node.target in _REDUCTIONS:
+            small = _elements(value) * _SHRINKS <= max(_elements(arg.meta["val"]) for arg in operands)
+        else:  # what is computed from statistics and is no larger
+            sizes = [_elements(arg.meta["val"]) for arg in operands if arg in found]
+            small = is_derivable(node) and bool(sizes) and _elements(value) <= max(sizes)
+        if small:
+            found.add(node)
+    return found
+
+
+def _elements(value: object) -> int:
+    return hint(value.numel()) if isinstance(value, Tensor) else 0
