@@ -13,7 +13,7 @@ from ..graph.torch_api import same_shape
 
 Shape = Literal["linear", "smooth", "steep"]
 
-_STEEPEST = 4.0  # slope through which an error may pass
+_STEEPEST = 4.0  # slope through which an error may pass, of values of one or less
 _EXTENT = 8.0  # slopes are taken over [-8, 8]
 _CURVING = (
     8.0  # how far a function may move, beside its extent, when a far argument changes by as much as it is
@@ -100,7 +100,7 @@ def shape(function: Callable[[Tensor], Tensor]) -> Shape:
     if bool((slopes - slopes[0]).abs().max() <= 1e-6 * slopes[0].abs().clamp(min=1e-6)):
         return "linear"
     steepest, extent = float(slopes.abs().max()), float(values.abs().max())
-    if steepest > _STEEPEST and steepest * _EXTENT > _STEEPEST * extent:
+    if steepest > _STEEPEST * min(extent, 1.0) and steepest * _EXTENT > _STEEPEST * extent:
         return "steep"
     return "smooth" if _settles(function, extent) else "steep"
 
@@ -116,6 +116,20 @@ def _settles(function: Callable[[Tensor], Tensor], extent: float) -> bool:
         if bool(((moved - values).abs() * 1e3 > _CURVING * size).any()):
             return False
     return True
+
+
+def rounding_error(function: Callable[[Tensor], Tensor], bits: int) -> float:
+    """Return the squared error, beside the squared values, where normal arguments are rounded.
+
+    Args:
+        bits: of an integer whose largest stands for two and a half times the spread of the arguments.
+    """
+    places = torch.linspace(-0.5, 0.5, 17, dtype=torch.float64)[1::2]  # in the middles of eighths
+    quantiles = torch.linspace(0, 1, 401, dtype=torch.float64)[1::2]
+    points, step = torch.special.ndtri(quantiles), 2.5 / (2 ** (bits - 1) - 1)
+    values = function(points)
+    errors = function((points + step * places.unsqueeze(-1)).flatten()).view(len(places), -1) - values
+    return float(errors.square().mean() / values.square().mean().clamp(min=1e-30))
 
 
 def grows(function: Callable[[Tensor], Tensor]) -> bool:

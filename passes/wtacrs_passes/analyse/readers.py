@@ -87,6 +87,7 @@ class Readers:
         self.of: dict[fx.Node, list[fx.Node]] = {}
         self._amplified: set[fx.Node] = set()
         self._masked: set[fx.Node] = set()
+        self._solved: set[fx.Node] = set()
         self._data = _from_data(graph)
         nodes = [node for node in graph.nodes if node in tangent and node.op == "call_function"]
         for node in nodes:
@@ -97,6 +98,8 @@ class Readers:
                 self._amplified.add(node)
             if self._carries(node, self._masked) or self._masks(node):
                 self._masked.add(node)
+            if any(arg in self._delicate or self._is_solved(arg) for arg in node.all_input_nodes):
+                self._solved.add(node)
         self._to_be_amplified: set[fx.Node] = set()
         self._to_be_masked: set[fx.Node] = set()
         self._to_be_solved: set[fx.Node] = set()
@@ -129,6 +132,8 @@ class Readers:
             return "made of an inverse or a factorisation, whose gradient cancels to the last bit or does not"
         if reader in self._to_be_solved and is_float(residual):
             return f"its product {name} goes into the gradient of an inverse or a factorisation"
+        if any(map(self._is_solved, reader.all_input_nodes)) and is_float(residual):
+            return f"its product {name} is one with the gradient of an inverse or a factorisation"
         if reader.target in _INTO_VECTORS or reader.target in _MATRIX_PRODUCTS:
             return ""
         if reader.target in _PRODUCTS or (reader.target in _STRUCTURE and not _is_index(residual, reader)):
@@ -158,6 +163,10 @@ class Readers:
         if self._is_unknown(node) or any(arg in self._delicate for arg in node.all_input_nodes):
             return True
         return node in self._to_be_solved and not self._meets_parameter(node)
+
+    def _is_solved(self, tangent: fx.Node) -> bool:
+        """Tell whether a gradient comes out of an inverse and has met no parameter since."""
+        return tangent in self._solved and not self._meets_parameter(tangent)
 
     def _carries(self, node: fx.Node, marked: Set[fx.Node]) -> bool:
         """Tell whether a result is as marked as what it is computed from."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from ..analyse.functions import is_float
+from ..analyse.functions import is_float, rounding_error
 from ..graph.names import module_path
 from ..graph.operations import aten, content_of
 from ..graph.torch_api import hint
-from ..maths.encodings import Table, encoded_bits
+from ..maths.encodings import INTEGER_BITS, Table, encoded_bits
 from ..maths.tables import serves, tabulate
 from .derivations import Derivations
 from .exactness import Exactness
 from .facts import Facts
 from .modes import Mode
 from .plan import Encoding
+
+_ROUNDED = 0.02
+"""The largest squared error of a function, beside its squared values, that rounding its source may cause."""
 
 _SMALLEST = 16  # elements in the last dimension of what is worth encoding
 
@@ -31,11 +34,10 @@ class Choices:
         self._sparse = facts.with_sources(n for n in facts.residuals if not facts.readers.are_dense(n))
         self._queries_and_keys = self._logits()
         self._subtracted = self._differences()
-        self._nonlinear = {
-            content_of(facts.roots[node] or node)
-            for node in derivations.operands
-            if derivations.shape(node) == "smooth"
-        }
+        self._functions: dict[fx.Node, list[fx.Node]] = {}
+        for node in derivations.operands:
+            if derivations.shape(node) == "smooth":
+                self._functions.setdefault(content_of(facts.roots[node] or node), []).append(node)
 
     def __call__(self, node: fx.Node) -> tuple[Encoding, Table | None]:
         """Return the encoding of a node, with its table."""
@@ -45,7 +47,7 @@ class Choices:
 
     def capacity(self, node: fx.Node) -> int | None:
         """Return thousandths of a byte, and among equals the less exact encoding at a little more; None for forms."""
-        if self._derivations.is_form(node):
+        if self._derivations.is_form(node) or self._is_sparse_function(node):
             return None
         encoding, table = self(node)
         value = node.meta["val"]
@@ -54,6 +56,11 @@ class Choices:
         features = value.shape[-1] if value.dim() else 1
         bits = encoded_bits(encoding, features, value.element_size(), table.bits if table else 0)
         return int(hint(value.numel()) * bits * 125) + (encoding != "exact")
+
+    def _is_sparse_function(self, node: fx.Node) -> bool:
+        """Tell whether few elements of a function are read: its small values have no bits, its source's have."""
+        derived = self._derivations.operands[node] is not None and self._derivations.shape(node) == "smooth"
+        return node in self._sparse and derived and self(node)[0] != "exact"
 
     def _logits(self) -> set[fx.Node]:
         """Return queries and keys that attention computes its logits from again: exponentials enlarge an error."""
@@ -92,12 +99,19 @@ class Choices:
             return "exact", None
         if node in self._sparse | self._queries_and_keys | self._subtracted:
             return "int8", None
-        if node in self._nonlinear and self.facts.ranges.is_bounded(node):
+        if node in self._functions and self.facts.ranges.is_bounded(node):
             return "int8", None  # its function may vanish at the ends: (1 - y^2) of a tanh
         table = self._table(node, mode)
         if table is not None:
             return "table", table
-        return (mode.sources if node in self._nonlinear else mode.integers), None
+        return (self._of_source(node, mode) if node in self._functions else mode.integers), None
+
+    def _of_source(self, node: fx.Node, mode: Mode) -> Encoding:
+        """Return the integers of a node of which nonlinear functions are read: more bits for a sharp bend."""
+        bits = INTEGER_BITS[mode.sources]
+        functions = (self.facts.function(each) for each in self._functions[node])
+        bends = any(rounding_error(function, bits) > _ROUNDED for function in functions)
+        return "int8" if bends else mode.sources
 
     def _table(self, node: fx.Node, mode: Mode) -> Table | None:
         """Return the table of a node that only scales tangents and is a bounded function of one tensor."""

@@ -51,7 +51,7 @@ class Derivations:
         operands, root = tuple(tensor_operands(node)), self.facts.roots[node]
         if all(operand in self._exactness.known for operand in operands):
             return operands
-        if root is not None and root in self._exactness.known:
+        if root is not None and root is not node and root in self._exactness.known:
             return (root,)
         if (
             node not in self._exactness.refusals
