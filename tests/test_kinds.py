@@ -98,6 +98,12 @@ PROGRAMS: dict[str, tuple[Callable[[Two, Tensor], Tensor], Tensor]] = {
     "narrow derivative": (lambda m, x: torch.log1p((20 * m.a(x)).abs()).sum(), ROWS),
     "maximum with itself": (lambda m, x: torch.maximum(m.a(x), m.a(x)).square().sum(), ROWS),
     "other strides": (lambda m, x: F.softplus(m.a(x)).T.reshape(-1, 32).square().sum(), ROWS),
+    "mean of signs": (lambda m, x: (m.a(x).sigmoid() - x.sigmoid()).abs().mean(), ROWS),
+    "few of a function": (lambda m, x: F.softplus(3 * m.a(x)).amin(), ROWS),
+    "inverse of a product": (
+        lambda m, x: torch.linalg.pinv(m.a(x[:64]) @ m.b(x[:64]).T).square().sum(),
+        ROWS,
+    ),
     "attention": (attention(1), IMAGES),
     "attention, scale 4": (attention(4), IMAGES),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 import wtacrs_fx
 from wtacrs_fx import Policy, Rule
+from wtacrs_passes.decide import storage
+from wtacrs_passes.decide.derivations import Derivations
 
 X = torch.randn(64, 32)
 
@@ -69,6 +72,25 @@ def test_steep_functions_are_not_derived_from_lossy_values() -> None:
 
 def test_squares_are_derived_from_their_argument() -> None:
     assert stored(torch.square) == {"int4": ["aten.mm.default"]}
+
+
+def test_sources_of_functions_with_a_sharp_bend_take_more_bits() -> None:
+    assert stored(torch.special.i1e) == {"int8": ["aten.mm.default"]}
+
+
+def test_nothing_is_derived_from_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def derivations(*args: Any) -> Derivations:
+        found.append(Derivations(*args))
+        return found[-1]
+
+    monkeypatch.setattr(storage, "Derivations", derivations)
+    wtacrs_fx.explain(
+        Sandwich(lambda u: torch.fmod(u.sigmoid(), X.repeat(1, 2).sigmoid()), lambda u: u), X, policy=Policy()
+    )
+    [each] = found
+    assert all(node not in (operands or ()) for node, operands in each.operands.items())
 
 
 def test_rows_chosen_in_the_forward_pass_are_stored_as_integers() -> None:
