@@ -28,12 +28,6 @@ from wtacrs_passes.pipeline import Pass, run
 RowsOnly = functools.partial(Policy, residuals="exact", min_features=1)
 """A policy that samples rows and stores everything else as Inductor would."""
 
-collect_ignore = [  # sweeps: `make operators`, `make architectures`, `make programs`
-    f"test_{name}.py"
-    for name in ("operators", "architectures", "programs")
-    if f"WTACRS_{name.upper()}" not in os.environ
-]
-
 torch.set_num_threads(2)
 torch._dynamo.config.recompile_limit = 64
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import wtacrs_fx
 from wtacrs_fx import Policy
 
-FEW, RUNS = 6, 64
+FEW, RUNS = 4, 64
 SLOW = {
     *("autoformer", "data2vec-audio", "funnel", "led", "levit", "mobilenet_v2", "mobilevit", "prophetnet"),
     *("qwen3_next", "recurrent_gemma", "rwkv", "speech_to_text", "switch_transformers"),
@@ -168,7 +168,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(torch.equal(a.nan_to_num(nan=1e30), b.nan_to_num(nan=1e30)))
 
 
-@pytest.mark.parametrize("name", NAMES if ASKED else NAMES[:2])
+@pytest.mark.parametrize("name", NAMES if ASKED else NAMES[:1])
 def test_sampled_rows_are_unbiased(name: str) -> None:
     precision = PRECISIONS["float32"]
     model, inputs, _ = _eager(name, precision)

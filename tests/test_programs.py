@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wtacrs_fx import Policy
 
-PROGRAMS = int(os.environ.get("WTACRS_PROGRAMS", "25"))
+PROGRAMS = int(os.environ.get("WTACRS_PROGRAMS", "12"))
 QUICK = (Phase.explicit, Phase.reuse, Phase.generate)
 """Of an ordinary run: to make a failing program small takes minutes."""
 
