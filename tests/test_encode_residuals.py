@@ -302,3 +302,50 @@ def test_a_checkpointed_model_stores_what_checkpointing_says() -> None:
     x.grad = None
     model(x).backward()
     torch.testing.assert_close(found, x.grad)
+
+
+def test_casts_of_weights_and_masks_are_made_again() -> None:
+    """What cheap operations make of parameters and of masks that are given is not stored, and has the same bits."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.down(self.up(x) * torch.where(keep, 2.0, 0.5)).float().square().sum()
+
+    model, x, keep = Masked(), torch.randn(64, 32), torch.rand(64, 64) > 0.5
+    report = wtacrs_fx.explain(model, x, keep, policy=Policy(ratio=1.0, residuals="lossless"))
+    assert report.saved_bytes_before - report.saved_bytes_after == model.down.weight.numel() * 2
+    found = []
+    for policy in (None, Policy(ratio=1.0, residuals="lossless")):
+        call = torch.compile(model, backend="inductor" if policy is None else wtacrs_fx.backend(policy))
+        model.zero_grad()
+        call(x, keep).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        torch._dynamo.reset()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_inputs_that_are_written_to_are_not_read_again() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+            factor = seen.unsqueeze(-1) * torch.ones(64, 32)
+            seen.add_(1)
+            return (self.linear(x) * factor).square().sum()
+
+    model, x = Counting(), torch.randn(64, 32)
+    found = []
+    for policy in (None, Policy(ratio=1.0, residuals="lossless")):
+        call = torch.compile(model, backend="inductor" if policy is None else wtacrs_fx.backend(policy))
+        model.zero_grad()
+        call(x, torch.arange(64)).backward()
+        found.append(model.linear.weight.grad.clone())
+        torch._dynamo.reset()
+    assert torch.equal(*found)

@@ -87,7 +87,9 @@ def _effect(stored: Stored) -> str:
         if stored.stochastic:
             return f"unbiased, error < group peak / {largest}"
         return f"rounded, error <= group peak / {2 * largest}"
-    return "as what it is derived from" if stored.encoding == "recompute" else "exact"
+    if stored.encoding == "recompute":
+        return f"exact: {stored.reason}" if stored.reason else "as what it is derived from"
+    return "exact"
 
 
 def _residual_reports(residuals: Sequence[EncodedResidual], ledger: _Ledger) -> Iterable[ResidualReport]:

@@ -155,7 +155,8 @@ def _partition_pinned(
         assert isinstance(source, fx.Node)
         source.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     _edit_outputs(gm_copy.graph, num_fwd_outputs, insert=pinned)
-    forward, backward = partitioner(gm_copy, num_fwd_outputs + len(pins))
+    with torch._functorch.config.patch(cse=False):  # what is made again in the backward pass is to stay there
+        forward, backward = partitioner(gm_copy, num_fwd_outputs + len(pins))
     _edit_outputs(forward.graph, num_fwd_outputs, remove=len(pins))
     forward.graph.eliminate_dead_code()
     forward.graph.lint()

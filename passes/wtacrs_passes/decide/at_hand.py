@@ -8,14 +8,49 @@ import torch
 from torch import fx
 
 from ..analyse.products import Analysis
-from ..graph.cones import needed_for
+from ..graph.cones import is_tangent, needed_for
 from ..graph.edit import sympy_size
-from ..graph.names import outputs_with_descriptors
-from ..graph.operations import CASTS, COPIES, VIEWS, is_recomputable, tensor_operands
+from ..graph.names import named_inputs, outputs_with_descriptors, static_inputs
+from ..graph.operations import CASTS, COPIES, FILLS, VIEWS, aten, is_recomputable, prims, tensor_operands
 from ..graph.torch_api import hint
+from ..joint import Joint
 
 _NEGLIGIBLE = Fraction(1, 16)
 """A value with so small a share of a result's elements is stored without asking what it costs."""
+
+_CHEAP = VIEWS | COPIES | CASTS | {
+    *FILLS, prims.iota.default, aten.expand.default,
+    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.where.self,
+    aten.eq.Scalar, aten.eq.Tensor, aten.ne.Scalar, aten.ne.Tensor, aten.lt.Scalar, aten.lt.Tensor,
+    aten.le.Scalar, aten.le.Tensor, aten.gt.Scalar, aten.gt.Tensor, aten.ge.Scalar, aten.ge.Tensor,
+    aten.logical_not.default, aten.logical_and.default, aten.logical_or.default,
+    aten.bitwise_not.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor,
+}  # fmt: skip
+"""Operations that take no more time than to read what they return."""
+
+
+def made_of_inputs(joint: Joint) -> set[fx.Node]:
+    """Return what cheap operations make of parameters, and of integers and masks that the model is given.
+
+    The casts of weights under autocast, and masks for attention: none of them need be stored. Buffers, and in a
+    graph that writes to its inputs those, are left out: the backward pass may find other values in them.
+    """
+    writes = any("Mutation" in type(desc).__name__ for _, desc in outputs_with_descriptors(joint.graph))
+    writes = writes or bool(joint.graph.find_nodes(op="call_function", target=aten.copy_.default))
+    parameters = named_inputs(joint.graph, joint.names, ("parameter",))
+    others = static_inputs(joint.graph, joint.names)
+    found: set[fx.Node] = set()
+    for node in joint.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        if node.op == "placeholder":
+            given = node not in others and not is_tangent(node) and not value.is_floating_point()
+            if node in parameters or (given and not writes):
+                found.add(node)
+        elif node.target in _CHEAP and all(arg in found for arg in tensor_operands(node)):
+            found.add(node)
+    return found
 
 
 def available_in_backward(analysis: Analysis, graph: fx.Graph, sampled: set[fx.Node]) -> set[int]:

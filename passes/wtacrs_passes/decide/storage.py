@@ -18,9 +18,10 @@ import warnings
 from torch import fx
 
 from ..graph.names import module_path
-from ..graph.operations import makes_sparse
+from ..graph.operations import VIEWS, content_of, makes_sparse
 from ..graph.torch_api import CheckpointPolicy, real_tensors
 from ..joint import Joint
+from .at_hand import made_of_inputs
 from .choices import Choices
 from .derivations import Derivations
 from .exactness import Exactness
@@ -68,6 +69,12 @@ def choose_storage(joint: Joint) -> tuple[Stored, ...]:
                 encoded.add(node)
                 if choices(node)[0] != "exact" or node in facts.attention:
                     chosen.append(Stored(node, "recompute", node, module=module_path(node) or ""))
+        again = made_of_inputs(joint)
+    forms = {item.node for item in chosen}
+    for node in facts.residuals:
+        if node in again and node not in forms and content_of(node, VIEWS).op != "placeholder":
+            module = module_path(node) or ""
+            chosen.append(Stored(node, "recompute", node, module=module, reason="made of inputs"))
     return tuple(chosen)
 
 

@@ -22,6 +22,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
+from ..decide.at_hand import made_of_inputs
 from ..decide.plan import Stored
 from ..graph.edit import Editor
 from ..graph.operations import NOISE_OF, aten, is_derivable, is_loop, same_content, tensor_operands
@@ -59,7 +60,7 @@ def encode_residuals(joint: Joint) -> None:
     as_they_are = {item.node for item in joint.plan.residuals if item.encoding == "exact"}
     as_they_are.update(node for site in joint.sites for node in site.stored)
     again = {item.node for item in changed if item.encoding == "recompute"}
-    rebuild = _Rebuild(editor, encoded, items, as_they_are, again)
+    rebuild = _Rebuild(editor, encoded, items, as_they_are, again, made_of_inputs(joint))
     editor.tag = "must_be_in_backward"  # what is decoded is no residual
     for node in list(graph.nodes):
         if node in tangent and node.op == "call_function":
@@ -123,11 +124,13 @@ class _Rebuild:
         stored: dict[fx.Node, Stored],
         as_they_are: set[fx.Node],
         again: set[fx.Node],
+        of_inputs: set[fx.Node],
     ) -> None:
         self.editor, self.encoded, self.stored = editor, encoded, stored
         self.built = {node: node for node in as_they_are}
         several = {node for node in again if node.target is operator.getitem}
         self.again = several.union(*(node.all_input_nodes for node in several))
+        self.of_inputs = of_inputs
 
     def __call__(self, node: fx.Node) -> fx.Node:
         stack = [node]
@@ -152,7 +155,7 @@ class _Rebuild:
         if item is not None:
             return _decode(self.editor, item, self.encoded[node])
         rebuilt = {operand: self.built[operand] for operand in self._operands(node)}
-        if all(new is old for old, new in rebuilt.items()):
+        if all(new is old for old, new in rebuilt.items()) and not (rebuilt and node in self.of_inputs):
             return node
         copy = self.editor.graph.node_copy(node, rebuilt.__getitem__)
         copy.meta = {**node.meta, "partitioner_tag": self.editor.tag}
