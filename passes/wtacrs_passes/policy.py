@@ -8,7 +8,7 @@ import fnmatch
 import math
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,11 +16,6 @@ Estimator = Literal["wta-systematic", "wta-crs", "crs", "topk", "rmm-rademacher"
 Placement = Literal["auto", "forward", "backward"]
 Residuals = Literal["exact", "lossless", "balanced", "small"]
 Rounding = Literal["nearest", "stochastic"]
-
-ESTIMATORS: tuple[str, ...] = ("wta-systematic", "wta-crs", "crs", "topk", "rmm-rademacher", "rmm-gaussian")
-PLACEMENTS: tuple[str, ...] = ("auto", "forward", "backward")
-RESIDUALS: tuple[str, ...] = ("exact", "lossless", "balanced", "small")
-ROUNDINGS: tuple[str, ...] = ("nearest", "stochastic")
 
 
 class PolicyError(ValueError):
@@ -103,10 +98,10 @@ class Sampling:
         for name in ("center", "attention"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        _check_choice("estimator", self.estimator, ESTIMATORS)
-        _check_choice("placement", self.placement, PLACEMENTS)
-        _check_choice("residuals", self.residuals, RESIDUALS)
-        _check_choice("rounding", self.rounding, ROUNDINGS)
+        _check_choice("estimator", self.estimator, get_args(Estimator))
+        _check_choice("placement", self.placement, get_args(Placement))
+        _check_choice("residuals", self.residuals, get_args(Residuals))
+        _check_choice("rounding", self.rounding, get_args(Rounding))
 
     @property
     def share(self) -> Fraction:
