@@ -26,8 +26,9 @@ import wtacrs_fx
 from bench.harness import Row, circumstances, record, summarise
 from bench.variance import gram, projection_variance, squared_errors
 from wtacrs_fx.diagnose import relative_variance, rows_of
-from wtacrs_fx.tools.demo import Classifier, load_encoder, load_texts
+from wtacrs_fx.tools.classification import Classifier, load_encoder
 from wtacrs_fx.tools.steps import Compiler, Step, inductor
+from wtacrs_fx.tools.texts import load_texts
 from wtacrs_passes.maths.estimators import CHOOSERS, PROJECTIONS
 
 RATIOS = (0.3, 0.1)

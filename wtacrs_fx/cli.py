@@ -40,9 +40,7 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="File of lines label<TAB>text.", show_default="BBC news, packaged")
     ] = None,
-    steps: Annotated[
-        int, typer.Option(min=2, help="Training steps; the first compiles and is not timed.")
-    ] = 32,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps; the first is not timed.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens a text.")] = 128,
     ratio: Annotated[float, typer.Option(help="Share of the rows that wtacrs keeps, in (0, 1].")] = 0.3,
@@ -188,8 +186,8 @@ def _errors() -> Iterator[None]:
     from torch._dynamo.exc import TorchDynamoException
 
     from wtacrs_fx import DiagnosisError, NoTangentsError, PolicyError
-    from wtacrs_fx.tools.demo import InputError
     from wtacrs_fx.tools.predict import ModelError
+    from wtacrs_fx.tools.texts import InputError
 
     verbose = os.environ.get("TORCHDYNAMO_VERBOSE") == "1"
     if not verbose:
