@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from bench.gradient_variance import Loss
 from bench.harness import BASELINE, RESULTS, VARIANTS, Row, circumstances, record, summarise
 from wtacrs_fx import GradientNorms, track_gradient_norms
-from wtacrs_fx.tools.demo import Classifier, load_encoder
+from wtacrs_fx.tools.classification import Classifier, load_encoder
 
 VARIANTS_SHOWN = (BASELINE, "wtacrs 0.3 backward", "wtacrs 0.3 balanced", "wtacrs 0.3 small")
 REMEMBERED = (BASELINE, "wtacrs 0.3 remembered", "wtacrs 0.1 remembered", "wtacrs 0.3 forward")

@@ -26,9 +26,10 @@ import wtacrs_fx
 from bench.harness import Row, circumstances, record, summarise
 from bench.variance import gram, projection_variance, squared_errors
 from wtacrs_fx.diagnose import relative_variance, rows_of
-from wtacrs_fx.tools.demo import Classifier, load_encoder, load_texts
+from wtacrs_fx.tools.classification import Classifier, load_encoder
 from wtacrs_fx.tools.steps import Compiler, Step, inductor
-from wtacrs_passes.maths.estimators import ESTIMATORS, PROJECTIONS
+from wtacrs_fx.tools.texts import load_texts
+from wtacrs_passes.maths.estimators import CHOOSERS, PROJECTIONS
 
 RATIOS = (0.3, 0.1)
 MIN_ROWS = wtacrs_fx.Policy().min_rows
@@ -107,7 +108,7 @@ def estimator_errors(model: nn.Module, batch: Batch, draws: int, seed: int) -> F
                 both = torch.stack([x.norm(dim=-1), dy.norm(dim=-1)])
                 error = projection_variance(products, both, kept, estimator) / float(products.sum())
                 errors.setdefault((f"{estimator} {ratio}", "forward"), []).append(error)
-        for estimator in ESTIMATORS:
+        for estimator in CHOOSERS:
             for ratio in RATIOS:
                 kept = max(MIN_ROWS, ceil(ratio * len(x)))
                 for placement, weight in weights.items():

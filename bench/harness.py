@@ -7,12 +7,10 @@ import os
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,14 @@ import transformers
 
 import wtacrs_fx
 from wtacrs_fx import Policy
+from wtacrs_fx.tools.circumstances import commit, processor
+from wtacrs_fx.tools.measure import percentiles
 from wtacrs_fx.tools.steps import Compiler, Step, inductor, measure_steps
 from wtacrs_passes.policy import Placement, Residuals
+from wtacrs_passes.report import MIB
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "inductor"
-MIB = 2.0**20
 
 
 # Variants
@@ -128,8 +128,7 @@ def summarise(values: Sequence[float], baseline: Sequence[float] | None = None) 
     Args:
         values: one a round; baseline: Inductor's of the same rounds.
     """
-    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(levels).tolist()
+    p20, p50, p80 = percentiles(values)
     ratio = statistics.median(v / b for v, b in zip(values, baseline, strict=True)) if baseline else None
     return {"value": p50, "ratio": ratio, "p20": p20, "p50": p50, "p80": p80, "rounds": len(values)}
 
@@ -139,39 +138,15 @@ def circumstances(device: str = "cpu") -> dict[str, Any]:
     name = Path(sys.argv[0]).stem
     return {
         "device": device,
-        "processor": _processor(device),
+        "processor": processor(device),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "command": shlex.join(["python", "-m", f"bench.{name}", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _processor(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return _cpu_name()
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-@cache
-def _commit() -> str:
-    """Return the abbreviated commit, with `+dirty` if anything but results differs from it."""
-
-    def git(*arguments: str) -> str:
-        found = subprocess.run(["git", *arguments], cwd=RESULTS.parents[1], capture_output=True, text=True)
-        return found.stdout.strip()
-
-    dirty = git("status", "--porcelain", "--", ".", ":!bench/results", ":!README.md", ":!docs")
-    return (git("rev-parse", "--short=12", "--verify", "HEAD") or "uncommitted") + ("+dirty" if dirty else "")
 
 
 def record(rows: Sequence[Row], keep: bool) -> None:

@@ -24,7 +24,8 @@ from transformers import (
 
 from bench.harness import BASELINE, MIB, Row, circumstances, record
 from wtacrs_fx.integrations.transformers import enable
-from wtacrs_fx.tools.demo import load_texts, packaged_encoder, split
+from wtacrs_fx.tools.classification import packaged_encoder
+from wtacrs_fx.tools.texts import load_texts, split
 
 HELD_OUT = 400
 VARIANTS = (BASELINE, "wtacrs 0.3 balanced")

@@ -12,7 +12,7 @@ from torch import Tensor
 import wtacrs_fx
 from wtacrs_fx import Policy
 from wtacrs_passes.maths import estimators
-from wtacrs_passes.maths.estimators import ESTIMATORS, NOISE, choose_rows, combine_rows
+from wtacrs_passes.maths.estimators import CHOOSERS, NOISE, choose_rows, combine_rows
 
 pytestmark = [
     pytest.mark.cuda,
@@ -59,7 +59,7 @@ def test_encoded_residuals_keep_gradients_close(residuals: str) -> None:
     assert report.saved_bytes_after < 0.45 * report.saved_bytes_before
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", CHOOSERS)
 def test_the_chooser_agrees_with_the_cpu(estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimators, "_shuffled", estimators.random_order)  # the order of GPUs
     weights, noise = torch.rand(3, 500), torch.rand(3, NOISE)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import wtacrs_fx
 from bench.variance import gram, squared_errors
-from wtacrs_fx import Diagnosis, DiagnosisError, Policy, diagnose
+from wtacrs_fx import Diagnosis, DiagnosisError, diagnose
 from wtacrs_fx.diagnose import RATIOS, _variance, relative_variance
 
 D = 16
@@ -162,7 +162,7 @@ def test_table_and_plot(backward: Diagnosis, tmp_path: Path) -> None:
 
 
 def test_ratios_for_a_tenth_of_the_noise(backward: Diagnosis) -> None:
-    policy = Policy.from_diagnosis(backward)
+    policy = backward.policy()
     for layer in backward.layers:
         sampling = policy.sampling(layer.module)
         assert sampling is not None and layer.ratio is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 from bench.variance import gram, projection_variance
 from wtacrs_passes.maths import estimators
 from wtacrs_passes.maths.estimators import (
-    ESTIMATORS,
+    CHOOSERS,
     NOISE,
     PROJECTIONS,
     choose_rows,
@@ -158,7 +158,7 @@ def test_rows_that_are_not_finite_reach_the_product(estimator: str, bad: float) 
 @given(
     rows=st.integers(1, 50),
     share=st.floats(0.01, 1.0),
-    estimator=st.sampled_from(sorted(ESTIMATORS)),
+    estimator=st.sampled_from(sorted(CHOOSERS)),
     seed=st.integers(0, 1000),
     scale=st.sampled_from([1e-30, 1.0, 1e30]),
 )
@@ -228,7 +228,7 @@ def test_rows_are_scaled_where_nothing_is_taken_for_sure(estimator: str) -> None
     torch.testing.assert_close(scales, torch.full_like(scales, ROWS / KEPT))
 
 
-@pytest.mark.parametrize("estimator", [*ESTIMATORS, *PROJECTIONS])
+@pytest.mark.parametrize("estimator", [*CHOOSERS, *PROJECTIONS])
 def test_the_host_reads_nothing(estimator: str) -> None:
     """On the meta device there are no values: whatever reads one raises."""
     weights, noise = torch.ones(2, ROWS, device="meta"), torch.rand(2, NOISE, device="meta")

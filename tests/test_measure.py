@@ -1,10 +1,12 @@
 """Saved bytes and peak memory of small steps, counted by hand, in float32."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
 
-from wtacrs_fx.tools.measure import peak_bytes, saved_bytes
+from wtacrs_fx.tools.measure import peak_bytes, percentiles, saved_bytes, step_seconds
 
 ROWS, WIDTH = 32, 64
 HIDDEN_BYTES = 4 * ROWS * WIDTH
@@ -59,3 +61,12 @@ def test_saved_bytes_without_memory() -> None:
     model, x = perceptron()
     model, x = model.to("meta"), x.to("meta")
     assert saved_bytes(lambda: model(x).sum(), [*model.parameters(), x]) == HIDDEN_BYTES
+
+
+def test_step_seconds_are_those_of_the_step() -> None:
+    assert step_seconds(lambda: time.sleep(0.05), CPU) >= 0.05
+
+
+def test_percentiles() -> None:
+    assert percentiles([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == (2.0, 3.5, 5.0)
+    assert percentiles([1.0]) == (1.0, 1.0, 1.0)

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from wtacrs_passes.policy import Policy, PolicyError, Rule, policy_from_options
+from wtacrs_passes.policy import Policy, PolicyError, Rule
 
 
 def test_defaults_are_those_of_the_documentation() -> None:
@@ -87,20 +87,3 @@ def test_kept_rows(rows: int, kept: int) -> None:
 def test_ratio_is_the_decimal_that_was_written() -> None:
     assert Policy(ratio=0.1, min_rows=1).kept(10) == 1  # ceil(0.1 * 10) in binary floats may be 2
     assert Policy(ratio=0.7, min_rows=1).kept(10) == 7
-
-
-def test_options_are_split() -> None:
-    policy, rest = policy_from_options({"wtacrs.ratio": 0.1, "wtacrs.estimator": "crs", "max_autotune": True})
-    assert policy == Policy(ratio=0.1, estimator="crs")
-    assert rest == {"max_autotune": True}
-    base = Policy(center=True)
-    assert policy_from_options({"wtacrs.policy": base, "wtacrs.ratio": 0.5})[0] == Policy(
-        ratio=0.5, center=True
-    )
-
-
-def test_bad_options() -> None:
-    with pytest.raises(PolicyError, match="did you mean 'wtacrs.ratio'"):
-        policy_from_options({"wtacrs.ration": 0.1})
-    with pytest.raises(PolicyError, match="must be a wtacrs_fx.Policy"):
-        policy_from_options({"wtacrs.policy": 0.3})

@@ -102,7 +102,7 @@ sizes = dict.fromkeys(("rows", "kept", "height", "width"), "i32")
 for pair in (False, True):
     constants = dict(PAIR=pair, NUMBERS=3, TURNS=4, BLOCK=256)
     signature = {**pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(triton_kernels._choose_rows, signature, constexprs=constants)
+    source = ASTSource(triton_kernels._choose_rows_kernel, signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})
     assert compiled.asm["cubin"]
 
@@ -112,7 +112,7 @@ for height, width, depth, warps, stages in triton_kernels.TILES:
     constants = dict(HEIGHT=height, WIDTH=width, DEPTH=depth)
     signature = {**pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
     attributes = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 3, 5, 6)}
-    source = ASTSource(triton_kernels._gathered_product, signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(triton_kernels._gathered_product_kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "wgmma" in compiled.asm["ptx"] and "cp.async" in compiled.asm["ptx"]

@@ -21,8 +21,10 @@ from wtacrs_passes.analyse.annotations import MASK_NAMES
 from wtacrs_passes.graph import torch_api
 from wtacrs_passes.graph.names import NamedInput, last_name, path_from_source
 from wtacrs_passes.pipeline import WtacrsPartitioner, source_hash
-from wtacrs_passes.policy import Policy, PolicyError, nearest, policy_from_options
+from wtacrs_passes.policy import Policy, PolicyError, nearest
 from wtacrs_passes.report import Report
+
+from .options import inductor_config, policy_from_options
 
 _REPORTS: list[Report] = []
 
@@ -58,7 +60,7 @@ class Backend:
         if not isinstance(policy, Policy):
             raise PolicyError(f"policy must be a wtacrs_fx.Policy, got {policy!r}")
         self.policy = policy
-        self.config = _inductor_config(mode, inductor_options)
+        self.config = inductor_config(mode, inductor_options)
         self.reports: list[Report] = []
         self._unmatched = set(policy.unmatched(()))
         self.__name__ = "wtacrs"
@@ -146,26 +148,6 @@ def wtacrs(
 
 
 _BACKENDS: dict[tuple[str | None, str], Backend] = {}
-
-
-def _inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    known = torch._inductor.config.get_config_copy()
-    if mode and mode != "default":
-        modes = list(torch._inductor.list_mode_options())
-        if mode not in modes:
-            raise PolicyError(f"mode must be one of {', '.join(modes)}, got {mode!r}{nearest(mode, modes)}")
-        options = {**torch._inductor.list_mode_options(mode), **options}
-    config = {name.replace("-", "_"): value for name, value in options.items()}
-    for name in config:
-        if name == "custom_partitioner_fn":
-            raise PolicyError("option 'custom_partitioner_fn' is set by the wtacrs backend; leave it out")
-        if name not in known:
-            fields = [f"wtacrs.{field.name}" for field in dataclasses.fields(Policy)]
-            raise PolicyError(
-                f"option {name!r} is unknown to Inductor{nearest(name, [*known, *fields])}; "
-                f"Policy fields are written 'wtacrs.<field>'"
-            )
-    return config
 
 
 def lifted_inputs(gm: fx.GraphModule) -> tuple[NamedInput, ...]:

@@ -40,9 +40,7 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="File of lines label<TAB>text.", show_default="BBC news, packaged")
     ] = None,
-    steps: Annotated[
-        int, typer.Option(min=2, help="Training steps; the first compiles and is not timed.")
-    ] = 32,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps; the first is not timed.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens a text.")] = 128,
     ratio: Annotated[float, typer.Option(help="Share of the rows that wtacrs keeps, in (0, 1].")] = 0.3,
@@ -64,27 +62,27 @@ def demo(
         typer.echo(json.dumps([dataclasses.asdict(row) for row in rows]))
 
 
-Model = Annotated[
+ModelArgument = Annotated[
     str,
     typer.Argument(help="Folder with a config.json, such a file, a name on the Hub, or module:factory."),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Samples a step.")]
-Length = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
-Ratio = Annotated[float, typer.Option(help="Share of the rows that are kept, in (0, 1].")]
-Residuals = Annotated[str, typer.Option(help="exact, lossless, balanced or small.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Samples a step.")]
+LengthOption = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
+DtypeOption = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+RatioOption = Annotated[float, typer.Option(help="Share of the rows that are kept, in (0, 1].")]
+ResidualsOption = Annotated[str, typer.Option(help="exact, lossless, balanced or small.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 
 
 @app.command()
 def explain(
-    model: Model,
-    batch: Batch = 8,
-    length: Length = 1024,
-    dtype: Dtype = "bfloat16",
-    ratio: Ratio = 0.3,
-    residuals: Residuals = "balanced",
-    as_json: Json = False,
+    model: ModelArgument,
+    batch: BatchOption = 8,
+    length: LengthOption = 1024,
+    dtype: DtypeOption = "bfloat16",
+    ratio: RatioOption = 0.3,
+    residuals: ResidualsOption = "balanced",
+    as_json: JsonOption = False,
 ) -> None:
     """Tell what training a model would store, without allocating anything.
 
@@ -106,15 +104,15 @@ def explain(
 
 @app.command()
 def bench(
-    model: Model,
-    batch: Batch = 8,
-    length: Length = 128,
-    dtype: Dtype = "float32",
-    residuals: Residuals = "balanced",
+    model: ModelArgument,
+    batch: BatchOption = 8,
+    length: LengthOption = 128,
+    dtype: DtypeOption = "float32",
+    residuals: ResidualsOption = "balanced",
     layers: Annotated[int, typer.Option(min=1, help="Layers of a configuration that are run.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each variant, interleaved.")] = 10,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda if there")] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure training steps of a model on this machine: saved bytes, peak, time beside Inductor's.
 
@@ -159,9 +157,9 @@ def bench(
 @app.command()
 def diagnose(
     model: Annotated[str, typer.Argument(help="module:factory of a model with its weights and of batches.")],
-    ratio: Ratio = 0.3,
+    ratio: RatioOption = 0.3,
     plot: Annotated[Path | None, typer.Option(help="File for the picture, .png or .svg.")] = None,
-    as_json: Json = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Measure the noise that sampling adds to each layer's gradient, beside that of the minibatch.
 
@@ -188,8 +186,8 @@ def _errors() -> Iterator[None]:
     from torch._dynamo.exc import TorchDynamoException
 
     from wtacrs_fx import DiagnosisError, NoTangentsError, PolicyError
-    from wtacrs_fx.tools.demo import InputError
     from wtacrs_fx.tools.predict import ModelError
+    from wtacrs_fx.tools.texts import InputError
 
     verbose = os.environ.get("TORCHDYNAMO_VERBOSE") == "1"
     if not verbose:

@@ -155,6 +155,9 @@ class Diagnosis:
         gets the smallest ratio at which its added noise is a tenth of the minibatch's. Otherwise ratios
         minimise the sum over layers of added over minibatch noise while all rows together take no more.
 
+        Args:
+            max_bytes: of the stored rows of all layers together; None sets no bound.
+
         Raises:
             DiagnosisError: the smallest ratios take more than `max_bytes`.
         """

@@ -11,7 +11,8 @@ import typer
 from torch.utils.data import DataLoader, TensorDataset
 
 import wtacrs_fx
-from wtacrs_fx.tools.demo import Classifier, load_encoder, load_texts
+from wtacrs_fx.tools.classification import Classifier, load_encoder
+from wtacrs_fx.tools.texts import load_texts
 
 MIB = 2**20
 

@@ -43,7 +43,7 @@ def make_report(joint: Joint, before: Sequence[fx.Node], after: Sequence[fx.Node
                 kept=simplify(sympy_size(site.kept)),
                 estimator=site.sampling.estimator,
                 placement=site.placement,
-                weights=_weights(site),
+                weights=_chosen_by(site),
                 encoding=encoding,
                 bytes_before=simplify(size_before),
                 bytes_after=simplify(size_after + stored),
@@ -64,17 +64,17 @@ def make_report(joint: Joint, before: Sequence[fx.Node], after: Sequence[fx.Node
     return Report(tuple(reports), total_before, total_after, residuals=others)
 
 
-def _weights(site: Site) -> str:
+def _chosen_by(site: Site) -> str:
     """Return what the rows of a site are chosen by."""
     if site.placement == "backward":
         return "||x|| ||dy||"
     weights = "||x|| remembered ||dy||" if site.state else "||x||"
     if site.mask is None:
         return weights
-    return f"{weights}, {_share(site.mask.factor)} unless {site.mask.name}"
+    return f"{weights}, {_fraction(site.mask.factor)} unless {site.mask.name}"
 
 
-def _share(factor: float) -> str:
+def _fraction(factor: float) -> str:
     return f"1/{1 / factor:g}" if factor else "zero"
 
 

@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,11 +16,6 @@ Estimator = Literal["wta-systematic", "wta-crs", "crs", "topk", "rmm-rademacher"
 Placement = Literal["auto", "forward", "backward"]
 Residuals = Literal["exact", "lossless", "balanced", "small"]
 Rounding = Literal["nearest", "stochastic"]
-
-ESTIMATORS: tuple[str, ...] = ("wta-systematic", "wta-crs", "crs", "topk", "rmm-rademacher", "rmm-gaussian")
-PLACEMENTS: tuple[str, ...] = ("auto", "forward", "backward")
-RESIDUALS: tuple[str, ...] = ("exact", "lossless", "balanced", "small")
-ROUNDINGS: tuple[str, ...] = ("nearest", "stochastic")
 
 
 class PolicyError(ValueError):
@@ -103,10 +98,10 @@ class Sampling:
         for name in ("center", "attention"):
             if not isinstance(getattr(self, name), bool):
                 raise PolicyError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        _check_choice("estimator", self.estimator, ESTIMATORS)
-        _check_choice("placement", self.placement, PLACEMENTS)
-        _check_choice("residuals", self.residuals, RESIDUALS)
-        _check_choice("rounding", self.rounding, ROUNDINGS)
+        _check_choice("estimator", self.estimator, get_args(Estimator))
+        _check_choice("placement", self.placement, get_args(Placement))
+        _check_choice("residuals", self.residuals, get_args(Residuals))
+        _check_choice("rounding", self.rounding, get_args(Rounding))
 
     @property
     def share(self) -> Fraction:
@@ -180,16 +175,6 @@ class Policy(Sampling):
             if not isinstance(rule, Rule):
                 raise PolicyError(f"rules must be a tuple of Rule, got {rule!r}")
 
-    @classmethod
-    def from_diagnosis(cls, diagnosis: Any, max_bytes: float | None = None) -> Policy:
-        """Return a policy with a ratio for each layer, as ``diagnosis.policy(max_bytes)``.
-
-        Args:
-            diagnosis: of ``wtacrs_fx.diagnose``; max_bytes: of all stored rows together.
-        """
-        policy: Policy = diagnosis.policy(max_bytes)
-        return policy
-
     def sampling(self, module: str) -> Sampling | None:
         """Return how the products of `module` (a path) are sampled, or None where they stay exact."""
         if matches_any(module, self.exclude) or not matches_any(module, self.include):
@@ -215,28 +200,3 @@ class Policy(Sampling):
 def matches_any(module: str, patterns: Iterable[str]) -> bool:
     """Tell whether a module path matches one of the fnmatch patterns."""
     return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
-
-
-def policy_from_options(options: Mapping[str, Any]) -> tuple[Policy, dict[str, Any]]:
-    """Split ``torch.compile`` options into a policy and the options that belong to Inductor.
-
-    Keys that start with ``wtacrs.`` are policy fields (``wtacrs.policy`` is a whole one, which
-    further fields then override); every other key is returned unchanged.
-
-    Raises:
-        PolicyError: an unknown field, or a value outside its range.
-    """
-    fields = {k.removeprefix("wtacrs."): v for k, v in options.items() if k.startswith("wtacrs.")}
-    rest = {k: v for k, v in options.items() if not k.startswith("wtacrs.")}
-    base = fields.pop("policy", Policy())
-    if not isinstance(base, Policy):
-        raise PolicyError(f"option 'wtacrs.policy' must be a wtacrs_fx.Policy, got {base!r}")
-    valid = [field.name for field in dataclasses.fields(Policy)]
-    for name in fields:
-        if name not in valid:
-            known = [f"wtacrs.{field}" for field in ("policy", *valid)]
-            raise PolicyError(
-                f"option 'wtacrs.{name}' is not a policy field{nearest(f'wtacrs.{name}', known)} "
-                f"(known: {', '.join(known)})"
-            )
-    return dataclasses.replace(base, **fields), rest

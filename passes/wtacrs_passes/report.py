@@ -12,6 +12,9 @@ import sympy
 Size: TypeAlias = int | sympy.Expr
 """A number of rows or bytes; an expression in the symbols of batch and sequence where those are dynamic."""
 
+MIB = 2**20
+"""Bytes."""
+
 
 def simplify(size: Any) -> Size:
     """Return an int where the size is known."""

@@ -21,11 +21,10 @@ import torch
 from torch import nn
 
 from wtacrs_passes.policy import Policy
+from wtacrs_passes.report import MIB
 
 from ..backend import Backend, backend
 from ..diagnose import diagnose
-
-MIB = 2**20
 
 
 class IntegrationError(ValueError):

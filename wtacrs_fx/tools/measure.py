@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -95,3 +96,24 @@ def memory_timeline(step: Callable[[], object], device: torch.device) -> list[tu
     began = changes[0][0] if changes else 0.0
     held = itertools.accumulate((size for _, size in changes), initial=0)
     return list(zip((0.0, *(moment - began for moment, _ in changes)), held, strict=True))
+
+
+def step_seconds(step: Callable[[], object], device: torch.device) -> float:
+    """Return the duration of the step. CUDA: between two events."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the 20th, 50th and 80th percentile."""
+    levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(levels).tolist()
+    return p20, p50, p80

@@ -12,10 +12,10 @@ from torch import fx
 
 from wtacrs_passes.graph.cones import tangent_cone
 from wtacrs_passes.graph.names import parameter_gradients
+from wtacrs_passes.report import MIB
 
 from ..capture import STATIC_INPUTS
 
-MIB = 2**20
 # Okabe and Ito: told apart by all.
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#DDDDDD", "#000000"
 _COLOURS = (GREY, BLACK, BLUE, ORANGE)

@@ -35,7 +35,7 @@ BUDGETS = {f"inductor, budget {budget}": budget for budget in (0.9, 0.5)}
 LORA, LORA_WTACRS = "LoRA", "LoRA, wtacrs"
 LORA_RANK = 8
 CARDS = (24, 40, 80)  # GB
-_NOTHING = Policy(ratio=1.0, residuals="exact")
+_EXACT = Policy(ratio=1.0, residuals="exact")
 _MOMENTS = 2 * 4  # bytes of a parameter: AdamW's, in float32
 MakeModel = Callable[[int], tuple[nn.Module, dict[str, Tensor]]]
 
@@ -166,7 +166,7 @@ def predict(
     saved = {INDUCTOR: lines[INDUCTOR](depth)}
     for way, budget in BUDGETS.items():
         with functorch_config.patch(activation_memory_budget=budget):
-            saved[way] = saved_lines(models.__getitem__, _NOTHING)[0][INDUCTOR](depth)
+            saved[way] = saved_lines(models.__getitem__, _EXACT)[0][INDUCTOR](depth)
         advance()
     wider = copy.deepcopy(config)
     if getattr(config, "max_position_embeddings", None):
@@ -204,7 +204,7 @@ def _predict_factory(name: str, batch: int, length: int, policy: Policy, progres
     saved = {INDUCTOR: float(report.saved_bytes_before)}
     for way, budget in BUDGETS.items():
         with functorch_config.patch(activation_memory_budget=budget):
-            saved[way] = float(explain(model, **inputs, policy=_NOTHING).saved_bytes_before)
+            saved[way] = float(explain(model, **inputs, policy=_EXACT).saved_bytes_before)
         advance()
     saved[WTACRS] = float(report.saved_bytes_after)
     itemsize = next(model.parameters()).element_size()

@@ -62,14 +62,17 @@ class Step:
         self._graphs += 1
         return self._backend(graph, inputs)
 
-    def __call__(self) -> None:
-        """Leave fresh gradients in the model."""
+    def __call__(self) -> Tensor:
+        """Leave fresh gradients in the model; return the loss without its graph."""
         self.model.zero_grad(set_to_none=True)
-        self.forward().backward()  # type: ignore[no-untyped-call]
+        loss = self.forward()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def forward(self) -> Tensor:
-        """Return the loss: a scalar."""
-        return cast(Tensor, self._call(**self.inputs))
+        """Return the loss, a scalar: what the model returns, or the first of it."""
+        found = self._call(**self.inputs)
+        return cast(Tensor, found[0] if isinstance(found, tuple) else found)
 
     def check(self) -> None:
         """Raise if this step ran another variant's code or was compiled again while it was measured."""
@@ -96,16 +99,7 @@ def peak_bytes(step: Step) -> int:
 def step_seconds(step: Step) -> float:
     """Return the duration of one forward and backward pass."""
     step.model.zero_grad(set_to_none=True)
-    if next(step.model.parameters()).is_cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
+    return measure.step_seconds(step, next(step.model.parameters()).device)
 
 
 def interleave(

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ..graph.edit import sympy_size
 from ..graph.names import NamedInput, named_inputs, static_inputs
-from ..graph.operations import CASTS, COPIES, aten, content_of
+from ..graph.operations import CASTS, COPIES, RESHAPES, aten, content_of
 from ..joint import Joint
 from ..maths import ops
 
@@ -24,7 +24,7 @@ KNOWN, FRESH = "wtacrs_known", "wtacrs_fresh"
 """Names of the buffers of a layer whose gradient norms are tracked."""
 
 _SUPPOSED = 1 / 64
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default} | COPIES | CASTS
+_FLATTENED = RESHAPES | COPIES | CASTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Annotations:
         found += [
             TokenMask(node, _name(node, names), "proven")
             for node in sorted(zero, key=lambda node: node.name)
-            if _product(tuple(node.meta["val"].shape)) == sympy_size(rows)
+            if sympy_size(node.meta["val"].numel()) == sympy_size(rows)
         ]
         order = ("declared", "proven", "supposed")
         return min(found, key=lambda mask: order.index(mask.origin), default=None)
@@ -137,23 +137,18 @@ def _name(condition: fx.Node, names: Mapping[fx.Node, str]) -> str:
 
 
 def _describes(mask: fx.Node, leading: tuple[Any, ...] | None, rows: Any) -> bool:
-    sizes = tuple(mask.meta["val"].shape)
-    return leading == sizes or (leading is None and bool(_product(sizes) == sympy_size(rows)))
+    value = mask.meta["val"]
+    if leading is None:
+        return bool(sympy_size(value.numel()) == sympy_size(rows))
+    return leading == tuple(value.shape)
 
 
 def _leading_sizes(x: fx.Node) -> tuple[Any, ...] | None:
     """Return [batch, positions] of the tensor that the rows of X are flattened from, if it is in sight."""
     node = x
-    while node.target in _RESHAPES and isinstance(node.args[0], fx.Node):
+    while node.target in _FLATTENED and isinstance(node.args[0], fx.Node):
         node = node.args[0]
         value = node.meta["val"]
         if value.dim() == 3:
             return tuple(value.shape[:2])
     return None
-
-
-def _product(sizes: tuple[Any, ...]) -> Any:
-    total = sympy_size(1)
-    for size in sizes:
-        total = total * sympy_size(size)
-    return total

@@ -17,15 +17,12 @@ from ..graph.names import (
     parameter_gradients,
     static_inputs,
 )
-from ..graph.operations import CASTS, COPIES, VIEWS, aten, same_content
+from ..graph.operations import ADDITIONS, DIVISIONS, FORMS, GEMMS, MULTIPLICATIONS, SUMS, aten, same_content
 from ..joint import Joint
 
-PRODUCTS = {aten.mm.default, aten.bmm.default}
-
-_SUMS = {aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.sum.dim_IntList, aten.sum.default}
-_MULTIPLICATIONS = {aten.mul.Tensor, aten.mul.Scalar} | PRODUCTS
-_QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
-_LINEAR = VIEWS | COPIES | CASTS | _SUMS | {aten.expand.default, aten.slice.Tensor, aten.select.int}
+_LINEAR = FORMS | ADDITIONS | SUMS | {
+    aten.neg.default, aten.expand.default, aten.slice.Tensor, aten.select.int,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +109,16 @@ def analyse(graph: fx.Graph, table: Mapping[int, NamedInput], attention: Callabl
     products, covered = [], set()
     for node in graph.nodes:
         sides = [arg in tangent for arg in node.args]
-        if node.target not in PRODUCTS or sum(sides) != 1:
+        if node.target not in GEMMS or sum(sides) != 1:
             continue
         if node.args[sides.index(False)] not in activation:
             continue  # a product with a weight: the gradient of an activation
         reached = _reaches(node, gradients, constant)
         if reached:
-            products.append(_product(node, sides.index(True), reached[0], numbers, names))
+            products.append(_make_product(node, sides.index(True), reached[0], numbers, names))
             covered.update(reached)
         elif attention(module_path(node) or ""):
-            products.append(_product(node, sides.index(True), "", numbers, names))
+            products.append(_make_product(node, sides.index(True), "", numbers, names))
     unsampled = tuple(
         (name, _reason_without_product(node))
         for node, name in gradients.items()
@@ -130,7 +127,7 @@ def analyse(graph: fx.Graph, table: Mapping[int, NamedInput], attention: Callabl
     return Analysis(tuple(products), unsampled, numbers, tangent)
 
 
-def _product(
+def _make_product(
     node: fx.Node, side: int, parameter: str, numbers: dict[fx.Node, int], names: dict[int, set[str]]
 ) -> Product:
     x, transpose = rows_first(node, 1 - side)
@@ -186,9 +183,9 @@ def _reaches(
 
 def _scales(user: fx.Node, node: fx.Node, constant: Callable[[Any], bool]) -> bool:
     """Tell whether `user` multiplies or divides `node` by something that only parameters determine."""
-    if user.target in _QUOTIENTS:
+    if user.target in DIVISIONS:
         return user.args[0] is node and constant(user.args[1])
-    if user.target in _MULTIPLICATIONS:
+    if user.target in MULTIPLICATIONS | GEMMS:
         left, right = user.args[:2]
         return constant(right) if left is node else constant(left)
     return False

@@ -24,13 +24,17 @@ from torch import Tensor, fx
 
 from ..graph.cones import is_tangent
 from ..graph.operations import (
+    ADDITIONS,
     CASTS,
     COPIES,
+    EXPANSIONS,
     FILLS,
+    FORMS,
     GATHERS,
     MIXING,
+    MULTIPLICATIONS,
     SELECTIONS,
-    VIEWS,
+    SUMS,
     aten,
     content_of,
     is_pointwise,
@@ -49,13 +53,13 @@ _AWAY = 0.05  # a divisor beyond this amplifies an error no more than twentyfold
 
 _INTO_UNIT = {aten.sigmoid.default: (0.0, 1.0), aten.tanh.default: (-1.0, 1.0), aten.erf.default: (-1.0, 1.0),
               aten.sin.default: (-1.0, 1.0), aten.cos.default: (-1.0, 1.0), aten.sign.default: (-1.0, 1.0)}  # fmt: skip
-_SAME = VIEWS | COPIES | CASTS | GATHERS | {aten.cat.default, aten.where.self, aten.amax.default,
+_SAME = FORMS | GATHERS | {aten.cat.default, aten.where.self, aten.amax.default,
         aten.amin.default, aten.maximum.default, aten.minimum.default, aten.mean.dim}  # fmt: skip
 """Operations whose results lie among, or between, the elements of their operands."""
-_SUMS = {aten.sum.dim_IntList, aten.sum.default}
-_ADDS = {aten.add.Tensor, aten.sub.Tensor, aten.where.self, aten.maximum.default, aten.minimum.default,
-         aten.cat.default}  # fmt: skip
+_MERGES = ADDITIONS | {aten.where.self, aten.maximum.default, aten.minimum.default, aten.cat.default}
+"""Operations through which a sentinel of either operand reaches the result."""
 _SCALES = {aten.mul.Tensor, aten.div.Tensor}
+"""Operations that may scale a sentinel to the size of all else."""
 _MONOTONE: dict[Any, Callable[[float], float]] = {
     aten.exp.default: lambda x: math.exp(x) if x < 700 else math.inf,
     aten.log.default: lambda x: math.log(x) if 0 < x < math.inf else (math.inf if x > 0 else -math.inf),
@@ -63,9 +67,9 @@ _MONOTONE: dict[Any, Callable[[float], float]] = {
     aten.sqrt.default: lambda x: math.sqrt(max(x, 0.0)),
     aten.relu.default: lambda x: max(x, 0.0),
 }
-_TAME = _SAME | _SUMS | {
-    aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.neg.default, aten.abs.default,
-    aten.mul.Tensor, aten.mul.Scalar, aten.relu.default, aten.clamp.default, aten.clamp_min.default,
+_TAME = _SAME | SUMS | ADDITIONS | MULTIPLICATIONS | {
+    aten.add.Scalar, aten.sub.Scalar, aten.neg.default, aten.abs.default,
+    aten.relu.default, aten.clamp.default, aten.clamp_min.default,
     aten.clamp_max.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default,
     aten.cumsum.default, aten.flip.default, aten.var.correction, aten.sqrt.default, ops.row_norms, ops.append_row,
     ops.combine_rows, ops.choose_rows, ops.gradient_weights,
@@ -142,7 +146,7 @@ class Ranges:
         if target in _MONOTONE:
             low, high = self._of(args[0])
             return _MONOTONE[target](low), _MONOTONE[target](high)
-        if target in _SUMS:
+        if target in SUMS:
             return (0.0, math.inf) if self._of(args[0])[0] >= 0 else _ALL
         if target is aten.abs.default or (target is aten.mul.Tensor and args[0] is args[1]):
             return _magnitude(self._of(args[0]), power=2 if target is aten.mul.Tensor else 1)
@@ -155,7 +159,7 @@ class Ranges:
         """Return what intervals do not know: of differences from a maximum, and of shares of a sum."""
         if len(node.args) < 2 or not all(isinstance(arg, fx.Node) for arg in node.args):
             return None
-        left, right = (content_of(arg, VIEWS | CASTS | {aten.expand.default}) for arg in node.args)  # type: ignore
+        left, right = (content_of(arg, EXPANSIONS) for arg in node.args)  # type: ignore
         source = right.args[0] if right.args else None
         same = isinstance(source, fx.Node) and content_of(source, CASTS) is left
         if node.target is aten.sub.Tensor:
@@ -212,7 +216,7 @@ class Ranges:
             return True
         if node in self._inputs:
             return False  # where it is added to something larger, see below
-        if node.target in _ADDS:
+        if node.target in _MERGES:
             return any(self._brings_sentinel(arg, node) for arg in _operands(node))
         if node.target in _SCALES:
             factors = [arg for arg in _operands(node) if arg not in self._masks | self._inputs]
@@ -225,7 +229,7 @@ class Ranges:
     def _brings_sentinel(self, operand: fx.Node, node: fx.Node) -> bool:
         """Tell whether an operand may be a mask: an input is one where it is smaller than what it is added to."""
         if operand in self._inputs:
-            content = content_of(operand, VIEWS | CASTS | {aten.expand.default})
+            content = content_of(operand, EXPANSIONS)
             smaller = hint(content.meta["val"].numel()) < hint(node.meta["val"].numel())
             low, high = self.bounds[operand]
             return smaller and content.meta["val"].dim() > 1 and max(-low, high) > _SENTINEL

@@ -16,11 +16,15 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..graph.operations import (
+    ADDITIONS,
     ATTENTION_BACKWARD,
     CASTS,
-    COPIES,
     FILLS,
+    FORMS,
     GATHERS,
+    GEMMS,
+    MULTIPLICATIONS,
+    SUMS,
     VIEWS,
     aten,
     content_of,
@@ -33,25 +37,17 @@ from ..maths import ops
 from .functions import is_float
 from .ranges import Ranges, is_opaque
 
-_PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar, prims.fma.default}
-_MATRIX_PRODUCTS = {
-    aten.mm.default,
-    aten.bmm.default,
+_ELEMENTWISE_PRODUCTS = MULTIPLICATIONS | {prims.fma.default}
+_MATRIX_PRODUCTS = GEMMS | ATTENTION_BACKWARD | {
     aten.addmm.default,
     aten.baddbmm.default,
     aten.convolution_backward.default,
     aten._grouped_mm.default,
     ops.gathered_product,
     ops.combine_rows,
-} | ATTENTION_BACKWARD
-_SUMS = {
-    aten.sum.dim_IntList,
-    aten.sum.default,
-    aten.mean.dim,
-}
-_STRUCTURE = VIEWS | COPIES | CASTS | GATHERS | {
-    aten.add.Tensor,
-    aten.sub.Tensor,
+}  # fmt: skip
+_SUMS_AND_MEANS = SUMS | {aten.mean.dim}
+_STRUCTURE = FORMS | GATHERS | ADDITIONS | {
     aten.neg.default,
     aten.where.self,
     aten.cat.default,
@@ -68,7 +64,9 @@ _STRUCTURE = VIEWS | COPIES | CASTS | GATHERS | {
 _INTO_VECTORS = {ops.row_norms, ops.choose_rows, ops.record_norms, ops.require_zero}
 """Operations whose results only choose rows."""
 
-_KNOWN: set[Any] = _PRODUCTS | _STRUCTURE | _SUMS | _MATRIX_PRODUCTS | _INTO_VECTORS | {*FILLS}
+_KNOWN: set[Any] = (
+    _ELEMENTWISE_PRODUCTS | _STRUCTURE | _SUMS_AND_MEANS | _MATRIX_PRODUCTS | _INTO_VECTORS | {*FILLS}
+)
 _KNOWN |= {operator.getitem, aten.div.Tensor}
 
 
@@ -136,7 +134,9 @@ class Readers:
             return f"its product {name} is one with the gradient of an inverse or a factorisation"
         if reader.target in _INTO_VECTORS or reader.target in _MATRIX_PRODUCTS:
             return ""
-        if reader.target in _PRODUCTS or (reader.target in _STRUCTURE and not _is_index(residual, reader)):
+        if reader.target in _ELEMENTWISE_PRODUCTS or (
+            reader.target in _STRUCTURE and not _is_index(residual, reader)
+        ):
             before = any(arg in self._amplified for arg in reader.all_input_nodes if arg in self._tangent)
             if before or reader in self._to_be_amplified:
                 return f"its product {name} is multiplied with values of any size"
@@ -172,7 +172,7 @@ class Readers:
         """Tell whether a result is as marked as what it is computed from."""
         if node.target in _MATRIX_PRODUCTS:
             return False
-        if node.target in _SUMS and _sums_over_rows(node):
+        if node.target in _SUMS_AND_MEANS and _sums_over_rows(node):
             return False
         if node.target is operator.getitem and node.all_input_nodes[0].target in _MATRIX_PRODUCTS:
             return False
@@ -181,7 +181,7 @@ class Readers:
     def _amplifies(self, node: fx.Node) -> bool:
         """Tell whether an operation multiplies gradients with something wild, or does what nobody knows."""
         primals = [arg for arg in node.args if isinstance(arg, fx.Node) and arg not in self._tangent]
-        if node.target in _PRODUCTS:
+        if node.target in _ELEMENTWISE_PRODUCTS:
             return any(self._ranges.amplifies(arg) for arg in primals)
         if node.target is aten.div.Tensor:
             return any(self._ranges.amplifies_by_division(arg) for arg in primals)
@@ -198,7 +198,7 @@ class Readers:
             branches = all(arg in self._tangent for arg in node.args[1:])
             return node.args[0] in self._data and not branches
         booleans = [arg for arg in node.args if isinstance(arg, fx.Node) and _is_from_boolean(arg)]
-        return node.target in _PRODUCTS and any(arg in self._data for arg in booleans)
+        return node.target in _ELEMENTWISE_PRODUCTS and any(arg in self._data for arg in booleans)
 
 
 _SHIFTING = {aten.cumsum, aten.flip, aten.roll}

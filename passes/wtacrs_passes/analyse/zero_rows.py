@@ -14,15 +14,14 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..graph.operations import CASTS, COPIES, FILLS, VIEWS, aten, content_of
+from ..graph.operations import ADDITIONS, CASTS, COPIES, FILLS, RESHAPES, VIEWS, aten, content_of
 from ..graph.torch_api import same_shape
 
 Conditions = frozenset[fx.Node]
 
-_NOTHING: Conditions = frozenset()
+_NO_CONDITIONS: Conditions = frozenset()
 _LIKE_ITS_OPERAND = {aten.neg.default, aten.mul.Scalar, aten.div.Scalar} | CASTS | COPIES
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default}
-_SUMS = {aten.add.Tensor, aten.sub.Tensor}
+_MAY_KEEP_ROWS = RESHAPES | {aten.expand.default}
 _TRANSPOSITIONS = {aten.permute.default, aten.t.default, aten.transpose.int}  # other rows in another order
 _OF_A_MASK = (VIEWS - _TRANSPOSITIONS) | CASTS | COPIES
 
@@ -44,7 +43,7 @@ def zero_rows(graph: fx.Graph, tangent: set[fx.Node]) -> dict[fx.Node, Condition
 
 def _conditions(node: fx.Node, tangent: set[fx.Node], found: dict[fx.Node, Conditions]) -> Conditions:
     def known(operand: Any) -> Conditions:
-        return found.get(operand, _NOTHING) if _same_rows(operand, node) else _NOTHING
+        return found.get(operand, _NO_CONDITIONS) if _same_rows(operand, node) else _NO_CONDITIONS
 
     target, args = node.target, node.args
     if target is aten.where.self:
@@ -55,17 +54,17 @@ def _conditions(node: fx.Node, tangent: set[fx.Node], found: dict[fx.Node, Condi
         return frozenset().union(*operands)
     if target is aten.div.Tensor or target in _LIKE_ITS_OPERAND:
         return known(args[0])
-    if target in _SUMS:
+    if target in ADDITIONS:
         return known(args[0]) & known(args[1])
-    if target in _RESHAPES:
-        return found.get(args[0], _NOTHING) if _keeps_rows(node) else _NOTHING  # type: ignore[arg-type]
+    if target in _MAY_KEEP_ROWS:
+        return found.get(args[0], _NO_CONDITIONS) if _keeps_rows(node) else _NO_CONDITIONS  # type: ignore[arg-type]
     if target is aten.sum.dim_IntList:
         dims = [dim % args[0].meta["val"].dim() for dim in args[1]]  # type: ignore[union-attr]
         last_alone = dims == [node.meta["val"].dim() - 1] and len(args) > 2 and args[2]
-        return known(args[0]) if last_alone else _NOTHING
+        return known(args[0]) if last_alone else _NO_CONDITIONS
     if target is aten.mm.default and args[1] not in tangent:
         return known(args[0])
-    return _NOTHING
+    return _NO_CONDITIONS
 
 
 def _same_rows(operand: Any, node: fx.Node) -> bool:
@@ -87,18 +86,18 @@ def _keeps_rows(node: fx.Node) -> bool:
 def _mask(operand: Any, node: fx.Node) -> Conditions:
     """Return the primal tensors, one whole number or boolean for each row of `node`, that make it zero."""
     if not isinstance(operand, fx.Node) or not _same_rows(operand, node):
-        return _NOTHING
+        return _NO_CONDITIONS
     if operand.target is aten.mul.Tensor:
         return frozenset().union(*(_mask(factor, node) for factor in operand.args))
     if operand.meta["val"].shape[-1] != 1:
-        return _NOTHING
+        return _NO_CONDITIONS
     source = content_of(operand, _OF_A_MASK)
     value = source.meta["val"]
     whole = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
     return (
         frozenset({source})
         if whole and same_shape([value.numel()], [operand.meta["val"].numel()])
-        else _NOTHING
+        else _NO_CONDITIONS
     )
 
 

@@ -11,14 +11,14 @@ from ..analyse.products import Analysis
 from ..graph.cones import is_tangent, needed_for
 from ..graph.edit import sympy_size
 from ..graph.names import named_inputs, outputs_with_descriptors, static_inputs
-from ..graph.operations import CASTS, COPIES, FILLS, VIEWS, aten, is_recomputable, prims, tensor_operands
+from ..graph.operations import FILLS, FORMS, aten, is_recomputable, prims, tensor_operands
 from ..graph.torch_api import hint
 from ..joint import Joint
 
 _NEGLIGIBLE = Fraction(1, 16)
 """A value with so small a share of a result's elements is stored without asking what it costs."""
 
-_CHEAP = VIEWS | COPIES | CASTS | {
+_CHEAP = FORMS | {
     *FILLS, prims.iota.default, aten.expand.default,
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.where.self,
     aten.eq.Scalar, aten.eq.Tensor, aten.ne.Scalar, aten.ne.Tensor, aten.lt.Scalar, aten.lt.Tensor,
@@ -74,14 +74,14 @@ def available_in_backward(analysis: Analysis, graph: fx.Graph, sampled: set[fx.N
             at_hand.update(numbers[arg] for arg in tensor_operands(node) if arg not in tangent)
     primal = [n for n in graph.nodes if n.op == "call_function" and n not in tangent]
     for node in reversed(primal):
-        serves_operands = node.target in VIEWS | COPIES | CASTS if node in forward else node in backward
+        serves_operands = node.target in FORMS if node in forward else node in backward
         if numbers[node] in at_hand and serves_operands and _keeps_bytes(node):
             at_hand.update(numbers[arg] for arg in tensor_operands(node))
     for node in primal:
         operands = list(tensor_operands(node))
         if not operands or not is_recomputable(node):
             continue
-        if all(numbers[arg] in at_hand or _is_statistic(arg, node) for arg in operands):
+        if all(numbers[arg] in at_hand or _is_negligible(arg, node) for arg in operands):
             at_hand.add(numbers[node])
     return at_hand
 
@@ -99,7 +99,7 @@ def _keeps_bytes(node: fx.Node) -> bool:
     return bool(node.meta["val"].element_size() >= max(sizes, default=0))
 
 
-def _is_statistic(operand: fx.Node, node: fx.Node) -> bool:
+def _is_negligible(operand: fx.Node, node: fx.Node) -> bool:
     """Tell whether an operand has so few elements, beside the result, that storing it costs nothing."""
     value, result = operand.meta.get("val"), node.meta.get("val")
     if (

@@ -5,16 +5,27 @@ from __future__ import annotations
 from torch import fx
 
 from ..analyse.functions import Shape, is_float, shape
-from ..graph.operations import CASTS, COPIES, GATHERS, VIEWS, aten, content_of, is_derivable, tensor_operands
+from ..graph.operations import (
+    ADDITIONS,
+    CASTS,
+    COPIES,
+    EXPANSIONS,
+    GATHERS,
+    MULTIPLICATIONS,
+    VIEWS,
+    aten,
+    content_of,
+    is_derivable,
+    tensor_operands,
+)
 from .exactness import Exactness
 from .facts import Facts
 
-_SUMS_AND_PRODUCTS = {
-    aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.neg.default,
-    aten.mul.Tensor, aten.mul.Scalar, aten.div.Scalar, aten.where.self, aten.cat.default,
+_SUMS_AND_PRODUCTS = ADDITIONS | MULTIPLICATIONS | {
+    aten.add.Scalar, aten.sub.Scalar, aten.neg.default, aten.div.Scalar, aten.where.self, aten.cat.default,
     aten.maximum.default, aten.minimum.default,
 }  # fmt: skip
-_FORMS = VIEWS | COPIES
+_ALIKE = VIEWS | COPIES
 
 
 class Derivations:
@@ -40,7 +51,7 @@ class Derivations:
 
     def is_form(self, node: fx.Node) -> bool:
         """Tell whether a node is a view or copy of what it is derived from, which is stored in its place."""
-        again = node in self.facts.attention or node.target in _FORMS or node.target is aten.expand.default
+        again = node in self.facts.attention or node.target in _ALIKE or node.target is aten.expand.default
         return again and self.operands[node] is not None
 
     def _derivation(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
@@ -61,13 +72,13 @@ class Derivations:
             return (root,) if root is not None else None
         if node in self._exactness.refusals or node in self.facts.ranges.wild:
             return None  # it is needed to the last bit
-        if node.target in _FORMS | GATHERS:
+        if node.target in _ALIKE | GATHERS:
             return operands
         if node.target in CASTS and is_float(node) and is_float(operands[0]):
             return operands
         if root is not None and root is not node:
             return None  # a steep function
-        if node.target in (aten.add.Tensor, aten.sub.Tensor) and any(map(self._is_statistic, operands)):
+        if node.target in ADDITIONS and any(map(self._is_statistic, operands)):
             return None  # less its mean, little may be left of a value but its error
         if node.target in _SUMS_AND_PRODUCTS:
             return operands
@@ -76,7 +87,7 @@ class Derivations:
         return None
 
     def _is_statistic(self, node: fx.Node) -> bool:
-        source = content_of(node, VIEWS | CASTS | {aten.expand.default})
+        source = content_of(node, EXPANSIONS)
         return (
             node in self.facts.statistics
             and source not in self.facts.pinned

@@ -9,8 +9,7 @@ from ..analyse.ranges import is_opaque
 from ..graph.names import module_path
 from ..graph.operations import (
     ATTENTION_BACKWARD,
-    CASTS,
-    COPIES,
+    FORMS,
     GATHERS,
     VIEWS,
     content_of,
@@ -81,7 +80,7 @@ class Exactness:
             root = self.facts.roots[node]
             if root is not None and root is not node:
                 stack.append(root)
-            moves = node.target in VIEWS | COPIES | CASTS | GATHERS
+            moves = node.target in FORMS | GATHERS
             if is_derivable(node) and (moves or reason == _EXCLUDED):
                 stack += tensor_operands(node)
 

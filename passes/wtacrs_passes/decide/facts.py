@@ -14,8 +14,7 @@ from ..graph.names import module_path, static_inputs
 from ..graph.operations import (
     ATTENTION,
     ATTENTION_BACKWARD,
-    CASTS,
-    COPIES,
+    FORMS,
     GATHERS,
     VIEWS,
     aten,
@@ -93,7 +92,7 @@ class Facts:
             node = stack.pop()
             if node not in found:
                 found.add(node)
-                stack += [content_of(node, VIEWS | COPIES | CASTS | GATHERS), self.roots[node] or node]
+                stack += [content_of(node, FORMS | GATHERS), self.roots[node] or node]
         return found
 
     def _attention(self, graph: fx.Graph) -> dict[fx.Node, fx.Node]:

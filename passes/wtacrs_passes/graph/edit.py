@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import fx
 
-from .operations import aten, is_symbolic
+from .operations import NOISE_OF, aten, is_symbolic, prims
 from .torch_api import detect_fake_mode, make_graph_module, trace_operations
 
 
@@ -71,6 +71,25 @@ class Editor:
         if self.tag is not None:
             node.meta["partitioner_tag"] = self.tag
         return node
+
+    def cast_like(self, node: fx.Node, like: fx.Node) -> fx.Node:
+        """Return `node` in the dtype of `like`."""
+        dtype = like.meta["val"].dtype
+        if node.meta["val"].dtype == dtype:
+            return node
+        return self.call(prims.convert_element_type.default, node, dtype)
+
+    def widen(self, node: fx.Node) -> fx.Node:
+        """Return `node` in the precision of sums and norms: float32, or float64 where it has it."""
+        if node.meta["val"].dtype in (torch.float32, torch.float64):
+            return node
+        return self.call(prims.convert_element_type.default, node, torch.float32)
+
+    def noise(self, size: list[Any], device: torch.device, owner: str) -> fx.Node:
+        """Insert random numbers in [0, 1), float32, of shape `size`; `owner` as :data:`NOISE_OF` says."""
+        noise = self.call(aten.rand.default, size, dtype=torch.float32, device=device, pin_memory=False)
+        noise.meta[NOISE_OF] = owner
+        return noise
 
     def trace(self, function: Callable[..., Any], *nodes: fx.Node, **constants: Any) -> tuple[fx.Node, ...]:
         """Insert the operations of ``function(*nodes, **constants)``, plain torch; return its results.

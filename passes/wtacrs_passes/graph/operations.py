@@ -15,10 +15,9 @@ from .torch_api import inductor_prims, py_sym_types
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-VIEWS = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
+RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
+"""Views that keep the order of the elements."""
+VIEWS = RESHAPES | {
     aten.permute.default,
     aten.t.default,
     aten.transpose.int,
@@ -31,11 +30,27 @@ VIEWS = {
 }
 COPIES = {aten.clone.default, aten.contiguous.default}
 CASTS = {prims.convert_element_type.default, aten._to_copy.default}
+FORMS = VIEWS | COPIES | CASTS
+"""Operations whose result holds what their operand holds."""
+EXPANSIONS = VIEWS | CASTS | {aten.expand.default}
+"""Operations whose result repeats what their operand holds, in any shape."""
 GATHERS = {aten.expand.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.gather.default,
            ops.gather_rows}  # fmt: skip
 FILLS: dict[Any, int] = {aten.full.default: 1, aten.scalar_tensor.default: 0}
 """Constants, with the position of the value among the arguments."""
 _LOOPS = {aten.cat.default, aten.embedding.default, *FILLS}
+
+ADDITIONS = {aten.add.Tensor, aten.sub.Tensor}
+"""Sums and differences of two tensors, element by element."""
+MULTIPLICATIONS = {aten.mul.Tensor, aten.mul.Scalar}
+"""Products with a tensor or a number, element by element."""
+DIVISIONS = {aten.div.Tensor, aten.div.Scalar}
+"""Quotients by a tensor or a number, element by element."""
+SUMS = {aten.sum.dim_IntList, aten.sum.default}
+"""Reductions by addition."""
+GEMMS = {aten.mm.default, aten.bmm.default}
+"""Products of two matrices, or of two batches of them, and nothing else."""
+
 RANDOM = {inductor_prims.seed, inductor_prims.seeds, inductor_prims.random, inductor_prims.randint}
 
 ATTENTION = {
@@ -168,11 +183,7 @@ def mutates(node: fx.Node) -> bool:
 
 def is_recomputable(node: fx.Node) -> bool:
     """Tell whether Inductor computes the node again in a fused kernel at the cost of reading its inputs."""
-    return (
-        is_pointwise(node)
-        or node.target in VIEWS | COPIES | CASTS | GATHERS
-        or (node.target is operator.getitem)
-    )
+    return is_pointwise(node) or node.target in FORMS | GATHERS or (node.target is operator.getitem)
 
 
 def is_loop(node: fx.Node) -> bool:
@@ -186,7 +197,7 @@ def is_derivable(node: fx.Node) -> bool:
     return is_recomputable(node) and node.target is not operator.getitem
 
 
-def content_of(node: fx.Node, forms: Set[Any] = VIEWS | COPIES | CASTS) -> fx.Node:
+def content_of(node: fx.Node, forms: Set[Any] = FORMS) -> fx.Node:
     """Return what a view, copy or cast is a form of."""
     while node.target in forms and isinstance(node.args[0], fx.Node):
         node = node.args[0]
@@ -199,7 +210,7 @@ def same_content(node: fx.Node) -> set[fx.Node]:
     found, stack = {source}, [source]
     while stack:
         for user in stack.pop().users:
-            if user.target in VIEWS | COPIES | CASTS and user not in found:
+            if user.target in FORMS and user not in found:
                 found.add(user)
                 stack.append(user)
     return found

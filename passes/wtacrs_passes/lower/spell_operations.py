@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from ..graph.edit import Editor
-from ..graph.operations import VIEWS, aten, content_of, is_derivable, prims
+from ..graph.operations import VIEWS, aten, content_of, is_derivable
 from ..graph.torch_api import tunes
 from ..joint import Joint
 from ..maths import ops
@@ -37,9 +37,9 @@ def spell_operations(joint: Joint) -> None:
             with editor.before(node):
                 _put(joint, node, editor.call(ops.gathered_product, *_gathered(node)))
     spellings: dict[Any, tuple[Callable[[fx.Node, set[fx.Node]], bool], Callable[..., fx.Node]]] = {
-        ops.row_norms: (_on_cpu, _row_norms),
-        ops.gather_rows: (_reads_memory, _gather_rows),
-        ops.append_row: (_on_cpu, _append_row),
+        ops.row_norms: (_on_cpu, _spell_row_norms),
+        ops.gather_rows: (_reads_memory, _spell_gather_rows),
+        ops.append_row: (_on_cpu, _spell_append_row),
     }
     for target, (stays, spell) in spellings.items():
         for node in joint.graph.find_nodes(op="call_function", target=target):
@@ -85,26 +85,13 @@ def _gathered(node: fx.Node) -> tuple[Any, Any, Any]:
     return gathered.args[0], gathered.args[1], node.args[1]  # type: ignore[union-attr]
 
 
-def _accumulate(editor: Editor, node: fx.Node) -> fx.Node:
-    if node.meta["val"].dtype in (torch.float32, torch.float64):
-        return node
-    return editor.call(prims.convert_element_type.default, node, torch.float32)
-
-
-def _cast_like(editor: Editor, node: fx.Node, like: fx.Node) -> fx.Node:
-    dtype = like.meta["val"].dtype
-    if node.meta["val"].dtype == dtype:
-        return node
-    return editor.call(prims.convert_element_type.default, node, dtype)
-
-
-def _row_norms(editor: Editor, operands: Sequence[fx.Node], center: fx.Node | None = None) -> fx.Node:
+def _spell_row_norms(editor: Editor, operands: Sequence[fx.Node], center: fx.Node | None = None) -> fx.Node:
     """Write norms as sums of squares; where those leave the range, the largest element stands in."""
     squares, largest = None, None
     for operand in operands:
-        wide = _accumulate(editor, operand)
+        wide = editor.widen(operand)
         if center is not None:
-            wide = editor.call(aten.sub.Tensor, wide, _accumulate(editor, center))
+            wide = editor.call(aten.sub.Tensor, wide, editor.widen(center))
         square = editor.call(aten.sum.dim_IntList, editor.call(aten.mul.Tensor, wide, wide), [-1])
         peak = editor.call(aten.amax.default, editor.call(aten.abs.default, wide), [-1])
         squares = square if squares is None else editor.call(aten.add.Tensor, squares, square)
@@ -116,7 +103,7 @@ def _row_norms(editor: Editor, operands: Sequence[fx.Node], center: fx.Node | No
     return editor.call(aten.where.self, unsafe, largest, editor.call(aten.sqrt.default, squares))
 
 
-def _gather_rows(
+def _spell_gather_rows(
     editor: Editor,
     x: fx.Node,
     indices: fx.Node,
@@ -125,11 +112,11 @@ def _gather_rows(
 ) -> fx.Node:
     rows = _gather(editor, x, indices)
     if center is not None:
-        rows = editor.call(aten.sub.Tensor, _accumulate(editor, rows), _accumulate(editor, center))
+        rows = editor.call(aten.sub.Tensor, editor.widen(rows), editor.widen(center))
     if scales is not None:
         column = editor.call(aten.unsqueeze.default, scales, -1)
-        rows = editor.call(aten.mul.Tensor, _accumulate(editor, rows), column)
-    return _cast_like(editor, rows, x)
+        rows = editor.call(aten.mul.Tensor, editor.widen(rows), column)
+    return editor.cast_like(rows, x)
 
 
 def _gather(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
@@ -142,5 +129,5 @@ def _gather(editor: Editor, node: fx.Node, indices: fx.Node) -> fx.Node:
     return editor.call(aten.gather.default, node, 1, wide)
 
 
-def _append_row(editor: Editor, rows: fx.Node, row: fx.Node) -> fx.Node:
+def _spell_append_row(editor: Editor, rows: fx.Node, row: fx.Node) -> fx.Node:
     return editor.call(aten.cat.default, [rows, row], rows.meta["val"].dim() - 2)

@@ -27,14 +27,14 @@ def choose_rows(weights: Tensor, noise: Tensor, kept: int, estimator: str) -> tu
         weights: [..., rows], float, non-negative.
         noise: [..., NOISE], uniform in [0, 1); all further random numbers are a function of these.
         kept: rows to choose, 1 <= kept <= rows.
-        estimator: a key of :data:`ESTIMATORS`.
+        estimator: a key of :data:`CHOOSERS`.
 
     Returns:
         indices: [..., kept], int64; scales: [..., kept], float32.
     """
     weights = weights.double()
     weights = torch.where(weights.isnan(), torch.inf, weights)
-    indices, scales = ESTIMATORS[estimator](weights, noise.double(), kept)
+    indices, scales = CHOOSERS[estimator](weights, noise.double(), kept)
     return indices, scales.float()
 
 
@@ -252,8 +252,8 @@ def _topk(weights: Tensor, noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return indices, torch.where(overfull, torch.nan, 1.0).expand(indices.shape)
 
 
-ESTIMATORS = {"wta-systematic": _wta_systematic, "wta-crs": _wta_crs, "crs": _crs, "topk": _topk}
-
+CHOOSERS = {"wta-systematic": _wta_systematic, "wta-crs": _wta_crs, "crs": _crs, "topk": _topk}
+"""Estimators that choose rows."""
 
 PROJECTIONS = ("rmm-rademacher", "rmm-gaussian")
 """Estimators that store k random combinations of all rows instead of k rows (Bershatsky et al. 2022)."""

@@ -1,7 +1,7 @@
 """CUDA kernels: the chooser of rows, and the product that gathers its rows itself.
 
 Imported only where Triton is installed and a tensor is on a GPU. The chooser has weights come in, indices and
-scales go out, and sorts nothing; it follows :mod:`wtacrs_passes.estimators`, which the tests compare it with;
+scales go out, and sorts nothing; it follows :mod:`wtacrs_passes.maths.estimators`, which the tests compare it with;
 without a GPU, in Triton's interpreter.
 """
 
@@ -37,7 +37,7 @@ def choose_rows(factors: list[Tensor], noise: Tensor, kept: int) -> tuple[Tensor
     indices = torch.empty((len(first), kept), dtype=torch.int64, device=first.device)
     scales = torch.empty((len(first), kept), dtype=torch.float32, device=first.device)
     height, width = grid(rows)
-    _choose_rows[(len(first),)](
+    _choose_rows_kernel[(len(first),)](
         first, second, noise, indices, scales, rows, kept, height, width,
         PAIR=len(factors) == 2, NUMBERS=NOISE, TURNS=ROUNDS,
         BLOCK=min(_BLOCK, triton.next_power_of_2(height * width)), num_warps=_WARPS,
@@ -46,7 +46,7 @@ def choose_rows(factors: list[Tensor], noise: Tensor, kept: int) -> tuple[Tensor
 
 
 @triton.jit(do_not_specialize=("rows", "kept", "height", "width"))
-def _choose_rows(
+def _choose_rows_kernel(
     first, second, noise, indices, scales, rows, kept, height, width,
     PAIR: tl.constexpr, NUMBERS: tl.constexpr, TURNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def _choose_rows(
     infinite = 0
     total = tl.full((), 0.0, tl.float64)
     for start in range(0, rows, BLOCK):
-        weight = _weights(first, second, start + steps, start + steps < rows, PAIR)
+        weight = _load_weights(first, second, start + steps, start + steps < rows, PAIR)
         infinite += tl.sum((weight == float("inf")).to(tl.int32))
         total += tl.sum(tl.where(weight == float("inf"), 0.0, weight))
 
@@ -73,7 +73,7 @@ def _choose_rows(
         found = 0
         rest = total * 0.0
         for start in range(0, rows, BLOCK):
-            weight = _weights(first, second, start + steps, start + steps < rows, PAIR)
+            weight = _load_weights(first, second, start + steps, start + steps < rows, PAIR)
             wins = (weight == float("inf")) | (weight * (kept - winners) > total)
             found += tl.sum(wins.to(tl.int32))
             rest += tl.sum(tl.where(wins, 0.0, weight))
@@ -105,7 +105,7 @@ def _choose_rows(
                 y = (y + _word(low, high, 2 * turn + 1, x, width)) % width
             row = x * width + y
             there = (place < height * width) & (row < rows)
-            weight = _weights(first, second, row, there, PAIR)
+            weight = _load_weights(first, second, row, there, PAIR)
             probability = tl.where(total > 0, weight * budget / total, 1.0)
             probability = tl.where(weight > 0, tl.minimum(probability, 1.0), 0.0)
             probability = tl.where(weight == float("inf"), 1.0, probability)
@@ -118,7 +118,7 @@ def _choose_rows(
 
 
 @triton.jit
-def _weights(first, second, row, there, PAIR: tl.constexpr):
+def _load_weights(first, second, row, there, PAIR: tl.constexpr):
     """Return the weights of rows as float64, NaN as infinity; zero where there is no row."""
     weight = tl.load(first + row, mask=there, other=0.0).to(tl.float64)
     if PAIR:
@@ -162,7 +162,7 @@ def gathered_product(dy: Tensor, indices: Tensor, rows: Tensor, tile: tuple[int,
     (kept, ins), outs = rows.shape, dy.shape[1]
     product = torch.empty((outs, ins), dtype=dy.dtype, device=dy.device)
     height, width, depth, warps, stages = tile
-    _gathered_product[(triton.cdiv(outs, height) * triton.cdiv(ins, width),)](
+    _gathered_product_kernel[(triton.cdiv(outs, height) * triton.cdiv(ins, width),)](
         dy, indices, rows, product, kept, outs, ins,
         HEIGHT=height, WIDTH=width, DEPTH=depth, num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -170,7 +170,7 @@ def gathered_product(dy: Tensor, indices: Tensor, rows: Tensor, tile: tuple[int,
 
 
 @triton.jit(do_not_specialize=("kept",))
-def _gathered_product(
+def _gathered_product_kernel(
     dy, indices, rows, product, kept, outs, ins,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip

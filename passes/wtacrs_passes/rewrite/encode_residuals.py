@@ -19,13 +19,12 @@ from __future__ import annotations
 import dataclasses
 import operator
 
-import torch
 from torch import Tensor, fx
 
 from ..decide.at_hand import made_of_inputs
 from ..decide.plan import Stored
 from ..graph.edit import Editor
-from ..graph.operations import NOISE_OF, aten, is_derivable, is_loop, same_content, tensor_operands
+from ..graph.operations import aten, is_derivable, is_loop, same_content, tensor_operands
 from ..joint import Joint
 from ..maths import encodings
 
@@ -87,16 +86,9 @@ def _encode(editor: Editor, item: Stored, tangent: set[fx.Node]) -> tuple[fx.Nod
         bits = encodings.INTEGER_BITS[item.encoding]
         if not item.stochastic:
             return editor.trace(encodings.quantise, source, bits=bits)
-        noise = _noise(editor, source)
+        size = [editor.size(source, dim) for dim in range(source.meta["val"].dim())]
+        noise = editor.noise(size, source.meta["val"].device, ROUNDING)
         return editor.trace(encodings.quantise, source, noise, bits=bits)
-
-
-def _noise(editor: Editor, source: fx.Node) -> fx.Node:
-    value = source.meta["val"]
-    size = [editor.size(source, dim) for dim in range(value.dim())]
-    noise = editor.call(aten.rand.default, size, dtype=torch.float32, device=value.device, pin_memory=False)
-    noise.meta[NOISE_OF] = ROUNDING
-    return noise
 
 
 def _decode(editor: Editor, item: Stored, stored: tuple[fx.Node, ...]) -> fx.Node:

@@ -27,16 +27,13 @@ from torch import Tensor, fx
 from ..decide.modes import modes
 from ..graph.cones import depends_on
 from ..graph.edit import Editor
-from ..graph.operations import aten, makes_sparse
+from ..graph.operations import ADDITIONS, DIVISIONS, MULTIPLICATIONS, aten, makes_sparse
 from ..graph.torch_api import hint, same_shape
 from ..joint import Joint
 
-_PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
-_QUOTIENTS = {aten.div.Tensor, aten.div.Scalar}
-_SUMS = {aten.add.Tensor, aten.sub.Tensor}
 _ON_NUMBERS: dict[Any, Callable[..., float]] = {
-    **dict.fromkeys(_PRODUCTS, operator.mul),
-    **dict.fromkeys(_QUOTIENTS, operator.truediv),
+    **dict.fromkeys(MULTIPLICATIONS, operator.mul),
+    **dict.fromkeys(DIVISIONS, operator.truediv),
     aten.add.Tensor: operator.add,
     aten.sub.Tensor: operator.sub,
     aten.neg.default: operator.neg,
@@ -114,11 +111,11 @@ def _form(node: fx.Node, tangent: set[fx.Node], forms: dict[fx.Node, _Form]) -> 
 
 def _is_linear(node: fx.Node, tangent: set[fx.Node]) -> bool:
     sides = [isinstance(arg, fx.Node) and arg in tangent for arg in node.args]
-    if node.target in _PRODUCTS:
+    if node.target in MULTIPLICATIONS:
         return sum(sides) == 1
-    if node.target in _QUOTIENTS:
+    if node.target in DIVISIONS:
         return sides[0] and not sides[1] and not node.kwargs
-    if node.target in _SUMS:
+    if node.target in ADDITIONS:
         return all(sides) and not node.kwargs
     if node.target is aten.where.self:
         return not sides[0] and all(sides[1:])
@@ -161,7 +158,7 @@ class _Coefficient:
     def _write(self, node: fx.Node) -> Operand:
         inside = self.form.nodes | {self.form.base}
         args = [self._of(a) if isinstance(a, fx.Node) and a in inside else a for a in node.args]
-        if node.target in _PRODUCTS and None in args:
+        if node.target in MULTIPLICATIONS and None in args:
             [factor] = [arg for arg in args if arg is not None]
             return factor
         args = [1.0 if arg is None else arg for arg in args]

@@ -49,7 +49,7 @@ from torch import fx
 from ..analyse.products import Product, rows_first
 from ..decide.plan import Site
 from ..graph.edit import Editor
-from ..graph.operations import NOISE_OF, aten, prims
+from ..graph.operations import aten, prims
 from ..graph.torch_api import stable_topological_sort
 from ..joint import Joint
 from ..maths import estimators, ops
@@ -96,9 +96,9 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
     with editor.after(_source(site)):
         x = _operand(editor, site.products[0], tangent=False)
         center = _mean_row(editor, x) if site.sampling.center else None
-        norms = _row_norms(editor, [x], center)
+        norms = editor.call(ops.row_norms, [x], center)
         if site.placement == "forward":
-            weights = [_gradient_weights(editor, site, norms)] if site.mask or site.state else []
+            weights = [_known_weights(editor, site, norms)] if site.mask or site.state else []
             draw = _draw(editor, site, x, norms, [norms, *weights])
             rows = _rows(editor, x, center, draw)
             stored += draw.stored
@@ -109,17 +109,19 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
     with editor.before(last):
         dys = [_operand(editor, product, tangent=True) for product in site.products]
         if site.placement == "backward":
-            draw = _draw(editor, site, x, norms, [norms, _row_norms(editor, dys)])
+            draw = _draw(editor, site, x, norms, [norms, editor.call(ops.row_norms, dys)])
             rows = _rows(editor, x, center, draw)
         zero = _observe(editor, site, dys)
         for product, dy in zip(site.products, dys, strict=True):
             scales = () if draw.scales_dy is None else (draw.scales_dy,)
             drawn = editor.call(ops.gather_rows, dy, draw.indices, *scales)
             if center is not None:
-                drawn = _append(editor, drawn, _share(editor, _total(editor, dy, zero), 1 / _HALF_SUM, dy))
+                drawn = _append(
+                    editor, drawn, _scale_half(editor, _total(editor, dy, zero), 1 / _HALF_SUM, dy)
+                )
             elif site.placement == "forward":
                 drawn = _carry(editor, drawn, _total(editor, dy, None), zero)
-            _replace(product, _product(editor, product, rows, drawn))
+            _replace(product, _multiply(editor, product, rows, drawn))
     if site.encoding == "rows":
         stored.append(rows)
     return SampledSite(site, draw.node, stored, rows, site.products[0].stored_names)
@@ -128,10 +130,10 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
 def _rows(editor: Editor, x: fx.Node, center: fx.Node | None, draw: _Draw) -> fx.Node:
     """Return the drawn rows of X less `center`, rescaled; `center` is the last of them."""
     rows = editor.call(ops.gather_rows, x, draw.indices, draw.scales_x, center)
-    return rows if center is None else _append(editor, rows, _share(editor, center, _HALF_SUM, x))
+    return rows if center is None else _append(editor, rows, _scale_half(editor, center, _HALF_SUM, x))
 
 
-def _share(editor: Editor, row: fx.Node, factor: float, like: fx.Node) -> fx.Node:
+def _scale_half(editor: Editor, row: fx.Node, factor: float, like: fx.Node) -> fx.Node:
     """Multiply one of the two factors of the mean row's product, in float16 alone."""
     half = like.meta["val"].dtype == torch.float16
     return editor.call(aten.mul.Tensor, row, factor) if half else row
@@ -143,10 +145,10 @@ def _combine_site(editor: Editor, site: Site) -> SampledSite:
         x = _operand(editor, site.products[0], tangent=False)
         center = _mean_row(editor, x) if site.sampling.center else None
         kept, estimator = _kept(editor, site, editor.size(x, -2)), site.sampling.estimator
-        noise = editor.call(aten.mul.Tensor, _noise(editor, site, x, [2]), 2**24)
+        noise = editor.call(aten.mul.Tensor, editor.noise([2], x.meta["val"].device, site.placement), 2**24)
         seed = editor.call(prims.convert_element_type.default, noise, torch.int64)
         rows = editor.call(ops.combine_rows, _subtract(editor, x, center), seed, kept, estimator)
-        rows = rows if center is None else _append(editor, rows, _share(editor, center, _HALF_SUM, x))
+        rows = rows if center is None else _append(editor, rows, _scale_half(editor, center, _HALF_SUM, x))
     stored = [seed]  # made again in the backward pass it would be another one
     if center is not None:
         stored.append(center)
@@ -158,9 +160,9 @@ def _combine_site(editor: Editor, site: Site) -> SampledSite:
             combined = editor.call(ops.combine_rows, dy, seed, kept, estimator)
             if center is not None:
                 combined = _append(
-                    editor, combined, _share(editor, _total(editor, dy, None), 1 / _HALF_SUM, dy)
+                    editor, combined, _scale_half(editor, _total(editor, dy, None), 1 / _HALF_SUM, dy)
                 )
-            _replace(product, _product(editor, product, rows, combined))
+            _replace(product, _multiply(editor, product, rows, combined))
     return SampledSite(site, seed, stored, rows, site.products[0].stored_names)
 
 
@@ -186,27 +188,7 @@ def _transpose(editor: Editor, node: fx.Node) -> fx.Node:
     return editor.call(aten.permute.default, node, [*dims[:-2], dims[-1], dims[-2]])
 
 
-def _accumulate(editor: Editor, node: fx.Node) -> fx.Node:
-    """Cast to the precision of sums and norms: float32, or float64 where the operand has it."""
-    dtype = node.meta["val"].dtype
-    if dtype in (torch.float32, torch.float64):
-        return node
-    return editor.call(prims.convert_element_type.default, node, torch.float32)
-
-
-def _cast_like(editor: Editor, node: fx.Node, like: fx.Node) -> fx.Node:
-    dtype = like.meta["val"].dtype
-    if node.meta["val"].dtype == dtype:
-        return node
-    return editor.call(prims.convert_element_type.default, node, dtype)
-
-
-def _row_norms(editor: Editor, operands: list[fx.Node], center: fx.Node | None = None) -> fx.Node:
-    """Return the joint norms of the rows less `center`: ``[..., rows]``."""
-    return editor.call(ops.row_norms, operands, center)
-
-
-def _gradient_weights(editor: Editor, site: Site, norms: fx.Node) -> fx.Node:
+def _known_weights(editor: Editor, site: Site, norms: fx.Node) -> fx.Node:
     """Return what is known about ``||dy_i||`` in the forward pass: ``[rows]``."""
     known, positions = (site.state.known, _positions(editor, site)) if site.state else (None, 1)
     mask, factor = (site.mask.node, site.mask.factor) if site.mask else (None, 1.0)
@@ -218,7 +200,7 @@ def _observe(editor: Editor, site: Site, dys: list[fx.Node]) -> fx.Node | None:
     declared = site.mask is not None and site.mask.origin == "declared"
     if site.state is None and not declared:
         return None
-    norms = _row_norms(editor, dys)
+    norms = editor.call(ops.row_norms, dys)
     if site.state is not None:
         record = editor.call(ops.record_norms, site.state.fresh, norms, _positions(editor, site))
         record.meta["partitioner_tag"] = (
@@ -235,14 +217,14 @@ def _positions(editor: Editor, site: Site) -> Any:
 
 def _mean_row(editor: Editor, x: fx.Node) -> fx.Node:
     """Return the mean of the rows, rounded to the dtype of X: ``[..., 1, features]``."""
-    return _cast_like(editor, editor.call(aten.mean.dim, _accumulate(editor, x), [-2], True), x)
+    return editor.cast_like(editor.call(aten.mean.dim, editor.widen(x), [-2], True), x)
 
 
 def _subtract(editor: Editor, x: fx.Node, center: fx.Node | None) -> fx.Node:
     if center is None:
         return x
-    difference = editor.call(aten.sub.Tensor, _accumulate(editor, x), _accumulate(editor, center))
-    return _cast_like(editor, difference, x)
+    difference = editor.call(aten.sub.Tensor, editor.widen(x), editor.widen(center))
+    return editor.cast_like(difference, x)
 
 
 def _total(editor: Editor, dy: fx.Node, zero: fx.Node | None) -> fx.Node:
@@ -252,18 +234,18 @@ def _total(editor: Editor, dy: fx.Node, zero: fx.Node | None) -> fx.Node:
         zero: the result of a check, which has to be read for the check to be made.
     """
     # As autograd writes the gradient of a bias, so that both are one sum.
-    total = editor.call(aten.sum.dim_IntList, _accumulate(editor, dy), [dy.meta["val"].dim() - 2], True)
+    total = editor.call(aten.sum.dim_IntList, editor.widen(dy), [dy.meta["val"].dim() - 2], True)
     return total if zero is None else editor.call(aten.add.Tensor, total, zero)
 
 
 def _carry(editor: Editor, drawn: fx.Node, total: fx.Node, zero: fx.Node | None) -> fx.Node:
     """Let NaN and Inf of any row reach the drawn rows of dY."""
     nothing = editor.call(aten.mul.Tensor, total, 0.0 if zero is None else zero)
-    return _cast_like(editor, editor.call(aten.add.Tensor, _accumulate(editor, drawn), nothing), drawn)
+    return editor.cast_like(editor.call(aten.add.Tensor, editor.widen(drawn), nothing), drawn)
 
 
 def _append(editor: Editor, rows: fx.Node, row: fx.Node) -> fx.Node:
-    return editor.call(ops.append_row, rows, _cast_like(editor, row, rows))
+    return editor.call(ops.append_row, rows, editor.cast_like(row, rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,19 +267,12 @@ def _draw(editor: Editor, site: Site, x: fx.Node, norms_x: fx.Node, weights: lis
     value = norms_x.meta["val"]
     batch = [editor.size(norms_x, d) for d in range(value.dim() - 1)]
     kept = _kept(editor, site, editor.size(norms_x, -1))
-    noise = _noise(editor, site, norms_x, [*batch, estimators.NOISE])
+    noise = editor.noise([*batch, estimators.NOISE], value.device, site.placement)
     draw = editor.call(ops.choose_rows, weights, noise, kept, site.sampling.estimator)
     indices, scales = (editor.call(operator.getitem, draw, i) for i in range(2))
     if x.meta["val"].dtype != torch.float16:
         return _Draw(draw, indices, scales, None)
     return _Draw(draw, indices, *editor.trace(estimators.split_scales, scales, norms_x, indices))
-
-
-def _noise(editor: Editor, site: Site, like: fx.Node, size: list[Any]) -> fx.Node:
-    device = like.meta["val"].device
-    noise = editor.call(aten.rand.default, size, dtype=torch.float32, device=device, pin_memory=False)
-    noise.meta[NOISE_OF] = site.placement
-    return noise
 
 
 def _kept(editor: Editor, site: Site, rows: Any) -> Any:
@@ -312,7 +287,7 @@ def _kept(editor: Editor, site: Site, rows: Any) -> Any:
     return editor.call(torch.sym_min, wanted, rows)
 
 
-def _product(editor: Editor, product: Product, x: fx.Node, dy: fx.Node) -> fx.Node:
+def _multiply(editor: Editor, product: Product, x: fx.Node, dy: fx.Node) -> fx.Node:
     left, right = (dy, x) if product.tangent_side == 0 else (x, dy)
     target = product.node.target
     assert callable(target)
