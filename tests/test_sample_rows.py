@@ -341,6 +341,25 @@ def test_norms_hold_for_every_row_that_counts_beside_the_largest(largest: float)
     torch.testing.assert_close(ops.row_norms([x, x]), 2**0.5 * x.amax(1), rtol=0.3, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [256, 100])
+def test_norms_in_16_bits_are_right_and_take_no_copy_of_the_operand(
+    dtype: torch.dtype, features: int
+) -> None:
+    sizes = torch.logspace(-4, 3, 4096).unsqueeze(-1)
+    x = (torch.randn(4096, features) * sizes).to(dtype)
+    x[7] = 0
+    with torch.profiler.profile(profile_memory=True) as profile:
+        norms = ops.row_norms([x])
+    exact = torch.linalg.vector_norm(x.double(), dim=-1)
+    assert norms.dtype == torch.float32
+    assert ((norms - exact).abs() <= 2**-8 * exact).all()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < x.nbytes  # in blocks or in chunks
+    ends = torch.full((2, features), 60000.0, dtype=torch.float16)
+    assert ops.row_norms([ends]).isfinite().all()
+
+
 @pytest.mark.parametrize("placement", ["forward", "backward"])
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("estimator", ["rmm-rademacher", "rmm-gaussian"])
