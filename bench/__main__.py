@@ -18,7 +18,7 @@ BENCHMARKS = (
     ["paper_tables", "--check"],
     ["compile_time"],
     ["memory_time"],
-    ["memory_time", "--dtype", "bfloat16", "--rounds", "0"],
+    ["memory_time", "--precision", "bfloat16", "--rounds", "0"],
     ["memory_time", *shlex.split(DEEP)],
     ["frontier"],
     ["scaling"],

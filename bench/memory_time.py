@@ -2,7 +2,8 @@
 
     python -m bench.memory_time                                   # all models, float32
     python -m bench.memory_time --model bert --rounds 15
-    python -m bench.memory_time --dtype bfloat16 --rounds 0       # memory alone
+    python -m bench.memory_time --precision bfloat16 --rounds 0   # memory alone
+    python -m bench.memory_time --model llama-lm --precision autocast --layers 4 --d 576 --heads 9 --batch 8 --seq 512
     python -m bench.memory_time --quick                           # tiny sizes: does it run? keeps no rows
 
 Saved activations are counted in units of one [tokens, d] tensor for each layer: the difference between a
@@ -14,11 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from bench.harness import BASELINE, MIB, VARIANTS, Row, circumstances, compare, record
-from bench.models import MODELS, TINY, Shape, make
+from bench.models import LANGUAGE_MODELS, MODELS, PRECISIONS, TINY, Shape, build
 from wtacrs_fx.tools.steps import Step, saved_bytes
 
 
@@ -28,7 +28,7 @@ class Case:
 
     model: str
     shape: Shape
-    dtype: torch.dtype
+    precision: str
     device: str
     seed: int
 
@@ -41,7 +41,7 @@ class Case:
             metric,
             unit=unit,
             shapes=str(self.shape),
-            dtype=str(self.dtype).removeprefix("torch."),
+            dtype=self.precision,
             seed=self.seed,
             **figures,
             **circumstances(self.device),
@@ -49,19 +49,20 @@ class Case:
 
     def steps(self, variants: list[str]) -> dict[str, Step]:
         """Return one compiled step for each variant, all with the same weights and the same batch."""
-        model, inputs = make(self.model, self.shape, self.dtype, self.device, self.seed)
+        model, inputs = build(self.model, self.shape, self.precision, self.device, self.seed)
         steps = {}
         for variant in variants:
             steps[variant] = Step(model, inputs, VARIANTS[variant]())
             print(
-                f"{self.model} {self.dtype} {self.shape} {variant}: {steps[variant].first_call_seconds:.0f} s"
+                f"{self.model} {self.precision} {self.shape} {variant}: {steps[variant].first_call_seconds:.0f} s"
             )
         return steps
 
     def unit_bytes(self) -> int:
-        """Return the bytes of one [tokens, d] tensor of the batch."""
-        _, inputs = make(self.model, replace(self.shape, layers=1), self.dtype, seed=self.seed)
-        return inputs["target"].nbytes
+        """Return the bytes of one [tokens, d] tensor of the batch, in the type that products return."""
+        _, inputs = build(self.model, replace(self.shape, layers=1), "float32", seed=self.seed)
+        tokens = inputs["target"].shape[:-1] if "target" in inputs else inputs["input_ids"].shape
+        return tokens.numel() * self.shape.d * (4 if self.precision == "float32" else 2)
 
 
 def measure(case: Case, variants: list[str], rounds: int) -> list[Row]:
@@ -90,10 +91,11 @@ def measure(case: Case, variants: list[str], rounds: int) -> list[Row]:
     return rows
 
 
+_NAMES = f"Any of {', '.join((*MODELS, *LANGUAGE_MODELS))}; the first {len(MODELS)} by default."
+
+
 def main(
-    model: Annotated[
-        list[str] | None, typer.Option(help=f"Any of {', '.join(MODELS)}; all by default.")
-    ] = None,
+    model: Annotated[list[str] | None, typer.Option(help=_NAMES)] = None,
     variant: Annotated[
         list[str] | None, typer.Option(help="All by default; the baseline always runs.")
     ] = None,
@@ -102,7 +104,8 @@ def main(
     heads: int = Shape.heads,
     batch: int = Shape.batch,
     seq: int = Shape.seq,
-    dtype: str = "float32",
+    words: Annotated[int | None, typer.Option(help="Of a language model; its own by default.")] = None,
+    precision: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "float32",
     device: str = "cpu",
     seed: int = 0,
     rounds: Annotated[
@@ -111,10 +114,12 @@ def main(
     quick: Annotated[bool, typer.Option(help="Tiny sizes and two rounds; keep no rows.")] = False,
 ) -> None:
     """Measure saved activations, peak memory and step time; append rows to bench/results."""
-    shape = TINY if quick else Shape(layers, d, heads, batch, seq)
+    shape = TINY if quick else Shape(layers, d, heads, batch, seq, words)
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     chosen = [name for name in VARIANTS if not variant or name in {*variant, BASELINE}]
     for name in model or MODELS:
-        rows = measure(Case(name, shape, getattr(torch, dtype), device, seed), chosen, 2 if quick else rounds)
+        rows = measure(Case(name, shape, precision, device, seed), chosen, 2 if quick else rounds)
         record(rows, keep=not quick)
 
 

@@ -1,5 +1,8 @@
 """Transformers with random weights in the shapes of BERT, GPT-2, Llama, T5 and ViT. Nothing is downloaded.
 
+The encoders end in hidden states, of a small vocabulary; the language models in the loss that they are trained by,
+over a real one.
+
 BERT and GPT-2 have dropout 0.1 everywhere but on the attention probabilities: with it, CPUs have no fused
 attention and every variant, Inductor included, would keep the scores. T5 stands for models that do keep them.
 """
@@ -15,19 +18,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertModel,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
+    T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
 )
 
 VOCABULARY = 1024
+"""Words of the encoders, whose embeddings are not what is measured."""
+WORDS = {"llama-lm": 49_152, "bert-lm": 30_522, "t5-lm": 32_128}
+"""Words of the language models: SmolLM2's, BERT's and T5's."""
 PATCH = 16
 
 
@@ -40,9 +49,10 @@ class Shape:
     heads: int = 12
     batch: int = 16
     seq: int = 128
+    words: int | None = None  # of a language model; its own where nothing is said
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={size}" for name, size in asdict(self).items())
+        return " ".join(f"{name}={size}" for name, size in asdict(self).items() if size is not None)
 
 
 TINY = Shape(layers=2, d=64, heads=2, batch=4, seq=32)
@@ -60,10 +70,71 @@ class DistanceToTarget(nn.Module):
         return F.mse_loss(self.encoder(**inputs).last_hidden_state, target)
 
 
+class Loss(nn.Module):
+    """Wrap a language model so that its forward is its loss alone; the logits are not returned."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Return the mean cross entropy: a scalar."""
+        loss: Tensor = self.model(**inputs).loss
+        return loss
+
+
+class Autocast(nn.Module):
+    """Wrap a model so that its products are bfloat16 and its weights stay float32."""
+
+    def __init__(self, model: nn.Module, device: str) -> None:
+        super().__init__()
+        self.model, self.device_type = model, torch.device(device).type
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Return what the model does."""
+        with torch.autocast(self.device_type, torch.bfloat16):
+            loss: Tensor = self.model(**inputs)
+        return loss
+
+
+PRECISIONS = ("float32", "bfloat16", "autocast")
+
+
+def build(
+    name: str, shape: Shape, precision: str = "float32", device: str = "cpu", seed: int = 0
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Build an encoder or a language model in training mode, in one of :data:`PRECISIONS`, and a random batch.
+
+    `model(**inputs)` is a scalar loss.
+    """
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    make_one = make_language_model if name in LANGUAGE_MODELS else make
+    model, inputs = make_one(name, shape, dtype, device, seed)
+    return (Autocast(model, device) if precision == "autocast" else model), inputs
+
+
+def make_language_model(
+    name: str, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Build a language model in training mode and a random batch: `model(**inputs)` is its loss.
+
+    A masked one is asked for 15 words in a hundred; others for every word.
+    """
+    torch.manual_seed(seed)
+    words = shape.words or WORDS[name]
+    model = Loss(LANGUAGE_MODELS[name](shape, words)).to(device, dtype).train()
+    tokens = torch.randint(words, (shape.batch, shape.seq))
+    asked = (
+        torch.rand(tokens.shape) < 0.15 if name == "bert-lm" else torch.ones_like(tokens, dtype=torch.bool)
+    )
+    inputs = {"input_ids": tokens, "labels": tokens.where(asked, -100)}
+    return model, {key: value.to(device) for key, value in inputs.items()}
+
+
 def make(
     name: str, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Build model `name` in training mode and a random batch: `model(**inputs)` is a scalar loss.
+    """Build encoder `name` in training mode and a random batch: `model(**inputs)` is a scalar loss.
 
     `inputs["target"]` is one [batch, tokens, d] tensor: the unit in which saved activations are counted.
     """
@@ -167,4 +238,59 @@ MODELS: dict[str, Callable[[Shape], PreTrainedModel]] = {
     "llama": _llama,
     "t5": _t5,
     "vit": _vit,
+}
+
+
+def _llama_lm(shape: Shape, words: int) -> PreTrainedModel:
+    """Llama with a third of the heads for keys and values where that is a number, and a tied head."""
+    config = LlamaConfig(
+        vocab_size=words,
+        hidden_size=shape.d,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads // 3 if shape.heads % 3 == 0 else shape.heads,
+        intermediate_size=8 * shape.d // 3,
+        max_position_embeddings=max(shape.seq, 512),
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def _bert_lm(shape: Shape, words: int) -> PreTrainedModel:
+    """BERT with its masked-language head, tied."""
+    config = BertConfig(
+        vocab_size=words,
+        hidden_size=shape.d,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.d,
+        max_position_embeddings=max(shape.seq, 512),
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="sdpa",
+    )
+    return BertForMaskedLM(config)
+
+
+def _t5_lm(shape: Shape, words: int) -> PreTrainedModel:
+    """T5 with encoder, decoder and tied head."""
+    config = T5Config(
+        vocab_size=words,
+        d_model=shape.d,
+        d_kv=shape.d // shape.heads,
+        d_ff=4 * shape.d,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        decoder_start_token_id=0,
+        use_cache=False,
+        attn_implementation="eager",
+    )
+    return T5ForConditionalGeneration(config)
+
+
+LANGUAGE_MODELS: dict[str, Callable[[Shape, int], PreTrainedModel]] = {
+    "llama-lm": _llama_lm,
+    "bert-lm": _bert_lm,
+    "t5-lm": _t5_lm,
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import wtacrs_fx
 from bench import frontier, gpu, scaling
 from bench.harness import BASELINE, Row, append, circumstances, read, summarise
-from bench.models import MODELS, TINY, Shape, make
+from bench.models import LANGUAGE_MODELS, MODELS, PRECISIONS, TINY, Shape, build, make
 from bench.tables import TABLES, render, rewrite
 from bench.targets import TARGETS
 from bench.variance import exact_variance, gram, squared_errors
@@ -55,6 +55,21 @@ def test_model_gives_finite_loss_and_gradients(name: str) -> None:
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()
     assert inputs["target"].shape[::2] == (TINY.batch, TINY.d)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_language_model_gives_finite_loss_and_gradients(name: str, precision: str) -> None:
+    model, inputs = build(name, replace(TINY, words=600), precision)
+    loss = model(**inputs)
+    loss.backward()
+    assert loss.shape == () and loss.isfinite()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert {gradient.dtype for gradient in gradients} == {
+        torch.bfloat16 if precision == "bfloat16" else torch.float32
+    }
+    assert max(parameter.shape[0] for parameter in model.parameters()) == 600
 
 
 @pytest.mark.parametrize("name", MODELS)

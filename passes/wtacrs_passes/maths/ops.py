@@ -83,9 +83,11 @@ def _norms_of_rows(x: Tensor, center: Tensor | None, order: float) -> Tensor:
     if center is None and not narrow:
         return cast(Tensor, norms_of(x))
     if center is None and order == torch.inf:
-        return torch.linalg.vector_norm(x, torch.inf, dim=-1).to(dtype)
+        return cast(Tensor, torch.linalg.vector_norm(x, torch.inf, dim=-1)).to(dtype)
     if center is None and x.shape[-1] and x.shape[-1] % _CHUNK == 0:
-        return cast(Tensor, norms_of(torch.linalg.vector_norm(x.unflatten(-1, (-1, _CHUNK)), order, dim=-1)))
+        return cast(
+            Tensor, norms_of(torch.linalg.vector_norm(x.reshape(*x.shape[:-1], -1, _CHUNK), order, dim=-1))
+        )
     center = torch.zeros((), dtype=dtype) if center is None else center.to(dtype)
     blocks = torch.split(x, max(1, _IN_CACHE // max(x.shape[-1], 1)), -2)
     return torch.cat([norms_of(rows - center) for rows in blocks], -1)
