@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
 
 from ..analyse.functions import is_float
 from ..analyse.ranges import is_opaque
@@ -18,9 +18,11 @@ from ..graph.operations import (
     same_content,
     tensor_operands,
 )
+from ..graph.torch_api import hint
 from .facts import Facts
 
 _EXCLUDED = "excluded by the policy"
+_WIDE = "in float32 it would take more memory than all else that is stored"
 _OF_ANY_SIZE = "its elements may be of any size beside each other"
 
 
@@ -39,6 +41,8 @@ class Exactness:
             reason = self._refusal(node)
             if reason:
                 self._refuse(node, reason)
+        for node in self._wide():
+            self._refuse(node, _WIDE)
         self.known = self._known()
 
     def reason(self, node: fx.Node) -> str:
@@ -81,8 +85,39 @@ class Exactness:
             if root is not None and root is not node:
                 stack.append(root)
             moves = node.target in FORMS | GATHERS
-            if is_derivable(node) and (moves or reason == _EXCLUDED):
+            if is_derivable(node) and (moves or reason in (_EXCLUDED, _WIDE)):
                 stack += tensor_operands(node)
+
+    def _wide(self) -> list[fx.Node]:
+        """Return residuals in float32 that are made of 16-bit ones, and so large that encoding them makes the peak.
+
+        Such as the exponentials of a head's logits. To be encoded a value is written as it is, beside what it is
+        made of, at 4 + 2 + 1 bytes; the partitioner stores 2, and a gradient of 2 comes beside them. That is less
+        as soon as the 4 bytes are more than what all other residuals take, of which encodings leave a fifth.
+        """
+        sources = {content_of(self.facts.roots[node] or node) for node in self.facts.residuals}
+        total = sum(_size(node) for node in sources)
+        return [
+            node
+            for node in self.facts.residuals
+            if is_float(node) and node.meta["val"].element_size() == 4 and _size(node) > total - _size(node)
+            and self._is_made_of_halves(node)
+        ]  # fmt: skip
+
+    def _is_made_of_halves(self, node: fx.Node) -> bool:
+        """Tell whether all that a value is computed from, and that is as large, has 16 bits."""
+        stack, seen = [node], {node}
+        while stack:
+            each = stack.pop()
+            if not is_derivable(each) or self.facts.is_at_hand(each):
+                if each.meta["val"].element_size() != 2:
+                    return False
+                continue
+            for operand in tensor_operands(each):
+                if operand not in seen and 8 * _size(operand) > _size(node):
+                    seen.add(operand)
+                    stack.append(operand)
+        return len(seen) > 1
 
     def _known(self) -> set[fx.Node]:
         """Return inputs, statistics, integers, booleans, what is refused, and what is computed from those alone."""
@@ -97,3 +132,9 @@ class Exactness:
             ):
                 known.add(node)
         return known
+
+
+def _size(node: fx.Node) -> int:
+    """Return the bytes of a tensor; zero for several."""
+    value = node.meta.get("val")
+    return hint(value.numel()) * value.element_size() if isinstance(value, Tensor) else 0
