@@ -22,7 +22,7 @@ QUICK = (Phase.explicit, Phase.reuse, Phase.generate)
 """Of an ordinary run: to make a failing program small takes minutes."""
 
 ROUNDED = 0.02
-"""Largest squared error of all gradients together, relative to their square, that rounding may cause."""
+"""Largest squared error of all gradients together, relative to their square, that one rounded residual may cause."""
 
 NOISE = 1e-6
 """The same of the reference in float32: a gradient that cancels to its rounding has nothing to compare."""
@@ -79,17 +79,26 @@ def find_problems(program: Program) -> list[str] | None:
     for name in POLICIES:
         variants.active = name
         try:
-            problem = _error(name, gradients(program, machine, call), reference)
+            found = gradients(program, machine, call)
+            problem = _error(found, reference, _bound(variants, name))
         except Exception as error:  # all policies are to be heard of
             problem = f"{type(error).__name__}: {error}"
         problems += [f"{name}: {problem}"] if problem else []
     return problems + [problem for graph in variants.graphs for problem in wrong_bytes(graph)]
 
 
-def _error(name: str, found: Tensor, reference: Tensor) -> str:
+def _bound(variants: Variants, name: str) -> float:
+    """Return what the error may be: of several residuals in few bits, each has its own, and they add up."""
+    if name != "balanced":
+        return 0.0
+    reports = [graph.partitions[name].report for graph in variants.graphs]
+    rounded = [r for report in reports if report for r in report.residuals if r.encoding in ("int4", "table")]
+    return ROUNDED * max(1, len(rounded))
+
+
+def _error(found: Tensor, reference: Tensor, bound: float) -> str:
     """Compare the gradients of a policy with those of the reference, which are finite."""
     if not found.isfinite().all():
         return f"{(~found.isfinite()).sum()} gradients are not finite"
-    bound = ROUNDED if name == "balanced" else 0.0
     error = distance(found, reference)
     return f"error {error:.3g} > {bound:.3g}" if error > bound else ""

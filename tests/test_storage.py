@@ -198,3 +198,26 @@ def test_a_size_that_varies_is_no_constant_of_a_function() -> None:
         call(x).backward()
         found, model.up.weight.grad = model.up.weight.grad, None
         assert (found - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize(("words", "is_encoded"), [(64, True), (4096, False)])
+def test_logits_whose_float32_copy_would_be_the_peak_are_stored_as_they_are(
+    words: int, is_encoded: bool
+) -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+            self.head = nn.Linear(32, words, bias=False)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                h = x
+                for layer in self.layers:
+                    h = layer(h) * layer(h).sigmoid()
+                return F.cross_entropy(self.head(h).float(), labels)
+
+    report = wtacrs_fx.explain(Head(), X, torch.arange(64), policy=Policy())
+    encodings = {r.operation: r.encoding for r in report.residuals if r.bytes_after >= 64 * words}
+    assert (encodings.get("aten.exp.default") == "int8") == is_encoded
+    assert report.saved_bytes_after < report.saved_bytes_before
