@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, fx
 
 from ..analyse.functions import is_float
@@ -92,32 +94,40 @@ class Exactness:
         """Return residuals in float32 that are made of 16-bit ones, and so large that encoding them makes the peak.
 
         Such as the exponentials of a head's logits. To be encoded a value is written as it is, beside what it is
-        made of, at 4 + 2 + 1 bytes; the partitioner stores 2, and a gradient of 2 comes beside them. That is less
-        as soon as the 4 bytes are more than what all other residuals take, of which encodings leave a fifth.
+        made of, at 4 + 2 + 1 bytes; the partitioner stores 2, and the gradient takes their place. That is less
+        as soon as the 4 bytes are more than twice what all other residuals are made of: about what the partitioner
+        would store of those, of which encodings leave a fifth.
         """
-        sources = {content_of(self.facts.roots[node] or node) for node in self.facts.residuals}
-        total = sum(_size(node) for node in sources)
+        leaves = self._leaves(self.facts.residuals)
+        total = sum(map(_size, leaves))
         return [
             node
             for node in self.facts.residuals
-            if is_float(node) and node.meta["val"].element_size() == 4 and _size(node) > total - _size(node)
+            if is_float(node)
+            and node.meta["val"].element_size() == 4
+            and _size(node) > 2 * (total - _size(node) // 2)
             and self._is_made_of_halves(node)
-        ]  # fmt: skip
+        ]
+
+    def _leaves(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """Return what cannot be derived and has to be there to make nodes, without what is at hand."""
+        stack, seen, leaves = list(nodes), set(nodes), set()
+        while stack:
+            node = stack.pop()
+            if self.facts.is_at_hand(node):
+                continue
+            if not is_derivable(node):
+                leaves.add(node)
+                continue
+            operands = [operand for operand in tensor_operands(node) if operand not in seen]
+            seen.update(operands)
+            stack += operands
+        return leaves
 
     def _is_made_of_halves(self, node: fx.Node) -> bool:
-        """Tell whether all that a value is computed from, and that is as large, has 16 bits."""
-        stack, seen = [node], {node}
-        while stack:
-            each = stack.pop()
-            if not is_derivable(each) or self.facts.is_at_hand(each):
-                if each.meta["val"].element_size() != 2:
-                    return False
-                continue
-            for operand in tensor_operands(each):
-                if operand not in seen and 8 * _size(operand) > _size(node):
-                    seen.add(operand)
-                    stack.append(operand)
-        return len(seen) > 1
+        """Tell whether what a value is made of, if it is not much smaller, has 16 bits."""
+        large = [leaf for leaf in self._leaves([node]) if 8 * _size(leaf) > _size(node)]
+        return bool(large) and all(leaf.meta["val"].element_size() == 2 for leaf in large)
 
     def _known(self) -> set[fx.Node]:
         """Return inputs, statistics, integers, booleans, what is refused, and what is computed from those alone."""
