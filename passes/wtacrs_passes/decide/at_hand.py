@@ -10,8 +10,8 @@ from torch import fx
 from ..analyse.products import Analysis
 from ..graph.cones import is_tangent, needed_for
 from ..graph.edit import sympy_size
-from ..graph.names import named_inputs, outputs_with_descriptors, static_inputs
-from ..graph.operations import FILLS, FORMS, aten, is_recomputable, prims, tensor_operands
+from ..graph.names import named_inputs, outputs_with_descriptors, static_inputs, written_inputs
+from ..graph.operations import ADDITIONS, FILLS, FORMS, aten, is_recomputable, prims, tensor_operands
 from ..graph.torch_api import hint
 from ..joint import Joint
 
@@ -20,7 +20,7 @@ _NEGLIGIBLE = Fraction(1, 16)
 
 _CHEAP = FORMS | {
     *FILLS, prims.iota.default, aten.expand.default,
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.where.self,
+    *ADDITIONS, aten.mul.Tensor, aten.where.self,
     aten.eq.Scalar, aten.eq.Tensor, aten.ne.Scalar, aten.ne.Tensor, aten.lt.Scalar, aten.lt.Tensor,
     aten.le.Scalar, aten.le.Tensor, aten.gt.Scalar, aten.gt.Tensor, aten.ge.Scalar, aten.ge.Tensor,
     aten.logical_not.default, aten.logical_and.default, aten.logical_or.default,
@@ -29,14 +29,13 @@ _CHEAP = FORMS | {
 """Operations that take no more time than to read what they return."""
 
 
-def made_of_inputs(joint: Joint) -> set[fx.Node]:
+def made_of_inputs(joint: Joint) -> frozenset[fx.Node]:
     """Return what cheap operations make of parameters, and of integers and masks that the model is given.
 
-    The casts of weights under autocast, and masks for attention: none of them need be stored. Buffers, and in a
-    graph that writes to its inputs those, are left out: the backward pass may find other values in them.
+    The casts of weights under autocast, and masks for attention: none of them need be stored. Buffers, and what the
+    graph writes to, are left out: the backward pass may find other values in them.
     """
-    writes = any("Mutation" in type(desc).__name__ for _, desc in outputs_with_descriptors(joint.graph))
-    writes = writes or bool(joint.graph.find_nodes(op="call_function", target=aten.copy_.default))
+    written = written_inputs(joint.graph)
     parameters = named_inputs(joint.graph, joint.names, ("parameter",))
     others = static_inputs(joint.graph, joint.names)
     found: set[fx.Node] = set()
@@ -46,11 +45,11 @@ def made_of_inputs(joint: Joint) -> set[fx.Node]:
             continue
         if node.op == "placeholder":
             given = node not in others and not is_tangent(node) and not value.is_floating_point()
-            if node in parameters or (given and not writes):
+            if (node in parameters or given) and node not in written:
                 found.add(node)
         elif node.target in _CHEAP and all(arg in found for arg in tensor_operands(node)):
             found.add(node)
-    return found
+    return frozenset(found)
 
 
 def available_in_backward(analysis: Analysis, graph: fx.Graph, sampled: set[fx.Node]) -> set[int]:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from .edit import output_of
+from .operations import VIEWS, content_of, mutates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,18 @@ def _named_input(descriptor: Any, table: Mapping[int, NamedInput]) -> NamedInput
     if descriptor is not None and hasattr(descriptor, "target"):
         return NamedInput(-1, descriptor.target, "parameter" if descriptor.is_param() else "buffer")
     return None
+
+
+def written_inputs(graph: fx.Graph) -> set[fx.Node]:
+    """Return the placeholders whose tensors hold other values once the forward pass is over, or may."""
+    inputs = graph.find_nodes(op="placeholder")
+    descriptors = (descriptor for _, descriptor in outputs_with_descriptors(graph))
+    changed = [each.mutated_input for each in descriptors if hasattr(each, "mutated_input")]
+    written = {node for node in inputs if node.meta.get("desc") in changed}
+    for node in graph.nodes:
+        if node.op == "call_function" and mutates(node):
+            written.update(content_of(arg, VIEWS) for arg in node.all_input_nodes)
+    return written.intersection(inputs)
 
 
 def parameter_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> dict[fx.Node, str]:
