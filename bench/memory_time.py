@@ -114,7 +114,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="Tiny sizes and two rounds; keep no rows.")] = False,
 ) -> None:
     """Measure saved activations, peak memory and step time; append rows to bench/results."""
-    shape = TINY if quick else Shape(layers, d, heads, batch, seq, words)
+    shape = replace(TINY, words=words) if quick else Shape(layers, d, heads, batch, seq, words)
     if precision not in PRECISIONS:
         raise typer.BadParameter(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     chosen = [name for name in VARIANTS if not variant or name in {*variant, BASELINE}]

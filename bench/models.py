@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,10 +157,9 @@ def _image_size(patches: int) -> tuple[int, int]:
     return rows * PATCH, patches // rows * PATCH
 
 
-def _bert(shape: Shape) -> PreTrainedModel:
-    """Post-norm encoder, GELU of width 4d, dropout 0.1 but in the fused attention."""
-    config = BertConfig(
-        vocab_size=VOCABULARY,
+def _bert_config(shape: Shape, words: int) -> BertConfig:
+    return BertConfig(
+        vocab_size=words,
         hidden_size=shape.d,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
@@ -168,7 +168,39 @@ def _bert(shape: Shape) -> PreTrainedModel:
         attention_probs_dropout_prob=0.0,
         attn_implementation="sdpa",
     )
-    return BertModel(config, add_pooling_layer=False)
+
+
+def _llama_config(shape: Shape, words: int, width: int, **options: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=words,
+        hidden_size=shape.d,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=width,
+        max_position_embeddings=max(shape.seq, 512),
+        use_cache=False,
+        attn_implementation="sdpa",
+        **options,
+    )
+
+
+def _t5_config(shape: Shape, words: int, **options: Any) -> T5Config:
+    return T5Config(
+        vocab_size=words,
+        d_model=shape.d,
+        d_kv=shape.d // shape.heads,
+        d_ff=4 * shape.d,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        use_cache=False,
+        attn_implementation="eager",
+        **options,
+    )
+
+
+def _bert(shape: Shape) -> PreTrainedModel:
+    """Post-norm encoder, GELU of width 4d, dropout 0.1 but in the fused attention."""
+    return BertModel(_bert_config(shape, VOCABULARY), add_pooling_layer=False)
 
 
 def _gpt2(shape: Shape) -> PreTrainedModel:
@@ -190,32 +222,12 @@ def _gpt2(shape: Shape) -> PreTrainedModel:
 
 def _llama(shape: Shape) -> PreTrainedModel:
     """Pre-norm decoder, RMSNorm, SwiGLU of width 2.75d, rotary positions, no dropout, fused attention."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=shape.d,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=11 * shape.d // 4,
-        max_position_embeddings=max(shape.seq, 512),
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    return LlamaModel(config)
+    return LlamaModel(_llama_config(shape, VOCABULARY, 11 * shape.d // 4))
 
 
 def _t5(shape: Shape) -> PreTrainedModel:
     """Pre-norm encoder, RMSNorm, ReLU of width 4d, dropout 0.1, attention scores in memory."""
-    config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=shape.d,
-        d_kv=shape.d // shape.heads,
-        d_ff=4 * shape.d,
-        num_layers=shape.layers,
-        num_heads=shape.heads,
-        use_cache=False,
-        attn_implementation="eager",
-    )
-    return T5EncoderModel(config)
+    return T5EncoderModel(_t5_config(shape, VOCABULARY))
 
 
 def _vit(shape: Shape) -> PreTrainedModel:
@@ -243,50 +255,19 @@ MODELS: dict[str, Callable[[Shape], PreTrainedModel]] = {
 
 def _llama_lm(shape: Shape, words: int) -> PreTrainedModel:
     """Llama with a third of the heads for keys and values where that is a number, and a tied head."""
-    config = LlamaConfig(
-        vocab_size=words,
-        hidden_size=shape.d,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads // 3 if shape.heads % 3 == 0 else shape.heads,
-        intermediate_size=8 * shape.d // 3,
-        max_position_embeddings=max(shape.seq, 512),
-        tie_word_embeddings=True,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    return LlamaForCausalLM(config)
+    groups = shape.heads // 3 if shape.heads % 3 == 0 else shape.heads
+    options = {"num_key_value_heads": groups, "tie_word_embeddings": True}
+    return LlamaForCausalLM(_llama_config(shape, words, 8 * shape.d // 3, **options))
 
 
 def _bert_lm(shape: Shape, words: int) -> PreTrainedModel:
     """BERT with its masked-language head, tied."""
-    config = BertConfig(
-        vocab_size=words,
-        hidden_size=shape.d,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=4 * shape.d,
-        max_position_embeddings=max(shape.seq, 512),
-        attention_probs_dropout_prob=0.0,
-        attn_implementation="sdpa",
-    )
-    return BertForMaskedLM(config)
+    return BertForMaskedLM(_bert_config(shape, words))
 
 
 def _t5_lm(shape: Shape, words: int) -> PreTrainedModel:
     """T5 with encoder, decoder and tied head."""
-    config = T5Config(
-        vocab_size=words,
-        d_model=shape.d,
-        d_kv=shape.d // shape.heads,
-        d_ff=4 * shape.d,
-        num_layers=shape.layers,
-        num_heads=shape.heads,
-        decoder_start_token_id=0,
-        use_cache=False,
-        attn_implementation="eager",
-    )
-    return T5ForConditionalGeneration(config)
+    return T5ForConditionalGeneration(_t5_config(shape, words, decoder_start_token_id=0))
 
 
 LANGUAGE_MODELS: dict[str, Callable[[Shape, int], PreTrainedModel]] = {

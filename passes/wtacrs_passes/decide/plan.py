@@ -60,7 +60,7 @@ class Stored:
         table: the tabulated function.
         module: path of the module that computes it.
         stochastic: integers are rounded at random.
-        reason: why it is not stored in fewer bits.
+        reason: why it is not stored in fewer bits, or may be made again.
     """
 
     node: fx.Node
@@ -80,12 +80,10 @@ class Plan:
         sites: what is sampled.
         exact: products that stay exact, with the reason.
         residuals: how everything else that the backward pass reads is stored.
+        made_of_inputs: what cheap operations make of inputs that stay as they are.
     """
 
     sites: tuple[Site, ...] = ()
     exact: tuple[tuple[Product, str], ...] = ()
     residuals: tuple[Stored, ...] = ()
-
-    def storing(self, residuals: tuple[Stored, ...]) -> Plan:
-        """Return this plan with residuals."""
-        return dataclasses.replace(self, residuals=residuals)
+    made_of_inputs: frozenset[fx.Node] = frozenset()

@@ -13,7 +13,9 @@ it is stored as it is, with the reason.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from collections.abc import Set
 
 from torch import fx
 
@@ -45,7 +47,8 @@ def plan_storage(joint: Joint) -> None:
             stacklevel=2,
         )
         return
-    joint.plan = joint.plan.storing(choose_storage(joint))
+    made = made_of_inputs(joint)
+    joint.plan = dataclasses.replace(joint.plan, residuals=choose_storage(joint, made), made_of_inputs=made)
 
 
 def _is_checkpointed(graph: fx.Graph) -> bool:
@@ -54,8 +57,8 @@ def _is_checkpointed(graph: fx.Graph) -> bool:
     return any(node.meta.get("recompute") in again for node in graph.nodes)
 
 
-def choose_storage(joint: Joint) -> tuple[Stored, ...]:
-    """Return how each residual is stored, and what is derived from something encoded."""
+def choose_storage(joint: Joint, made: Set[fx.Node]) -> tuple[Stored, ...]:
+    """Return how each residual is stored, and what is derived from something encoded, or made of inputs."""
     with real_tensors():  # functions of the graph are evaluated while it is compiled under fake tensors
         facts = Facts(joint)
         exactness = Exactness(facts)
@@ -69,13 +72,18 @@ def choose_storage(joint: Joint) -> tuple[Stored, ...]:
                 encoded.add(node)
                 if choices(node)[0] != "exact" or node in facts.attention:
                     chosen.append(Stored(node, "recompute", node, module=module_path(node) or ""))
-        again = made_of_inputs(joint)
-    forms = {item.node for item in chosen}
-    for node in facts.residuals:
-        if node in again and node not in forms and content_of(node, VIEWS).op != "placeholder":
-            module = module_path(node) or ""
-            chosen.append(Stored(node, "recompute", node, module=module, reason="made of inputs"))
-    return tuple(chosen)
+    planned = {item.node for item in chosen}
+    again = [node for node in facts.residuals if node in made and node not in planned]
+    return (*chosen, *map(_made, filter(_takes_memory, again)))
+
+
+def _takes_memory(node: fx.Node) -> bool:
+    """Tell whether a node is more than a view of an input."""
+    return content_of(node, VIEWS).op != "placeholder"
+
+
+def _made(node: fx.Node) -> Stored:
+    return Stored(node, "recompute", node, module=module_path(node) or "", reason="made of inputs")
 
 
 def _stored(node: fx.Node, facts: Facts, exactness: Exactness, choices: Choices) -> Stored:

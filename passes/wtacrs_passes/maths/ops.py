@@ -79,18 +79,15 @@ def _norms_of_rows(x: Tensor, center: Tensor | None, order: float) -> Tensor:
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     norms_of = partial(torch.linalg.vector_norm, ord=order, dim=-1, dtype=dtype)
-    narrow = x.dtype != dtype and x.device.type == "cpu"
-    if center is None and not narrow:
+    if center is None and (x.dtype == dtype or x.device.type != "cpu"):
         return cast(Tensor, norms_of(x))
-    if center is None and order == torch.inf:
-        return cast(Tensor, torch.linalg.vector_norm(x, torch.inf, dim=-1)).to(dtype)
-    if center is None and x.shape[-1] and x.shape[-1] % _CHUNK == 0:
-        return cast(
-            Tensor, norms_of(torch.linalg.vector_norm(x.reshape(*x.shape[:-1], -1, _CHUNK), order, dim=-1))
-        )
-    center = torch.zeros((), dtype=dtype) if center is None else center.to(dtype)
+    chunks, rest = divmod(x.shape[-1], _CHUNK)
+    if center is None and rest == 0:
+        chunked = x.reshape(*x.shape[:-1], chunks, _CHUNK)
+        return cast(Tensor, norms_of(torch.linalg.vector_norm(chunked, order, dim=-1)))
+    center = None if center is None else center.to(dtype)
     blocks = torch.split(x, max(1, _IN_CACHE // max(x.shape[-1], 1)), -2)
-    return torch.cat([norms_of(rows - center) for rows in blocks], -1)
+    return torch.cat([norms_of(rows if center is None else rows - center) for rows in blocks], -1)
 
 
 def _row_norms_fake(operands: list[Tensor], center: Tensor | None = None) -> Tensor:

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Set
 
 from torch import Tensor, fx
 
-from ..decide.at_hand import made_of_inputs
 from ..decide.plan import Stored
 from ..graph.edit import Editor
 from ..graph.operations import aten, is_derivable, is_loop, same_content, tensor_operands
@@ -59,7 +59,7 @@ def encode_residuals(joint: Joint) -> None:
     as_they_are = {item.node for item in joint.plan.residuals if item.encoding == "exact"}
     as_they_are.update(node for site in joint.sites for node in site.stored)
     again = {item.node for item in changed if item.encoding == "recompute"}
-    rebuild = _Rebuild(editor, encoded, items, as_they_are, again, made_of_inputs(joint))
+    rebuild = _Rebuild(editor, encoded, items, as_they_are, again, joint.plan.made_of_inputs)
     editor.tag = "must_be_in_backward"  # what is decoded is no residual
     for node in list(graph.nodes):
         if node in tangent and node.op == "call_function":
@@ -116,7 +116,7 @@ class _Rebuild:
         stored: dict[fx.Node, Stored],
         as_they_are: set[fx.Node],
         again: set[fx.Node],
-        of_inputs: set[fx.Node],
+        of_inputs: Set[fx.Node],
     ) -> None:
         self.editor, self.encoded, self.stored = editor, encoded, stored
         self.built = {node: node for node in as_they_are}
