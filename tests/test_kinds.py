@@ -106,6 +106,10 @@ PROGRAMS: dict[str, tuple[Callable[[Two, Tensor], Tensor], Tensor]] = {
         lambda m, x: torch.linalg.pinv(m.a(x[:64]) @ m.b(x[:64]).T).square().sum(),
         ROWS,
     ),
+    "probabilities": (
+        lambda m, x: (F.softmax(m.a(x) @ m.b(x).T / 8, -1) @ (x + 20)).square().sum(),
+        ROWS,
+    ),
     "attention": (attention(1), IMAGES),
     "attention, scale 4": (attention(4), IMAGES),
 }

@@ -86,7 +86,8 @@ def _effect(stored: Stored) -> str:
         largest = levels(INTEGER_BITS[stored.encoding])
         if stored.stochastic:
             return f"unbiased, error < group peak / {largest}"
-        return f"rounded, error <= group peak / {2 * largest}"
+        rounded = f"rounded, error <= group peak / {2 * largest}"
+        return f"{rounded}, then scaled to sum to one" if stored.shares else rounded
     if stored.encoding == "recompute":
         return f"exact: {stored.reason}" if stored.reason else "as what it is derived from"
     return "exact"

@@ -41,7 +41,7 @@ from ..graph.operations import (
     is_random,
     packet,
 )
-from ..graph.torch_api import hint, inductor_prims
+from ..graph.torch_api import hint, inductor_prims, same_shape
 from ..maths import ops
 from .functions import grows, is_constant, is_float, unary_function
 
@@ -111,6 +111,18 @@ class Ranges:
         """Tell whether values lie in an interval that is known."""
         low, high = self._of(node)
         return math.isfinite(low) and math.isfinite(high)
+
+    def sums_to_one(self, node: fx.Node) -> bool:
+        """Tell whether each row holds shares of its sum, none negative: a softmax over the last dimension."""
+        share = content_of(node)
+        same = same_shape(share.meta["val"].shape[-1:], node.meta["val"].shape[-1:])
+        if share.target is not aten.div.Tensor or not same:
+            return False
+        total = content_of(share.args[1], EXPANSIONS)  # type: ignore[arg-type]
+        if self._softmax(share) is None or len(total.args) < 2:
+            return False
+        rank = total.args[0].meta["val"].dim()  # type: ignore[union-attr]
+        return [dim % rank for dim in total.args[1]] == [rank - 1]  # type: ignore[union-attr]
 
     def amplifies(self, factor: Any) -> bool:
         """Tell whether a product with `factor` may make a small share of a row a large one."""

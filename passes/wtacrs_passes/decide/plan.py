@@ -60,6 +60,7 @@ class Stored:
         table: the tabulated function.
         module: path of the module that computes it.
         stochastic: integers are rounded at random.
+        shares: each row sums to one, and does so again once it is decoded.
         reason: why it is not stored in fewer bits, or may be made again.
     """
 
@@ -69,6 +70,7 @@ class Stored:
     table: Table | None = None
     module: str = ""
     stochastic: bool = False
+    shares: bool = False
     reason: str = ""
 
 

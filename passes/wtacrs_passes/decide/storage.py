@@ -23,6 +23,7 @@ from ..graph.names import module_path
 from ..graph.operations import VIEWS, content_of, makes_sparse
 from ..graph.torch_api import CheckpointPolicy, real_tensors
 from ..joint import Joint
+from ..maths.encodings import INTEGER_BITS
 from .at_hand import made_of_inputs
 from .choices import Choices
 from .derivations import Derivations
@@ -92,5 +93,6 @@ def _stored(node: fx.Node, facts: Facts, exactness: Exactness, choices: Choices)
     assert source is not None
     module = module_path(node) or ""
     sampling = facts.policy.sampling(module)
-    at_random = sampling is not None and sampling.rounding == "stochastic" and encoding in ("int8", "int4")
-    return Stored(node, encoding, source, table, module, at_random, exactness.reason(node))
+    at_random = sampling is not None and sampling.rounding == "stochastic" and encoding in INTEGER_BITS
+    shares = encoding in INTEGER_BITS and not at_random and facts.ranges.sums_to_one(node)
+    return Stored(node, encoding, source, table, module, at_random, shares, exactness.reason(node))

@@ -105,6 +105,21 @@ def dequantise(codes: Tensor, peaks: Tensor, *, bits: int, features: Any, dtype:
     return (groups * (peaks.float() * (1 / levels(bits))).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
+def dequantise_shares(
+    codes: Tensor, peaks: Tensor, *, bits: int, features: Any, dtype: torch.dtype
+) -> Tensor:
+    """Decode rows that sum to one, as those of a softmax, so that they do so again.
+
+    The gradient of a softmax does not change where one number is added to all gradients of a row; that number may
+    be large beside them.
+
+    Returns:
+        ``[..., features]`` of `dtype`.
+    """
+    rounded = dequantise(codes, peaks, bits=bits, features=features, dtype=torch.float32)
+    return (rounded / rounded.sum(-1, keepdim=True).clamp(min=0.5)).to(dtype)
+
+
 def _blocks(x: Tensor, count: Any, size: Any) -> Tensor:
     """Split the last dimension into ``[count, size]``."""
     split: Tensor = x.unflatten(-1, (count, size))  # type: ignore[no-untyped-call]

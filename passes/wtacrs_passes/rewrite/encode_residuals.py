@@ -102,7 +102,8 @@ def _decode(editor: Editor, item: Stored, stored: tuple[fx.Node, ...]) -> fx.Nod
         )
     else:
         bits = encodings.INTEGER_BITS[item.encoding]
-        [decoded] = editor.trace(encodings.dequantise, *stored, bits=bits, features=features, dtype=dtype)
+        dequantise = encodings.dequantise_shares if item.shares else encodings.dequantise
+        [decoded] = editor.trace(dequantise, *stored, bits=bits, features=features, dtype=dtype)
     return decoded
 
 
