@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .analyse.annotations import Annotations
     from .analyse.products import Analysis
     from .decide.plan import Plan
+    from .rewrite.chunk_losses import ChunkedLoss
     from .rewrite.encode_residuals import EncodedResidual
     from .rewrite.sample_rows import SampledSite
 
@@ -39,6 +40,8 @@ class Joint:
         annotations: what the graph says about its rows.
         analysis: its weight-gradient products.
         plan: what is sampled, and what is stored how, with the reasons.
+        losses: the losses over a vocabulary that are computed in chunks.
+        whole_losses: heads of those that are not, with the reason.
         sites: the sampled sites that were built.
         residuals: the encoded residuals that were built.
         parts: forward and backward graph; None before the partition.
@@ -52,6 +55,8 @@ class Joint:
     annotations: Annotations
     analysis: Analysis
     plan: Plan
+    losses: list[ChunkedLoss] = dataclasses.field(default_factory=list)
+    whole_losses: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
     sites: list[SampledSite] = dataclasses.field(default_factory=list)
     residuals: list[EncodedResidual] = dataclasses.field(default_factory=list)
     parts: Partitioned | None = None

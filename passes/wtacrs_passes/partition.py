@@ -35,7 +35,7 @@ def partition(joint: Joint) -> None:
     Raises:
         PartitionError: rows would be drawn twice, or an encoded residual is still saved.
     """
-    if not joint.sites and not joint.residuals:
+    if not joint.losses and not joint.sites and not joint.residuals:
         return  # nothing was rewritten: the graph is partitioned as it came
     forward, backward, stores_rows = _partition_sites(joint, ())
     saved = _saved_names(forward, joint)

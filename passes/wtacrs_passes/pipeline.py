@@ -36,6 +36,7 @@ from .lower.write_once import write_once
 from .partition import partition, saved_tensors
 from .policy import Policy
 from .report import Report
+from .rewrite.chunk_losses import chunk_losses
 from .rewrite.encode_residuals import encode_residuals
 from .rewrite.merge_equal import merge_equal
 from .rewrite.reassociate import reassociate
@@ -46,6 +47,7 @@ Pass = Callable[[Joint], None]
 PASSES: tuple[Pass, ...] = (
     merge_equal,
     take_annotations,
+    chunk_losses,
     find_products,
     plan_rows,
     sample_rows,
@@ -154,7 +156,7 @@ def rewrite_and_partition(
         erase_markers(plain.graph)
         before = partitioner(plain, num_fwd_outputs)
         joint = run(PASSES, copy_joint(gm), policy, table, num_fwd_outputs, partitioner)
-        changed = joint.sites or joint.residuals
+        changed = joint.losses or joint.sites or joint.residuals
         after = joint.parts if changed and joint.parts is not None else before
     saved = [
         [node for node in saved_tensors(forward, num_fwd_outputs) if not _is_view_of_input(node)]

@@ -153,6 +153,8 @@ class Policy(Sampling):
         include: fnmatch patterns over module paths; only these are sampled.
         exclude: fnmatch patterns over module paths that stay exact; wins over `include`.
         rules: :class:`Rule` overrides; the first that matches a module wins.
+        chunk_bytes: a loss over a vocabulary is computed, with its gradients, for so many rows at a time that their
+            logits in float32 take no more bytes than this; 0: for all rows at once.
 
     Example:
         >>> policy = Policy(ratio=0.1, exclude=("lm_head",), rules=(Rule("*.attention.*", ratio=0.3),))
@@ -163,6 +165,7 @@ class Policy(Sampling):
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
+    chunk_bytes: int = 2**26
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,6 +174,9 @@ class Policy(Sampling):
         if isinstance(self.rules, Rule):
             raise PolicyError(f"rules must be a tuple of Rule, got {self.rules!r}; write ({self.rules!r},)")
         object.__setattr__(self, "rules", tuple(self.rules))
+        size = self.chunk_bytes
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise PolicyError(f"chunk_bytes must be a whole number of bytes, or 0 for no chunks, got {size!r}")
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise PolicyError(f"rules must be a tuple of Rule, got {rule!r}")

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import estimators
+from . import chunks, estimators
 
 _LIBRARY = torch.library.Library("wtacrs", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
@@ -26,6 +26,7 @@ for _schema in (
     "require_zero(Tensor norms, Tensor mask) -> Tensor",
     "token_mask(Tensor mask) -> ()",
     "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
+    "in_chunks(str body, str[] kinds, Tensor[] rowwise, Tensor[] shared, int chunk) -> Tensor[]",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 
@@ -215,6 +216,7 @@ for _name, _kernel, _fake in (
     ("gradient_weights", _gradient_weights, _gradient_weights_fake),
     ("record_norms", _record_norms, lambda fresh, norms, positions: None),
     ("require_zero", _require_zero, lambda norms, mask: norms.new_empty(())),
+    ("in_chunks", chunks.in_chunks, chunks.in_chunks_fake),
     ("token_mask", lambda mask: None, lambda mask: None),
     ("norm_state", lambda x, known, fresh: None, lambda x, known, fresh: None),
 ):
@@ -270,6 +272,9 @@ require_zero = torch.ops.wtacrs.require_zero.default
 
 Raise where a masked row has a finite norm above zero (on CUDA an assertion on the device).
 """
+
+in_chunks = torch.ops.wtacrs.in_chunks.default
+"""As :func:`chunks.in_chunks`."""
 
 # Markers: they compute nothing, tell the rewrite about tensors of the graph, and are taken out of it.
 token_mask = torch.ops.wtacrs.token_mask.default

@@ -1,0 +1,224 @@
+"""Compute a loss over a vocabulary, and its gradients, for a few rows at a time.
+
+Before, with h ``[rows, features]`` and logits ``[rows, words]``, both passes hold several tensors like the logits::
+
+    logits = mm(h, W^T); losses = f(logits, labels)                       # forward pass
+    dlogits = g(logits, labels) * t; dh = mm(dlogits, W); dW = mm(dlogits^T, h)      # backward pass
+
+After::
+
+    losses, dh, dW = in_chunks("h, labels, W -> losses, dh, dW for t = 1", [h, labels], [W])   # forward pass
+    dh = dh * t; dW = dW * t                                              # backward pass
+
+Nothing is computed twice. dW waits for the backward pass in the dtype that it has there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..analyse.losses import (
+    HEADS,
+    INDEXED,
+    REDUCTIONS,
+    SAME_ORDER,
+    WideLoss,
+    find_wide_losses,
+    is_transpose,
+    leading,
+    matrix_of,
+    shape_of,
+)
+from ..graph.edit import Editor, output_of
+from ..graph.operations import CASTS, aten, is_pointwise
+from ..graph.torch_api import stable_topological_sort
+from ..joint import Joint
+from ..maths import ops
+
+_STEP = 16
+"""Chunks are a multiple of so many rows, as products like them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkedLoss:
+    """A loss that is computed in chunks.
+
+    Attributes:
+        call: the node that computes it.
+        chunk: rows at a time.
+        stored: what waits for the backward pass: gradients for a tangent of one.
+        gradients: the same, multiplied with the tangent.
+    """
+
+    call: fx.Node
+    chunk: int
+    stored: tuple[fx.Node, ...]
+    gradients: tuple[fx.Node, ...]
+
+
+def chunk_losses(joint: Joint) -> None:
+    """Rewrite each loss over a vocabulary whose logits are larger than the policy allows."""
+    size = joint.policy.chunk_bytes
+    if not size:
+        return
+    losses, joint.whole_losses = find_wide_losses(joint.graph, size)
+    if not losses:
+        return
+    editor = Editor(joint.graph)
+    for loss in losses:
+        joint.losses.append(_rewrite(editor, loss, chunk_of(size, loss.words)))
+    stable_topological_sort(joint.graph)
+    joint.graph.eliminate_dead_code()
+
+
+def chunk_of(size: int, words: int) -> int:
+    """Return how many rows of float32 logits take at most `size` bytes; at least a few."""
+    return max(size // (4 * words) // _STEP, 1) * _STEP
+
+
+def _rewrite(editor: Editor, loss: WideLoss, chunk: int) -> ChunkedLoss:
+    body = _Body(loss)
+    with editor.before(output_of(editor.graph)):
+        at_one = _at_one(editor, loss)
+        rowwise = [_flat(editor, at_one.get(node, node), loss.rows) for node in loss.rowwise]
+        shared = [at_one.get(node, node) for node in loss.shared]
+        kinds = [result.kind for result in loss.results]
+        call = editor.call(ops.in_chunks, body.source, kinds, rowwise, shared, chunk)
+        stored, gradients = [], []
+        for i, result in enumerate(loss.results):
+            value = _shaped(editor, editor.call(operator.getitem, call, i), result.node)
+            if result.scaled:
+                stored.append(value)
+                value = editor.cast_like(editor.call(aten.mul.Tensor, value, loss.tangent), result.node)
+                gradients.append(value)
+            value.meta = {**result.node.meta, "val": value.meta["val"]}
+            result.node.replace_all_uses_with(value)
+    return ChunkedLoss(call, chunk, tuple(stored), tuple(gradients))
+
+
+def _at_one(editor: Editor, loss: WideLoss) -> dict[fx.Node, fx.Node]:
+    """Insert what the rows read of the tangent, for a tangent of one."""
+    value = loss.tangent.meta["val"]
+    new = {loss.tangent: editor.call(aten.full.default, [], 1.0, dtype=value.dtype, device=value.device)}
+    for node in loss.prefix:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: new.get(arg, arg))
+        new[node] = editor.call(node.target, *args, **kwargs)  # type: ignore[arg-type]
+    return new
+
+
+def _flat(editor: Editor, node: fx.Node, rows: Any) -> fx.Node:
+    """Return a tensor with its rows in one dimension."""
+    shape = shape_of(node) or ()
+    lead = leading(shape, rows)
+    assert lead is not None
+    if lead == 1:
+        return node
+    return editor.call(aten.reshape.default, node, [-1, *shape[lead:]])
+
+
+def _shaped(editor: Editor, node: fx.Node, like: fx.Node) -> fx.Node:
+    """Return a result in the shape that the graph reads it in."""
+    value = like.meta["val"]
+    if tuple(node.meta["val"].shape) == tuple(value.shape):
+        return node
+    return editor.call(aten.reshape.default, node, [editor.size(like, d) for d in range(value.dim())])
+
+
+class _Body:
+    """The function of one chunk: the same operations, with one dimension for the rows.
+
+    Attributes:
+        source: ``def body(rows, *rowwise, *shared)``, see :func:`chunks.in_chunks`.
+    """
+
+    def __init__(self, loss: WideLoss) -> None:
+        self.loss = loss
+        self.graph = fx.Graph()
+        self.rows = self.graph.placeholder("rows")
+        self.new: dict[fx.Node, fx.Node] = {}
+        for node in (*loss.rowwise, *loss.shared):
+            self.new[node] = self.graph.placeholder(node.name)
+        products = {result.node for result in loss.results if result.kind == "product"}
+        for node in loss.body:
+            if node not in products and not is_transpose(node):
+                self.new[node] = self._chunk(node)
+        outputs: list[fx.Node] = []
+        for result in loss.results:
+            if result.kind == "product":
+                left, right = result.node.args
+                outputs += [self.new[matrix_of(left)], self.new[right]]  # type: ignore[arg-type,index]
+            else:
+                outputs.append(self.new[result.node])
+        self.graph.output(tuple(outputs))
+        self.graph.eliminate_dead_code()
+        code = self.graph.python_code("self")
+        self.source = code.src.replace("def forward(self, ", "def body(")
+
+    def _lead(self, node: fx.Node) -> int:
+        lead = leading(shape_of(node) or (), self.loss.rows)
+        assert lead is not None
+        return lead
+
+    def _trailing(self, node: fx.Node) -> tuple[Any, ...]:
+        return (shape_of(node) or ())[self._lead(node) :]
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def _chunk(self, node: fx.Node) -> fx.Node:
+        """Return a node of the body that computes rows of `node`."""
+        args = [self.new.get(arg, arg) if isinstance(arg, fx.Node) else arg for arg in node.args]
+        if node.target in SAME_ORDER:
+            return self._call(aten.reshape.default, args[0], [self.rows, *self._trailing(node)])
+        if node.target is aten.full.default:
+            return self._call(node.target, [self.rows, *self._trailing(node)], args[1], **node.kwargs)
+        if node.target is aten.expand.default:
+            return self._call(node.target, args[0], [self.rows, *self._trailing(node)])
+        if node.target in HEADS or node.target in CASTS:
+            return self._call(node.target, *args, **node.kwargs)
+        if is_pointwise(node):
+            args = [self._operand(arg, node) if isinstance(arg, fx.Node) else arg for arg in node.args]
+            return self._call(node.target, *args, **node.kwargs)
+        operand = node.args[0]
+        assert isinstance(operand, fx.Node)
+        if node.target in INDEXED:
+            dim = self._moved([args[1]], operand)[0]
+            return self._call(node.target, args[0], dim, *args[2:], **node.kwargs)
+        if any(result.node is node and result.kind == "sum" for result in self.loss.results):
+            return self._sum(node, operand, args[0])
+        assert node.target in REDUCTIONS, node.target
+        dims = args[1] if isinstance(args[1], list | tuple) else [args[1]]
+        moved = self._moved(dims, operand)
+        return self._call(
+            node.target, args[0], moved if isinstance(args[1], list | tuple) else moved[0], *args[2:], **node.kwargs
+        )
+
+    def _moved(self, dims: Sequence[Any], operand: fx.Node) -> list[int]:
+        """Return trailing dimensions of an operand as those of its chunk."""
+        rank, lead = len(shape_of(operand) or ()), self._lead(operand)
+        return [dim % rank - lead + 1 for dim in dims]
+
+    def _sum(self, node: fx.Node, operand: fx.Node, chunk: Any) -> fx.Node:
+        """Return the sum over the rows, and over the other dimensions that `node` sums over."""
+        rank, lead = len(shape_of(operand) or ()), self._lead(operand)
+        dims = (node.args[1:2] or [None])[0] or range(rank)  # type: ignore[misc]
+        moved = [0, *(dim - lead + 1 for dim in sorted(d % rank for d in dims) if dim >= lead)]  # type: ignore
+        return self._call(aten.sum.dim_IntList, chunk, moved, **node.kwargs)
+
+    def _operand(self, arg: fx.Node, node: fx.Node) -> fx.Node:
+        """Return an operand of a pointwise operation: its rows, or, where it has none, without their dimensions."""
+        new = self.new[arg]
+        if not isinstance(arg.meta.get("val"), Tensor) or arg not in self.loss.shared:
+            return new
+        trailing, shape = self._trailing(node), shape_of(arg) or ()
+        if len(shape) <= 1 + len(trailing):
+            return new
+        return self._call(aten.reshape.default, new, list(shape[len(shape) - len(trailing) :]))
+
+
