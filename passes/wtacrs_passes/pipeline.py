@@ -30,6 +30,7 @@ from .graph.torch_api import (
     without_code,
 )
 from .joint import Joint, Partitioned, Partitioner
+from .lower.compile_chunks import compile_chunks
 from .lower.lower_noise import lower_noise
 from .lower.spell_operations import spell_operations
 from .lower.write_once import write_once
@@ -56,6 +57,7 @@ PASSES: tuple[Pass, ...] = (
     encode_residuals,
     spell_operations,
     lower_noise,
+    compile_chunks,
     partition,
     write_once,
 )

@@ -16,7 +16,7 @@ _PRODUCT = 2**22
 
 
 def in_chunks(
-    body: str, kinds: list[str], rowwise: list[Tensor], shared: list[Tensor], chunk: int
+    body: str, kinds: list[str], rowwise: list[Tensor], shared: list[Tensor], chunk: int, compiled: bool
 ) -> list[Tensor]:
     """Return the results of a function for all rows, computed for `chunk` rows at a time.
 
@@ -27,15 +27,17 @@ def in_chunks(
             ``product``: two matrices ``a [rows, m], b [rows, n]``, for the sum of ``a^T b``.
         rowwise: tensors ``[N, ...]``, given to `body` by chunks.
         shared: tensors that are given to `body` whole.
+        compiled: `body` is compiled by Inductor when it is called first.
 
     Sums are in float32 at least, and rounded once to the dtype of what is summed.
     """
-    function = function_of(body)
+    function = compiled_function_of(body) if compiled else function_of(body)
     total = rowwise[0].shape[0]
     parts: list[_Part] = []
     for start in range(0, max(total, 1), chunk):
         stop = min(start + chunk, total)
-        values = iter(function(stop - start, *(x[start:stop] for x in rowwise), *shared))
+        with torch.no_grad():
+            values = iter(function(stop - start, *(x[start:stop] for x in rowwise), *shared))
         if not parts:
             parts = [_PARTS[kind](total, chunk >= total) for kind in kinds]
         for part in parts:
@@ -51,6 +53,13 @@ def function_of(source: str) -> Body:
     exec(source, names)  # written by `rewrite.chunk_losses`, from operations of a graph
     body: Body = names["body"]
     return body
+
+
+@cache
+def compiled_function_of(source: str) -> Body:
+    """Return the same, compiled."""
+    compiled: Body = torch.compile(function_of(source), fullgraph=True)
+    return compiled
 
 
 class _Part:
@@ -108,7 +117,7 @@ _PARTS: dict[str, Callable[[int, bool], _Part]] = {"rows": _Rows, "sum": _Sum, "
 
 
 def in_chunks_fake(
-    body: str, kinds: list[str], rowwise: list[Tensor], shared: list[Tensor], chunk: int
+    body: str, kinds: list[str], rowwise: list[Tensor], shared: list[Tensor], chunk: int, compiled: bool
 ) -> list[Tensor]:
     """Return empty tensors like those of :func:`in_chunks`."""
     total = rowwise[0].shape[0]

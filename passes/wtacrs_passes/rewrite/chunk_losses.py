@@ -41,8 +41,8 @@ from ..graph.torch_api import stable_topological_sort
 from ..joint import Joint
 from ..maths import ops
 
-_STEP = 16
-"""Chunks are a multiple of so many rows, as products like them."""
+_FEWEST = 16
+"""Rows of a chunk, at least: products of fewer read a whole weight for next to nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,9 @@ def chunk_losses(joint: Joint) -> None:
 
 
 def chunk_of(size: int, words: int) -> int:
-    """Return how many rows of float32 logits take at most `size` bytes; at least a few."""
-    return max(size // (4 * words) // _STEP, 1) * _STEP
+    """Return how many rows of float32 logits take at most `size` bytes: a power of two, so that most batches divide."""
+    rows: int = max(size // (4 * words), _FEWEST)
+    return 1 << (rows.bit_length() - 1)
 
 
 def _rewrite(editor: Editor, loss: WideLoss, chunk: int) -> ChunkedLoss:
@@ -89,7 +90,7 @@ def _rewrite(editor: Editor, loss: WideLoss, chunk: int) -> ChunkedLoss:
         rowwise = [_flat(editor, at_one.get(node, node), loss.rows) for node in loss.rowwise]
         shared = [at_one.get(node, node) for node in loss.shared]
         kinds = [result.kind for result in loss.results]
-        call = editor.call(ops.in_chunks, body.source, kinds, rowwise, shared, chunk)
+        call = editor.call(ops.in_chunks, body.source, kinds, rowwise, shared, chunk, False)
         stored, gradients = [], []
         for i, result in enumerate(loss.results):
             value = _shaped(editor, editor.call(operator.getitem, call, i), result.node)
