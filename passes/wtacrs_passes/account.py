@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 
 import sympy
 from torch import fx
@@ -14,7 +14,8 @@ from .graph.names import module_path
 from .joint import Joint
 from .maths.encodings import INTEGER_BITS, levels
 from .partition import rows_names
-from .report import Report, ResidualReport, SiteReport, simplify
+from .report import LossReport, Report, ResidualReport, SiteReport, simplify
+from .rewrite.chunk_losses import ChunkedLoss
 from .rewrite.encode_residuals import EncodedResidual
 
 
@@ -57,11 +58,41 @@ def make_report(joint: Joint, before: Sequence[fx.Node], after: Sequence[fx.Node
             simplify(size_before), simplify(size_after), reason,
         )  # fmt: skip
     reports = [found[product.node] for product in analysis.products]
+    for loss in joint.losses:
+        reports += _made_with(loss, ledger)
+    made = {report.parameter for report in reports}
     for name, reason in analysis.unsampled:
+        if name in made:
+            continue
         reports.append(SiteReport(name.rpartition(".")[0], name, 0, 0, "", "", "", "exact", 0, 0, reason))
     others = tuple(_residual_reports(residuals, ledger))
     total_before, total_after = (simplify(sum(nbytes(n.meta["val"]) for n in s)) for s in (before, after))
-    return Report(tuple(reports), total_before, total_after, residuals=others)
+    losses = tuple(_loss_reports(joint))
+    return Report(tuple(reports), total_before, total_after, residuals=others, losses=losses)
+
+
+def _made_with(loss: ChunkedLoss, ledger: _Ledger) -> Iterator[SiteReport]:
+    """Report the weight-gradient products that are made with a loss."""
+    for product, names, reason in loss.products:
+        rows, how = simplify(sympy_size(product.rows)), None if reason else loss.sampling
+        kept, estimator, placement, weights = rows, "", "", ""
+        if how is not None:
+            kept = simplify(loss.kept)
+            estimator, placement, weights = how.estimator, "forward", "||x|| ||dy||"
+        before, after = ledger.take_before(product.stored_names), ledger.take_after(names)
+        yield SiteReport(
+            product.module, product.parameter, rows, kept, estimator, placement, weights, "chunks",
+            simplify(before), simplify(after), reason,
+        )  # fmt: skip
+
+
+def _loss_reports(joint: Joint) -> Iterator[LossReport]:
+    for loss in joint.losses:
+        rows = simplify(sympy_size(loss.rows))
+        yield LossReport(loss.module, rows, loss.words, loss.chunk)
+    for head, reason in joint.whole_losses.items():
+        rows, words = (simplify(sympy_size(size)) for size in head.meta["val"].shape)
+        yield LossReport(module_path(head) or "", rows, words, rows, reason)
 
 
 def _chosen_by(site: Site) -> str:

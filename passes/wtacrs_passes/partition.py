@@ -59,7 +59,8 @@ def _partition_sites(
     Args:
         exact: what is stored as it is, beside what sites and residuals store.
     """
-    codes = [node for residual in joint.residuals for node in residual.codes]
+    codes = [node for loss in joint.losses for node in loss.stored]
+    codes += [node for residual in joint.residuals for node in residual.codes]
     stores_rows = [site.site.encoding == "rows" for site in joint.sites]
     while True:
         pins = [n for s, rows in zip(joint.sites, stores_rows, strict=True) for n in pinned_nodes(s, rows)]

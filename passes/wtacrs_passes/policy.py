@@ -176,7 +176,9 @@ class Policy(Sampling):
         object.__setattr__(self, "rules", tuple(self.rules))
         size = self.chunk_bytes
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise PolicyError(f"chunk_bytes must be a whole number of bytes, or 0 for no chunks, got {size!r}")
+            raise PolicyError(
+                f"chunk_bytes must be a whole number of bytes, or 0 for no chunks, got {size!r}"
+            )
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise PolicyError(f"rules must be a tuple of Rule, got {rule!r}")

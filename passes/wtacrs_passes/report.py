@@ -31,7 +31,8 @@ class SiteReport:
         rows: N; kept: k.
         estimator, placement: how and where rows are chosen; empty where the product is exact.
         encoding: how X reaches the backward pass: ``exact`` (stored in full), ``recompute`` (derived
-            there from what is stored for others) or ``rows`` (k rows are stored).
+            there from what is stored for others) or ``rows`` (k rows are stored); ``chunks``: it does not, the
+            product is made with the loss in the forward pass.
         weights: what the rows are chosen by.
         bytes_before: bytes of X among the tensors that Inductor would have saved.
         bytes_after: bytes stored for this product now; a residual that several products share is
@@ -78,6 +79,27 @@ class ResidualReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class LossReport:
+    """A loss over a vocabulary.
+
+    Attributes:
+        module: path of the head, whose output are the logits ``[rows, words]``.
+        chunk: rows whose logits are made at a time, with their loss and its gradients.
+        reason: why the logits of all rows are made at once; empty where they are not.
+    """
+
+    module: str
+    rows: Size
+    words: Size
+    chunk: Size
+    reason: str = ""
+
+    def __str__(self) -> str:
+        logits = f"{self.module}: logits [{self.rows}, {self.words}]"
+        return f"{logits} at once: {self.reason}" if self.reason else f"{logits}, {self.chunk} rows at a time"
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """What one compiled graph became.
 
@@ -88,6 +110,7 @@ class Report:
         saved_bytes_after: the same after the rewrite.
         from_cache: the code came from a cache of compiled code.
         residuals: one entry for each stored tensor that belongs to no site.
+        losses: one entry for each loss over a vocabulary whose logits are larger than `Policy.chunk_bytes`.
     """
 
     sites: tuple[SiteReport, ...]
@@ -95,6 +118,7 @@ class Report:
     saved_bytes_after: Size
     from_cache: bool = False
     residuals: tuple[ResidualReport, ...] = ()
+    losses: tuple[LossReport, ...] = ()
 
     @property
     def sampled(self) -> tuple[SiteReport, ...]:
@@ -104,12 +128,13 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and strings; symbolic sizes as strings."""
 
-        def plain(entries: Sequence[SiteReport | ResidualReport]) -> list[dict[str, Any]]:
+        def plain(entries: Sequence[SiteReport | ResidualReport | LossReport]) -> list[dict[str, Any]]:
             return [{k: _plain(v) for k, v in dataclasses.asdict(entry).items()} for entry in entries]
 
         return {
             "sites": plain(self.sites),
             "residuals": plain(self.residuals),
+            "losses": plain(self.losses),
             "saved_bytes_before": _plain(self.saved_bytes_before),
             "saved_bytes_after": _plain(self.saved_bytes_after),
             "from_cache": self.from_cache,
@@ -118,7 +143,7 @@ class Report:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """Invert :meth:`to_dict`."""
-        sizes = ("rows", "kept", "bytes_before", "bytes_after")
+        sizes = ("rows", "kept", "bytes_before", "bytes_after", "words", "chunk")
 
         def parse(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             return [{k: _parse(v) if k in sizes else v for k, v in entry.items()} for entry in entries]
@@ -129,6 +154,7 @@ class Report:
             _parse(data["saved_bytes_after"]),
             data["from_cache"],
             tuple(ResidualReport(**entry) for entry in parse(data["residuals"])),
+            tuple(LossReport(**entry) for entry in parse(data["losses"])),
         )
 
     def to_json(self) -> str:
@@ -186,7 +212,7 @@ class Report:
         tables = [*align([header, *lines])]
         if residual_lines:
             tables += ["", *align([residual_header, *residual_lines])]
-        return "\n".join([*tables, "", total, count])
+        return "\n".join([*tables, "", *map(str, self.losses), total, count])
 
 
 def format_bytes(size: Size) -> str:

@@ -71,11 +71,15 @@ class Result:
         node: the value.
         kind: how it is put together.
         scaled: it is a gradient: linear in the tangent of the loss.
+        factors: of a product: dY and X, or what takes their places, each with N rows.
+        transposed: it is ``X^T dY``, not ``dY^T X``.
     """
 
     node: fx.Node
     kind: Kind
     scaled: bool
+    factors: tuple[fx.Node, ...] = ()
+    transposed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,13 +208,23 @@ class _Search:
         if both := set(rowwise) & set(shared):
             raise CannotChunk(f"{both.pop()} is read row by row and as a whole")
         results = tuple(
-            Result(node, self.kinds.get(node, "rows"), node in self.tangent)
+            self._result(node)
             for node in self.members
             if any(user not in self.members for user in node.users) and not is_transpose(node)
         )
         tangent, prefix = self._linear((*rowwise, *shared), results)
         body = tuple(self.members)
         return WideLoss(self.head, self.rows, self.words, body, rowwise, shared, results, tangent, prefix)
+
+    def _result(self, node: fx.Node) -> Result:
+        kind = self.kinds.get(node, "rows")
+        if kind != "product":
+            return Result(node, kind, node in self.tangent)
+        factors = self._operands(node)
+        transposed = factors[1] in self.tangent
+        return Result(
+            node, kind, node in self.tangent, tuple(factors[:: -1 if transposed else 1]), transposed
+        )
 
     def _inputs(self, operands: Callable[[fx.Node], list[fx.Node]]) -> tuple[fx.Node, ...]:
         found = dict.fromkeys(arg for node in self.members for arg in operands(node))
@@ -314,7 +328,9 @@ class _Search:
         first = node.args[0] if node.args else None
         if node.target in HEADS or node.target is aten.full.default:
             return True
-        if len(_tensors(node)) < len(node.all_input_nodes) and node.target not in SAME_ORDER | {aten.expand.default}:
+        if len(_tensors(node)) < len(node.all_input_nodes) and node.target not in SAME_ORDER | {
+            aten.expand.default
+        }:
             return False  # reads a symbolic number, or several results
         if is_pointwise(node) or node.target in CASTS:
             return all(self._broadcasts(arg, node, lead) for arg in self._shared(node))
@@ -357,7 +373,9 @@ class _Search:
         if not any(result.scaled for result in results):
             raise CannotChunk("no gradient comes from it")
         if len(tangents) != 1 or shape_of(tangents[0]) != ():
-            raise CannotChunk("more than one number comes in for its gradient: a loss that is one number is needed")
+            raise CannotChunk(
+                "more than one number comes in for its gradient: a loss that is one number is needed"
+            )
         dependent = (prefix | members) & self.tangent
         for node in dependent - set(tangents):
             if not is_linear(node, dependent):

@@ -36,7 +36,7 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: 
     )
     for product in analysis.products:
         sampling = policy.sampling(product.module)
-        reason = sparse or _reason_for_exact(product, sampling)
+        reason = sparse or reason_for_exact(product, sampling)
         if reason is None:
             assert sampling is not None
             wanted.append((product, sampling))
@@ -69,7 +69,8 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: 
     return Plan(tuple(sites), tuple(exact))
 
 
-def _reason_for_exact(product: Product, sampling: Sampling | None) -> str | None:
+def reason_for_exact(product: Product, sampling: Sampling | None) -> str | None:
+    """Return why the rows of a product are not sampled; None where they are."""
     if sampling is None:
         return "excluded by the policy"
     if sampling.ratio == 1.0:

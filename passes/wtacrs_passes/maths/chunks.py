@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -9,14 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import estimators
+
 Body = Callable[..., Sequence[Tensor]]
 
-_PRODUCT = 2**22
-"""Elements of a product that are computed at once before they are added to a sum."""
+_PRODUCT = {"cpu": 2**18}
+"""Elements of a product that are computed at once before they are added to a sum: on a CPU, what a cache holds."""
+_LARGEST_PRODUCT = 2**24
 
 
 def in_chunks(
-    body: str, kinds: list[str], rowwise: list[Tensor], shared: list[Tensor], chunk: int, compiled: bool
+    body: str,
+    kinds: list[str],
+    rowwise: list[Tensor],
+    shared: list[Tensor],
+    chunk: int,
+    noise: Tensor | None,
+    share: list[int],
+    estimator: str,
+    center: bool,
+    compiled: bool,
 ) -> list[Tensor]:
     """Return the results of a function for all rows, computed for `chunk` rows at a time.
 
@@ -24,22 +37,28 @@ def in_chunks(
         body: source of a function ``body(rows, *rowwise, *shared)`` of so many rows, which returns for each
             of `kinds` what follows.
         kinds: ``rows``: a tensor ``[rows, ...]``, put together; ``sum``: a tensor, summed over the chunks;
-            ``product``: two matrices ``a [rows, m], b [rows, n]``, for the sum of ``a^T b``.
+            ``product``: two matrices ``a [rows, m], b [rows, n]``, for the sum of ``a^T b``; ``sampled``: the
+            same, for an estimate of it from rows drawn in each chunk by ``||a_i|| ||b_i||``.
         rowwise: tensors ``[N, ...]``, given to `body` by chunks.
         shared: tensors that are given to `body` whole.
+        noise: random numbers ``[chunks, NOISE]`` where rows are sampled.
+        share: n, d, k: of N rows ``max(k, ceil(N n / d))`` are sampled.
+        estimator: a key of `estimators.CHOOSERS` or `estimators.PROJECTIONS`.
+        center: the mean row of b in a chunk is subtracted and its product added.
         compiled: `body` is compiled by Inductor when it is called first.
 
     Sums are in float32 at least, and rounded once to the dtype of what is summed.
     """
     function = compiled_function_of(body) if compiled else function_of(body)
     total = rowwise[0].shape[0]
-    parts: list[_Part] = []
+    sampling = _Sampling(noise, share, estimator, center)
+    parts = [_PARTS[kind](total, chunk, sampling) for kind in kinds]
     for start in range(0, max(total, 1), chunk):
         stop = min(start + chunk, total)
-        with torch.no_grad():
+        with (
+            torch._C._AutoDispatchBelowAutograd()
+        ):  # one compiled function whether inputs require grad or not
             values = iter(function(stop - start, *(x[start:stop] for x in rowwise), *shared))
-        if not parts:
-            parts = [_PARTS[kind](total, chunk >= total) for kind in kinds]
         for part in parts:
             part.add(start, values)
         del values
@@ -62,34 +81,71 @@ def compiled_function_of(source: str) -> Body:
     return compiled
 
 
-class _Part:
-    """A result in the making; `whole` where there is one chunk."""
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+    """How rows of a chunk are sampled, see :func:`in_chunks`."""
 
-    def __init__(self, total: int, whole: bool) -> None:
-        self.total, self.whole = total, whole
+    noise: Tensor | None
+    share: Sequence[int]
+    estimator: str
+    center: bool
+
+    def __call__(self, number: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return few rows of the two factors of chunk `number`, whose product is that of all in the mean."""
+        assert self.noise is not None
+        numerator, denominator, fewest = self.share
+        rows = a.shape[0]
+        kept = max(fewest, -(-rows * numerator // denominator))
+        if kept >= rows:
+            return a, b
+        noise = self.noise[number]
+        center = (
+            b.mean(0, keepdim=True, dtype=torch.promote_types(b.dtype, torch.float32))
+            if self.center
+            else None
+        )
+        if self.estimator in estimators.PROJECTIONS:
+            seed = (noise[:2] * 2**24).to(torch.int64)
+            rest = b if center is None else (b - center).to(b.dtype)
+            few = [estimators.combine_rows(x, seed, kept, self.estimator) for x in (a, rest)]
+        else:
+            norms = [torch.ops.wtacrs.row_norms([b], center), torch.ops.wtacrs.row_norms([a])]
+            indices, scales = torch.ops.wtacrs.choose_rows(norms, noise, kept, self.estimator)
+            few = [a.index_select(0, indices), torch.ops.wtacrs.gather_rows(b, indices, scales, center)]
+        if center is not None:
+            few = [torch.cat([few[0], a.sum(0, keepdim=True)]), torch.cat([few[1], center.to(b.dtype)])]
+        return few[0], few[1]
+
+
+class _Part:
+    """A result in the making."""
+
+    def __init__(self, total: int, chunk: int, sampling: _Sampling) -> None:
+        self.total, self.chunk, self.sampling = total, chunk, sampling
         self.value: Tensor | None = None
         self.dtype: torch.dtype | None = None
 
     def add(self, start: int, values: Any) -> None:
+        """Take the values of the chunk that begins with row `start`."""
         raise NotImplementedError
 
     def result(self) -> Tensor:
+        """Return what all chunks come to."""
         assert self.value is not None and self.dtype is not None
         return self.value.to(self.dtype)
 
-    def _sum_like(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        if self.value is None:
-            self.dtype = x.dtype
-            self.value = x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
-        return self.value
+    def _sum_like(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
+        """Return the sum and how to add to it: what comes first is copied."""
+        if self.value is not None:
+            return self.value, Tensor.add_
+        self.dtype = x.dtype
+        self.value = x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        return self.value, Tensor.copy_
 
 
 class _Rows(_Part):
     def add(self, start: int, values: Any) -> None:
         x = next(values)
-        if self.whole:
-            self.value, self.dtype = x, x.dtype
-            return
         if self.value is None:
             self.value, self.dtype = x.new_empty((self.total, *x.shape[1:])), x.dtype
         self.value[start : start + x.shape[0]] = x
@@ -98,33 +154,59 @@ class _Rows(_Part):
 class _Sum(_Part):
     def add(self, start: int, values: Any) -> None:
         x = next(values)
-        self._sum_like(x, x.shape).add_(x)
+        total, add = self._sum_like(x, x.shape)
+        add(total, x)
 
 
 class _Product(_Part):
+    """A sum of products: as many rows at once as a chunk has, be they of one or of several."""
+
+    samples = False
+
+    def __init__(self, total: int, chunk: int, sampling: _Sampling) -> None:
+        super().__init__(total, chunk, sampling)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
     def add(self, start: int, values: Any) -> None:
         a, b = next(values), next(values)
-        if self.whole:
-            self.value, self.dtype = a.T @ b, a.dtype
-            return
-        total = self._sum_like(a, (a.shape[1], b.shape[1]))
-        block = max(1, _PRODUCT // max(b.shape[1], 1))
-        for columns, part in zip(a.split(block, 1), total.split(block), strict=True):
-            part.add_(columns.T @ b)
+        self._waiting.append(self.sampling(start // self.chunk, a, b) if self.samples else (a, b))
+        if sum(a.shape[0] for a, _ in self._waiting) >= self.chunk:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        a, b = (torch.cat(xs) if len(xs) > 1 else xs[0] for xs in zip(*self._waiting, strict=True))
+        self._waiting = []
+        total, add = self._sum_like(a, (a.shape[1], b.shape[1]))
+        block = max(1, _PRODUCT.get(a.device.type, _LARGEST_PRODUCT) // max(b.shape[1], 1))
+        for columns, part in zip(torch.split(a, block, 1), torch.split(total, block), strict=True):
+            add(part, columns.T @ b)
+
+    def result(self) -> Tensor:
+        if self._waiting:
+            self._multiply()
+        return super().result()
 
 
-_PARTS: dict[str, Callable[[int, bool], _Part]] = {"rows": _Rows, "sum": _Sum, "product": _Product}
+class _SampledProduct(_Product):
+    samples = True
+
+
+_PARTS: dict[str, Callable[[int, int, _Sampling], _Part]] = {
+    "rows": _Rows,
+    "sum": _Sum,
+    "product": _Product,
+    "sampled": _SampledProduct,
+}
 
 
 def in_chunks_fake(
-    body: str, kinds: list[str], rowwise: list[Tensor], shared: list[Tensor], chunk: int, compiled: bool
+    body: str, kinds: list[str], rowwise: list[Tensor], shared: list[Tensor], *_: object
 ) -> list[Tensor]:
     """Return empty tensors like those of :func:`in_chunks`."""
-    total = rowwise[0].shape[0]
-    values = iter(function_of(body)(total, *rowwise, *shared))
+    values = iter(function_of(body)(rowwise[0].shape[0], *rowwise, *shared))
     results = []
     for kind in kinds:
         x = next(values)
-        shape = (x.shape[1], next(values).shape[1]) if kind == "product" else x.shape
+        shape = (x.shape[1], next(values).shape[1]) if kind in ("product", "sampled") else x.shape
         results.append(x.new_empty(shape))
     return results

@@ -26,7 +26,8 @@ for _schema in (
     "require_zero(Tensor norms, Tensor mask) -> Tensor",
     "token_mask(Tensor mask) -> ()",
     "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
-    "in_chunks(str body, str[] kinds, Tensor[] rowwise, Tensor[] shared, int chunk, bool compiled) -> Tensor[]",
+    "in_chunks(str body, str[] kinds, Tensor[] rowwise, Tensor[] shared, int chunk, Tensor? noise, int[] share, "
+    "str estimator, bool center, bool compiled) -> Tensor[]",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 

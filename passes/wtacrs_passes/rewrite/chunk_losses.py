@@ -16,11 +16,11 @@ Nothing is computed twice. dW waits for the backward pass in the dtype that it h
 from __future__ import annotations
 
 import dataclasses
-
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import sympy
 from torch import Tensor, fx
 
 from ..analyse.losses import (
@@ -31,15 +31,19 @@ from ..analyse.losses import (
     WideLoss,
     find_wide_losses,
     is_transpose,
+    is_zero,
     leading,
-    matrix_of,
     shape_of,
 )
-from ..graph.edit import Editor, output_of
-from ..graph.operations import CASTS, aten, is_pointwise
+from ..analyse.products import Product, analyse
+from ..decide.rows import reason_for_exact
+from ..graph.edit import Editor, output_of, sympy_size
+from ..graph.names import module_path
+from ..graph.operations import CASTS, aten, content_of, is_pointwise, prims, same_content
 from ..graph.torch_api import stable_topological_sort
 from ..joint import Joint
-from ..maths import ops
+from ..maths import estimators, ops
+from ..policy import Policy, Sampling
 
 _FEWEST = 16
 """Rows of a chunk, at least: products of fewer read a whole weight for next to nothing."""
@@ -52,14 +56,36 @@ class ChunkedLoss:
     Attributes:
         call: the node that computes it.
         chunk: rows at a time.
-        stored: what waits for the backward pass: gradients for a tangent of one.
-        gradients: the same, multiplied with the tangent.
+        module: path of the head.
+        rows: N.
+        words: the length of a row of logits.
+        sampling: how rows are sampled in the sampled products, if any are.
+        products: the weight-gradient products that are made there, with the names of what holds them until the
+            backward pass, for a tangent of one, and why they are exact, if they are.
+        stored: what else waits for the backward pass.
     """
 
     call: fx.Node
     chunk: int
+    module: str
+    rows: Any
+    words: int
+    sampling: Sampling | None
+    products: tuple[tuple[Product, frozenset[str], str], ...]
     stored: tuple[fx.Node, ...]
-    gradients: tuple[fx.Node, ...]
+
+    @property
+    def kept(self) -> sympy.Expr:
+        """The rows that are sampled, of all chunks."""
+        assert self.sampling is not None
+        rows = sympy_size(self.rows)
+        whole, rest = rows // self.chunk, rows % self.chunk
+        return whole * self._kept_of(sympy.Integer(self.chunk)) + self._kept_of(rest)
+
+    def _kept_of(self, rows: sympy.Expr) -> sympy.Expr:
+        share = self.sampling.share  # type: ignore[union-attr]
+        wanted = sympy.ceiling(rows * share.numerator / share.denominator)
+        return sympy.Min(rows, sympy.Max(self.sampling.min_rows, wanted))  # type: ignore[union-attr]
 
 
 def chunk_losses(joint: Joint) -> None:
@@ -70,9 +96,12 @@ def chunk_losses(joint: Joint) -> None:
     losses, joint.whole_losses = find_wide_losses(joint.graph, size)
     if not losses:
         return
+    products = {
+        product.node: product for product in analyse(joint.graph, joint.names, lambda module: False).products
+    }
     editor = Editor(joint.graph)
     for loss in losses:
-        joint.losses.append(_rewrite(editor, loss, chunk_of(size, loss.words)))
+        joint.losses.append(_rewrite(editor, loss, chunk_of(size, loss.words), products, joint.policy))
     stable_topological_sort(joint.graph)
     joint.graph.eliminate_dead_code()
 
@@ -83,24 +112,58 @@ def chunk_of(size: int, words: int) -> int:
     return 1 << (rows.bit_length() - 1)
 
 
-def _rewrite(editor: Editor, loss: WideLoss, chunk: int) -> ChunkedLoss:
+def _rewrite(
+    editor: Editor, loss: WideLoss, chunk: int, products: Mapping[fx.Node, Product], policy: Policy
+) -> ChunkedLoss:
     body = _Body(loss)
+    reasons = {
+        result.node: reason_for_exact(products[result.node], policy.sampling(products[result.node].module))
+        for result in loss.results
+        if result.node in products
+    }
+    sampled = [node for node, reason in reasons.items() if reason is None]
+    sampling = policy.sampling(products[sampled[0]].module) if sampled else None
+    for node in sampled:
+        if policy.sampling(products[node].module) != sampling:
+            reasons[node] = "made with another product that is sampled in another way"
     with editor.before(output_of(editor.graph)):
         at_one = _at_one(editor, loss)
         rowwise = [_flat(editor, at_one.get(node, node), loss.rows) for node in loss.rowwise]
         shared = [at_one.get(node, node) for node in loss.shared]
-        kinds = [result.kind for result in loss.results]
-        call = editor.call(ops.in_chunks, body.source, kinds, rowwise, shared, chunk, False)
-        stored, gradients = [], []
+        kinds = ["sampled" if reasons.get(r.node, "") is None else r.kind for r in loss.results]
+        how = _noise_and_share(editor, loss, chunk, sampling)
+        call = editor.call(ops.in_chunks, body.source, kinds, rowwise, shared, chunk, *how, False)
+        made, stored = [], []
         for i, result in enumerate(loss.results):
-            value = _shaped(editor, editor.call(operator.getitem, call, i), result.node)
+            part = editor.call(operator.getitem, call, i)
+            value = editor.call(aten.permute.default, part, [1, 0]) if result.transposed else part
+            value = _shaped(editor, value, result.node)
             if result.scaled:
-                stored.append(value)
+                stored.append(part)
                 value = editor.cast_like(editor.call(aten.mul.Tensor, value, loss.tangent), result.node)
-                gradients.append(value)
             value.meta = {**result.node.meta, "val": value.meta["val"]}
             result.node.replace_all_uses_with(value)
-    return ChunkedLoss(call, chunk, tuple(stored), tuple(gradients))
+            if result.node in products:
+                names = frozenset(node.name for node in same_content(part))
+                made.append((products[result.node], names, reasons[result.node] or ""))
+    module = module_path(loss.head) or ""
+    return ChunkedLoss(call, chunk, module, loss.rows, loss.words, sampling, tuple(made), tuple(stored))
+
+
+def _noise_and_share(
+    editor: Editor, loss: WideLoss, chunk: int, sampling: Sampling | None
+) -> tuple[fx.Node | None, list[int], str, bool]:
+    """Return the arguments of ``in_chunks`` that say how rows are sampled."""
+    if sampling is None:
+        return None, [], "", False
+    chunks: Any = editor.size(loss.head, 0)
+    if isinstance(chunks, fx.Node):
+        chunks = editor.call(operator.floordiv, editor.call(operator.add, chunks, chunk - 1), chunk)
+    else:
+        chunks = -(-chunks // chunk)
+    noise = editor.noise([chunks, estimators.NOISE], loss.head.meta["val"].device, "forward")
+    share = sampling.share
+    return noise, [share.numerator, share.denominator, sampling.min_rows], sampling.estimator, sampling.center
 
 
 def _at_one(editor: Editor, loss: WideLoss) -> dict[fx.Node, fx.Node]:
@@ -152,8 +215,7 @@ class _Body:
         outputs: list[fx.Node] = []
         for result in loss.results:
             if result.kind == "product":
-                left, right = result.node.args
-                outputs += [self.new[matrix_of(left)], self.new[right]]  # type: ignore[arg-type,index]
+                outputs += [self.new[factor] for factor in result.factors]
             else:
                 outputs.append(self.new[result.node])
         self.graph.output(tuple(outputs))
@@ -191,14 +253,26 @@ class _Body:
         if node.target in INDEXED:
             dim = self._moved([args[1]], operand)[0]
             return self._call(node.target, args[0], dim, *args[2:], **node.kwargs)
+        one_hot = sum_of_one_hot(node)
+        if one_hot is not None:
+            value, factor = (self._value(arg) for arg in one_hot)
+            product = self._call(aten.mul.Tensor, factor, value)
+            return self._call(aten.reshape.default, product, [self.rows, *self._trailing(node)])
         if any(result.node is node and result.kind == "sum" for result in self.loss.results):
             return self._sum(node, operand, args[0])
         assert node.target in REDUCTIONS, node.target
         dims = args[1] if isinstance(args[1], list | tuple) else [args[1]]
         moved = self._moved(dims, operand)
         return self._call(
-            node.target, args[0], moved if isinstance(args[1], list | tuple) else moved[0], *args[2:], **node.kwargs
+            node.target,
+            args[0],
+            moved if isinstance(args[1], list | tuple) else moved[0],
+            *args[2:],
+            **node.kwargs,
         )
+
+    def _value(self, arg: Any) -> Any:
+        return self.new[arg] if isinstance(arg, fx.Node) else arg
 
     def _moved(self, dims: Sequence[Any], operand: fx.Node) -> list[int]:
         """Return trailing dimensions of an operand as those of its chunk."""
@@ -223,3 +297,40 @@ class _Body:
         return self._call(aten.reshape.default, new, list(shape[len(shape) - len(trailing) :]))
 
 
+def sum_of_one_hot(node: fx.Node) -> tuple[Any, fx.Node] | None:
+    """Return `(value, factor)` where a node is ``sum(one_hot * factor, -1)``, with one `value` in each row.
+
+    The gradient of a log-softmax asks for it; with a factor a row it is their product.
+    """
+    if node.target is not aten.sum.dim_IntList:
+        return None
+    product, dims = node.args[:2]
+    rank = len(shape_of(product) or ())  # type: ignore[arg-type]
+    if product.target is not aten.mul.Tensor or [d % rank for d in dims] != [rank - 1]:  # type: ignore
+        return None
+    for one_hot, factor in (product.args[:2], product.args[1::-1]):  # type: ignore[union-attr]
+        value = _value_of_one_hot(one_hot)
+        if value is not None and isinstance(factor, fx.Node) and (shape_of(factor) or (0,))[-1] == 1:
+            return value, factor
+    return None
+
+
+def _value_of_one_hot(node: Any) -> Any:
+    """Return the one value in each row of a tensor that is zero elsewhere; None where that is not known."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is aten.scatter.value:
+        zero, dim, index, value = node.args[:4]
+        rank, shape = len(shape_of(node) or ()), shape_of(index) or (0,)  # type: ignore[arg-type]
+        return value if is_zero(zero) and dim % rank == rank - 1 and shape[-1] == 1 else None  # type: ignore
+    if node.target is not aten.where.self or not is_zero(node.args[2]):
+        return None
+    equal, value = node.args[:2]
+    if equal.target is not aten.eq.Tensor or len(shape_of(value) or ()) > 0:  # type: ignore
+        return None
+    left, right = (content_of(side, {aten.expand.default}) for side in equal.args)  # type: ignore
+    for counter, index in ((left, right), (right, left)):
+        counts = content_of(counter, SAME_ORDER).target is prims.iota.default
+        if counts and (shape_of(counter) or (0,))[-1] > 1 and (shape_of(index) or (0,))[-1] == 1:
+            return value
+    return None
