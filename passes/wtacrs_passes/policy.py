@@ -154,7 +154,8 @@ class Policy(Sampling):
         exclude: fnmatch patterns over module paths that stay exact; wins over `include`.
         rules: :class:`Rule` overrides; the first that matches a module wins.
         chunk_bytes: a loss over a vocabulary is computed, with its gradients, for so many rows at a time that their
-            logits in float32 take no more bytes than this; 0: for all rows at once.
+            logits in float32 take no more bytes than this; 0, or `residuals` ``exact`` or ``lossless``: for all rows at
+            once. Gradients of a loss in chunks are those of the whole up to rounding, before rows are sampled.
 
     Example:
         >>> policy = Policy(ratio=0.1, exclude=("lm_head",), rules=(Rule("*.attention.*", ratio=0.3),))

@@ -389,7 +389,7 @@ class _Search:
 
 
 def _same(left: Any, right: Any) -> bool:
-    return sympy_size(left) == sympy_size(right)
+    return bool(sympy_size(left) == sympy_size(right))
 
 
 def is_linear(node: fx.Node, dependent: set[fx.Node]) -> bool:

@@ -170,7 +170,7 @@ class _Product(_Part):
     def add(self, start: int, values: Any) -> None:
         a, b = next(values), next(values)
         self._waiting.append(self.sampling(start // self.chunk, a, b) if self.samples else (a, b))
-        if sum(a.shape[0] for a, _ in self._waiting) >= self.chunk:
+        if sum(a.shape[0] for a, _ in self._waiting) >= self.chunk / 2:
             self._multiply()
 
     def _multiply(self) -> None:

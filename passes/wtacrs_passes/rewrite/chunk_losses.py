@@ -36,6 +36,7 @@ from ..analyse.losses import (
     shape_of,
 )
 from ..analyse.products import Product, analyse
+from ..decide.modes import MODES
 from ..decide.rows import reason_for_exact
 from ..graph.edit import Editor, output_of, sympy_size
 from ..graph.names import module_path
@@ -91,8 +92,8 @@ class ChunkedLoss:
 def chunk_losses(joint: Joint) -> None:
     """Rewrite each loss over a vocabulary whose logits are larger than the policy allows."""
     size = joint.policy.chunk_bytes
-    if not size:
-        return
+    if not size or not MODES[joint.policy.residuals].lossy:
+        return  # sums over chunks are rounded in another order
     losses, joint.whole_losses = find_wide_losses(joint.graph, size)
     if not losses:
         return
@@ -282,7 +283,7 @@ class _Body:
     def _sum(self, node: fx.Node, operand: fx.Node, chunk: Any) -> fx.Node:
         """Return the sum over the rows, and over the other dimensions that `node` sums over."""
         rank, lead = len(shape_of(operand) or ()), self._lead(operand)
-        dims = (node.args[1:2] or [None])[0] or range(rank)  # type: ignore[misc]
+        dims = (node.args[1:2] or [None])[0] or range(rank)
         moved = [0, *(dim - lead + 1 for dim in sorted(d % rank for d in dims) if dim >= lead)]  # type: ignore
         return self._call(aten.sum.dim_IntList, chunk, moved, **node.kwargs)
 

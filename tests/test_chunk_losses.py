@@ -1,0 +1,375 @@
+"""Losses over a vocabulary, computed for a few rows at a time: as the whole, smaller, or left alone with the reason."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from aot import REFERENCE, Graph, Variants, distance, small_tensors, wrong_bytes
+from conftest import gradients, is_unbiased
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import wtacrs_fx
+from wtacrs_fx import Policy
+from wtacrs_passes.maths import chunks
+
+BATCH, TOKENS, D, WORDS = 3, 20, 16, 200
+CHUNK_BYTES = 16 * 4 * WORDS
+"""16 rows of 60: three whole chunks and a rest."""
+
+CHUNKED = Policy(ratio=1.0, chunk_bytes=CHUNK_BYTES)
+SAMPLED = Policy(ratio=0.5, min_rows=2, min_features=1, chunk_bytes=CHUNK_BYTES)
+
+
+def _labels() -> Tensor:
+    labels = torch.randint(WORDS, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    labels[0, :7] = -100
+    return labels
+
+
+X = torch.randn(BATCH, TOKENS, D, generator=torch.Generator().manual_seed(1))
+LABELS = _labels()
+
+
+class Words(nn.Module):
+    """Tokens' states and labels to the loss that a subclass computes of the logits."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.body, self.head = nn.Linear(D, D), nn.Linear(D, WORDS, bias=bias)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x)))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(self.logits(x).float(), labels)
+
+
+class Biased(Words):
+    def __init__(self) -> None:
+        super().__init__(bias=True)
+
+
+class SoftCap(Words):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(torch.tanh(logits / 3) * 3, labels)
+
+
+class Sum(Biased):
+    """As Trainer divides: by the number of labels of all batches that are accumulated."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / 130
+
+
+class Smoothing(Words):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+
+
+class ZLoss(Words):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(logits, labels) + 0.01 * logits.logsumexp(-1).square().mean()
+
+
+class Weighted(Words):
+    """A weight for each word, and one for each token."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        weight = torch.linspace(0.5, 2, WORDS)
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight, reduction="none")
+        return (losses * torch.linspace(0, 1, losses.numel())).mean()
+
+
+class Focal(Words):
+    """A loss whose gradient is not the softmax less one."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return ((1 - torch.exp(-losses)).square() * losses).mean()
+
+
+class Binary(Biased):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels.clamp(min=0), WORDS).float())
+
+
+class Distilled(Words):
+    """A second head is the teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(D, WORDS).requires_grad_(False)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        student, teacher = self.logits(x).float().log_softmax(-1), self.teacher(x).float().softmax(-1)
+        return F.kl_div(student.flatten(0, 1), teacher.flatten(0, 1), reduction="batchmean")
+
+
+class Tied(Words):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(WORDS, D)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(x + self.embedding(labels.clamp(min=0)), labels)
+
+
+class Masked(Words):
+    """A masked language model: only the tokens that are asked for reach the head."""
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(x[:, ::2]).float().flatten(0, 1), labels[:, ::2].flatten())
+
+
+LOSSES = (Words, Biased, SoftCap, Sum, Smoothing, ZLoss, Weighted, Focal, Binary, Distilled, Tied, Masked)
+
+
+class Logits(Words):
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logits(x).float()
+        return self.loss(logits, labels), logits
+
+
+class TokenLosses(Words):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(x).float().flatten(0, 1), labels.flatten(), reduction="none")
+
+
+class OverRows(Words):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(logits - logits.mean((0, 1), keepdim=True), labels)
+
+
+class Dropped(Words):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(F.dropout(logits, 0.1), labels)
+
+
+class Penalised(Words):
+    """The gradient of the second loss is multiplied with the first."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        return losses.mean().exp() + losses.std()
+
+
+REFUSED = (
+    (Logits, "the program returns the logits"),
+    (TokenLosses, "more than one number comes in"),
+    (OverRows, "does not treat each row by itself"),
+    (Dropped, "does not treat each row by itself"),
+)
+
+
+@pytest.fixture(autouse=True)
+def no_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(chunks, "compiled_function_of", chunks.function_of)
+    with small_tensors():
+        yield
+
+
+def train(model: nn.Module, autocast: bool = False, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss and the gradients of `scale` times its sum."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(X, LABELS)
+    loss = loss[0] if isinstance(loss, tuple) else loss
+    (scale * loss).sum().backward()
+    return loss.detach(), gradients(model)
+
+
+def run(model: nn.Module, policy: Policy, **options: object) -> tuple[Tensor, dict[str, Tensor], Graph]:
+    variants = Variants({"ours": policy})
+    variants.active = "ours"
+    compiled = torch.compile(copy.deepcopy(model), backend=variants, fullgraph=True)
+    loss, found = train(compiled, **options)  # type: ignore[arg-type]
+    return loss, {name.removeprefix("_orig_mod."): value for name, value in found.items()}, variants.graphs[0]
+
+
+def largest(graph: Graph, name: str) -> int:
+    """Return the elements of the largest value that a partition computes."""
+    parts = graph.partitions[name].forward, graph.partitions[name].backward
+    values = [
+        node.meta.get("val") for part in parts for node in part.graph.nodes if node.op == "call_function"
+    ]
+    return max(value.numel() for value in values if isinstance(value, Tensor))
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_gradients_are_those_of_the_whole(kind: type[Words], precision: str) -> None:
+    model = kind()
+    autocast = precision == "autocast"
+    wanted, exact = train(copy.deepcopy(model), scale=3.0)
+    _, eager = train(copy.deepcopy(model), autocast, scale=3.0)
+    loss, found, graph = run(model, CHUNKED, autocast=autocast, scale=3.0)
+    torch.testing.assert_close(loss, wanted, rtol=0.01 if autocast else 1e-5, atol=0)
+    for name, gradient in exact.items():
+        rounding = distance(eager[name], gradient)
+        assert distance(found[name], gradient) < 1e-10 + 4 * rounding, name
+    report = graph.partitions["ours"].report
+    assert report is not None
+    assert [loss.reason for loss in report.losses] == [""]
+    assert largest(graph, REFERENCE) >= len(X[:, ::2].flatten(0, 1)) * WORDS
+    assert largest(graph, "ours") <= WORDS * D  # the head's weight
+    assert "rows at a time" in str(report)
+
+
+@pytest.mark.parametrize(("kind", "reason"), REFUSED)
+def test_what_stays_whole_says_why(kind: type[Words], reason: str) -> None:
+    model = kind()
+    torch.manual_seed(0)
+    _, exact = train(copy.deepcopy(model))
+    torch.manual_seed(0)
+    _, found, graph = run(model, CHUNKED)
+    report = graph.partitions["ours"].report
+    assert report is not None
+    assert [reason in loss.reason for loss in report.losses] == [True], report.losses
+    if kind is not Dropped:
+        for name, gradient in exact.items():
+            assert distance(found[name], gradient) < 0.001, name
+
+
+def test_a_gradient_that_is_not_linear_stays_whole() -> None:
+    model = Penalised()
+    _, exact = train(copy.deepcopy(model))
+    _, found, _ = run(model, CHUNKED)
+    for name, gradient in exact.items():
+        assert distance(found[name], gradient) < 0.001, name
+
+
+@pytest.mark.parametrize("policy", [Policy(ratio=1.0, chunk_bytes=0), Policy(ratio=1.0, chunk_bytes=2**20)])
+def test_logits_that_are_small_enough_stay_whole(policy: Policy) -> None:
+    _, _, graph = run(Words(), policy)
+    report = graph.partitions["ours"].report
+    assert report is not None
+    assert report.losses == ()
+    assert largest(graph, "ours") >= BATCH * TOKENS * WORDS
+
+
+def test_to_the_last_bit_where_the_policy_says_so() -> None:
+    policy = Policy(ratio=1.0, residuals="exact", chunk_bytes=CHUNK_BYTES)
+    variants = Variants({"ours": policy})
+    compiled = torch.compile(Words(), backend=variants, fullgraph=True)
+    wanted = train(compiled)
+    variants.active = "ours"
+    found = train(compiled)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_float16_stays_whole() -> None:
+    variants = Variants({"ours": CHUNKED})
+    variants.active = "ours"
+    compiled = torch.compile(Words().half(), backend=variants, fullgraph=True)
+    compiled(X.half(), LABELS).mul(1024).backward()
+    report = variants.graphs[0].partitions["ours"].report
+    assert report is not None
+    assert "loss scale" in report.losses[0].reason
+
+
+def test_as_many_rows_as_words() -> None:
+    class Square(Biased):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(D, BATCH * TOKENS * 2)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return self.loss(self.logits(torch.cat([x, x])), torch.cat([labels, labels]) % 7)
+
+    model = Square()
+    _, exact = train(copy.deepcopy(model))
+    _, found, graph = run(model, Policy(ratio=1.0, chunk_bytes=2**10))
+    report = graph.partitions["ours"].report
+    assert report is not None
+    assert "as many rows as words" in report.losses[0].reason
+    for name, gradient in exact.items():
+        assert distance(found[name], gradient) < 0.001, name
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("estimator", ["wta-systematic", "crs", "rmm-rademacher"])
+def test_sampled_rows_are_unbiased(estimator: str, center: bool) -> None:
+    model = Words()
+    _, exact = train(copy.deepcopy(model))
+    policy = Policy(
+        ratio=0.5, min_rows=2, min_features=1, estimator=estimator, center=center, include=("head",),
+        chunk_bytes=CHUNK_BYTES,
+    )  # type: ignore[arg-type]  # fmt: skip
+    variants = Variants({"ours": policy})
+    variants.active = "ours"
+    compiled = torch.compile(model, backend=variants, fullgraph=True)
+    torch.manual_seed(0)
+    samples = torch.stack([train(compiled)[1]["_orig_mod.head.weight"][::8].flatten() for _ in range(400)])
+    wanted = exact["head.weight"][::8].flatten()
+    assert samples.std(0).max() > 0.01 * wanted.abs().max()
+    assert is_unbiased(samples, wanted)
+    report = variants.graphs[0].partitions["ours"].report
+    assert report is not None
+    (site,) = [site for site in report.sites if site.module == "head"]
+    assert (site.encoding, site.kept, site.reason) == ("chunks", 3 * 8 + 6, "")
+
+
+def test_other_gradients_do_not_depend_on_the_draw() -> None:
+    model = Words()
+    _, exact = train(copy.deepcopy(model))
+    _, found, _ = run(
+        model, Policy(ratio=0.5, min_rows=2, min_features=1, include=("head",), chunk_bytes=CHUNK_BYTES)
+    )
+    assert distance(found["head.weight"], exact["head.weight"]) > 1e-4
+    assert distance(found["body.weight"], exact["body.weight"]) < 0.001
+
+
+def test_the_report_adds_up() -> None:
+    _, _, graph = run(Tied(), SAMPLED)
+    graph.partitions[REFERENCE].saved_bytes = graph.partitions["ours"].report.saved_bytes_before  # type: ignore
+    assert wrong_bytes(graph) == []
+    report = graph.partitions["ours"].report
+    assert report is not None
+    assert wtacrs_fx.Report.from_dict(report.to_dict()) == report
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_the_gradients(scale: float) -> None:
+    _, found, _ = run(Words(), SAMPLED, scale=scale)
+    assert not any(gradient.isfinite().all() for gradient in found.values())
+
+
+def test_any_number_of_rows() -> None:
+    variants = Variants({"ours": CHUNKED})
+    model = Words()
+    compiled = torch.compile(copy.deepcopy(model), backend=variants, fullgraph=True, dynamic=True)
+    variants.active = "ours"
+    for batch in (3, 5, 2):
+        x, labels = torch.randn(batch, 30, D), torch.randint(WORDS, (batch, 30))
+        for each in (model, compiled):
+            each.zero_grad()
+            each(x, labels).backward()
+        for (name, p), q in zip(model.named_parameters(), compiled.parameters(), strict=True):
+            assert p.grad is not None and q.grad is not None
+            assert distance(q.grad, p.grad) < 0.001, name
+    assert len(variants.graphs) == 1
+    report = variants.graphs[0].partitions["ours"].report
+    assert report is not None
+    assert report.losses[0].reason == ""
+
+
+def test_gradients_that_are_accumulated() -> None:
+    model = Words()
+    variants = Variants({"ours": CHUNKED})
+    variants.active = "ours"
+    compiled = torch.compile(copy.deepcopy(model), backend=variants, fullgraph=True)
+    for each in (model, compiled):
+        first, second = each(X, LABELS), each(X.flip(0), LABELS)  # two forward passes before a backward pass
+        (second - 2 * first).backward()
+    for (name, p), q in zip(model.named_parameters(), compiled.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        assert distance(q.grad, p.grad) < 0.001, name
