@@ -52,6 +52,8 @@ REDUCTIONS = {
     aten.any.dim, aten.any.dims, aten.logsumexp.default, aten.prod.dim_int, aten.argmax.default,
 }  # fmt: skip
 """Reductions over the dimensions that their second argument names."""
+MEANS = {aten.mean.default, aten.mean.dim}
+"""Sums that are divided by the number of what is summed."""
 INDEXED = {aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default}
 """Operations along the one dimension that their second argument names."""
 TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
@@ -115,10 +117,11 @@ def find_wide_losses(graph: fx.Graph, smallest: int) -> tuple[list[WideLoss], di
     Args:
         smallest: logits that take no more bytes than this, in float32, are left as they are.
     """
-    found, refused = [], {}
+    found: list[WideLoss] = []
+    refused: dict[fx.Node, str] = {}
     tangent = tangent_cone(graph)
     for node in graph.nodes:
-        if node in tangent or not _is_head(node, smallest):
+        if node in tangent or not _is_head(node, smallest) or any(node in loss.body for loss in found):
             continue
         try:
             found.append(_Search(graph, node, tangent).result())
@@ -286,7 +289,7 @@ class _Search:
             return [matrix_of(tensors[0]), tensors[1]]
         if node.target in HEADS:
             return [tensors[HEADS[node.target]]]
-        if is_pointwise(node):
+        if is_pointwise(node) or node.target is aten.expand.default:
             return [arg for arg in tensors if self._has_rows(arg, node)]
         return tensors
 
@@ -296,7 +299,7 @@ class _Search:
         return [] if node in self.kinds else [arg for arg in _tensors(node) if arg not in operands]
 
     def _has_rows(self, arg: fx.Node, node: fx.Node) -> bool:
-        """Tell whether an operand of a pointwise operation has the rows of the result."""
+        """Tell whether an operand that is broadcast has the rows of the result."""
         given, result, lead = shape_of(arg) or (), shape_of(node) or (), self.lead(node) or 0
         return len(given) == len(result) and all(map(_same, given[:lead], result[:lead]))
 
@@ -307,7 +310,7 @@ class _Search:
             if node in (user.args[0], right) and self._is_matrix_of_rows(left, right):
                 return "product"
         lead = self.lead(node)
-        if lead is None or user.target not in SUMS:
+        if lead is None or user.target not in SUMS | MEANS:
             return None
         rank = len(shape_of(node) or ())
         dims = {dim % rank for dim in (user.args[1:2] or [None])[0] or range(rank)}  # type: ignore
@@ -332,7 +335,7 @@ class _Search:
             aten.expand.default
         }:
             return False  # reads a symbolic number, or several results
-        if is_pointwise(node) or node.target in CASTS:
+        if is_pointwise(node) or node.target in CASTS | {aten.expand.default}:
             return all(self._broadcasts(arg, node, lead) for arg in self._shared(node))
         if not isinstance(first, fx.Node) or self.lead(first) is None:
             return False
@@ -341,8 +344,6 @@ class _Search:
         rank = len(shape_of(first) or ())
         if node.target in SAME_ORDER:
             return True
-        if node.target is aten.expand.default:
-            return outer == lead and shape_of(first)[:lead] == shape_of(node)[:lead]  # type: ignore[index]
         if node.target in REDUCTIONS:
             dims = node.args[1] if len(node.args) > 1 else []
             dims = dims if isinstance(dims, list | tuple) else [dims]
@@ -352,7 +353,7 @@ class _Search:
         return False
 
     def _broadcasts(self, arg: fx.Node, node: fx.Node, lead: int) -> bool:
-        """Tell whether an operand of a pointwise operation is the same for all rows of the result."""
+        """Tell whether an operand that is broadcast is the same for all rows of the result."""
         given, result = shape_of(arg) or (), shape_of(node) or ()
         front = given[: max(lead - (len(result) - len(given)), 0)]
         return all(isinstance(size, int) and size == 1 for size in front)

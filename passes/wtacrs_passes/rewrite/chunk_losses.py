@@ -26,6 +26,7 @@ from torch import Tensor, fx
 from ..analyse.losses import (
     HEADS,
     INDEXED,
+    MEANS,
     REDUCTIONS,
     SAME_ORDER,
     WideLoss,
@@ -138,7 +139,7 @@ def _rewrite(
         for i, result in enumerate(loss.results):
             part = editor.call(operator.getitem, call, i)
             value = editor.call(aten.permute.default, part, [1, 0]) if result.transposed else part
-            value = _shaped(editor, value, result.node)
+            value = _shaped(editor, _mean(editor, value, result.node), result.node)
             if result.scaled:
                 stored.append(part)
                 value = editor.cast_like(editor.call(aten.mul.Tensor, value, loss.tangent), result.node)
@@ -185,6 +186,17 @@ def _flat(editor: Editor, node: fx.Node, rows: Any) -> fx.Node:
     if lead == 1:
         return node
     return editor.call(aten.reshape.default, node, [-1, *shape[lead:]])
+
+
+def _mean(editor: Editor, total: fx.Node, node: fx.Node) -> fx.Node:
+    """Divide the sum that stands for a mean by the number of what is summed."""
+    if node.target not in MEANS:
+        return total
+    for operand, sign in ((node, 1), (node.args[0], -1)):
+        for dim in range(len(shape_of(operand) or ())):  # type: ignore[arg-type]
+            size = editor.size(operand, dim)  # type: ignore[arg-type]
+            total = editor.call(aten.mul.Tensor if sign > 0 else aten.div.Tensor, total, size)
+    return total
 
 
 def _shaped(editor: Editor, node: fx.Node, like: fx.Node) -> fx.Node:
@@ -243,7 +255,8 @@ class _Body:
         if node.target is aten.full.default:
             return self._call(node.target, [self.rows, *self._trailing(node)], args[1], **node.kwargs)
         if node.target is aten.expand.default:
-            return self._call(node.target, args[0], [self.rows, *self._trailing(node)])
+            spread = self._operand(node.args[0], node)  # type: ignore[arg-type]
+            return self._call(node.target, spread, [self.rows, *self._trailing(node)])
         if node.target in HEADS or node.target in CASTS:
             return self._call(node.target, *args, **node.kwargs)
         if is_pointwise(node):
@@ -288,7 +301,7 @@ class _Body:
         return self._call(aten.sum.dim_IntList, chunk, moved, **node.kwargs)
 
     def _operand(self, arg: fx.Node, node: fx.Node) -> fx.Node:
-        """Return an operand of a pointwise operation: its rows, or, where it has none, without their dimensions."""
+        """Return an operand that is broadcast: its rows, or, where it has none, without their dimensions."""
         new = self.new[arg]
         if not isinstance(arg.meta.get("val"), Tensor) or arg not in self.loss.shared:
             return new
