@@ -52,6 +52,14 @@ def mixture(m: Two, x: Tensor) -> Tensor:
     return mixed.log()[torch.arange(256), LABELS].sum()
 
 
+def divided_by_a_number(m: Two, x: Tensor) -> Tensor:
+    return m.b(F.hardswish(m.a(x))).square().sum()
+
+
+def views_of_a_constant(m: Two, x: Tensor) -> Tensor:
+    return (m.b(m.a(x.view(16, 16, 64)).zero_()) * x.view(16, 16, 64)).sum()
+
+
 def masked_sigmoid(fill: float) -> Callable[[Two, Tensor], Tensor]:
     def function(m: Two, x: Tensor) -> Tensor:
         scores = m.a(x) @ m.b(x).transpose(-1, -2) / 8
@@ -72,6 +80,8 @@ def branches(m: Two, x: Tensor) -> Tensor:
 PROGRAMS: dict[str, tuple[Callable[[Two, Tensor], Tensor], Tensor]] = {
     "division": (lambda m, x: (m.a(x) / (1 + (8 * m.b(x)).exp())).sum(), ROWS),
     "mixture of softmaxes": (mixture, ROWS),
+    "divided by a number": (divided_by_a_number, ROWS),
+    "views of a constant": (views_of_a_constant, ROWS),
     "frexp": (lambda m, x: torch.frexp(m.a(x))[0].sum(), ROWS),
     "logaddexp": (lambda m, x: torch.logaddexp(m.a(x), m.b(x)).square().sum(), ROWS),
     "lu": (lambda m, x: torch.linalg.lu(m.a(x[:64]))[2].sum(), ROWS),

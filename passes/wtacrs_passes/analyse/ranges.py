@@ -116,9 +116,9 @@ class Ranges:
         """Tell whether each row holds shares of its sum, none negative: a softmax over the last dimension."""
         share = content_of(node)
         same = same_shape(share.meta["val"].shape[-1:], node.meta["val"].shape[-1:])
-        if share.target is not aten.div.Tensor or not same:
+        if share.target is not aten.div.Tensor or not isinstance(share.args[1], fx.Node) or not same:
             return False
-        total = content_of(share.args[1], EXPANSIONS)  # type: ignore[arg-type]
+        total = content_of(share.args[1], EXPANSIONS)
         if self._softmax(share) is None or len(total.args) < 2:
             return False
         rank = total.args[0].meta["val"].dim()  # type: ignore[union-attr]

@@ -20,7 +20,7 @@ from collections.abc import Set
 from torch import fx
 
 from ..graph.names import module_path
-from ..graph.operations import VIEWS, content_of, makes_sparse
+from ..graph.operations import FILLS, VIEWS, content_of, makes_sparse
 from ..graph.torch_api import CheckpointPolicy, real_tensors
 from ..joint import Joint
 from ..maths.encodings import INTEGER_BITS
@@ -79,8 +79,9 @@ def choose_storage(joint: Joint, made: Set[fx.Node]) -> tuple[Stored, ...]:
 
 
 def _takes_memory(node: fx.Node) -> bool:
-    """Tell whether a node is more than a view of an input."""
-    return content_of(node, VIEWS).op != "placeholder"
+    """Tell whether a node is more than a view of an input or of a constant."""
+    source = content_of(node, VIEWS)
+    return source.op != "placeholder" and source.target not in FILLS
 
 
 def _made(node: fx.Node) -> Stored:
