@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -152,6 +154,44 @@ def test_a_model_without_a_trainer() -> None:
     network(**batch).loss.backward()
     [report] = callback.backend.reports
     assert report.saved_bytes_after < 0.5 * report.saved_bytes_before
+
+
+def test_a_language_model_trains_without_its_logits(tmp_path: Path) -> None:
+    """Loss and gradients are made for a few tokens at a time; evaluation returns logits as ever."""
+    torch.manual_seed(0)
+    sizes = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+        "intermediate_size": 64,
+    }
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=512, hidden_size=32, tie_word_embeddings=True, **sizes))
+    one = trainer(tmp_path, network, max_steps=4, logging_steps=1, eval_steps=4, save_strategy="no")
+    one.train_dataset = one.eval_dataset = [
+        {"input_ids": sample["input_ids"], "labels": sample["input_ids"]} for sample in dataset()
+    ]
+    callback = enable(one, Policy(min_rows=8, chunk_bytes=32 * 512 * 4))
+    one.train()
+    logs = one.state.log_history
+    assert logs[3]["loss"] < logs[0]["loss"] and logs[4]["eval_loss"] > 0
+    losses = [loss for report in callback.backend.reports for loss in report.losses]
+    assert {(loss.module, loss.words, loss.chunk, loss.reason) for loss in losses} == {
+        ("lm_head", 512, 32, "")
+    }
+    ids = dataset()[0]["input_ids"].unsqueeze(0)
+    assert one.model.eval()(input_ids=ids, labels=ids).logits.shape == (1, TOKENS, 512)
+
+
+def test_a_trainer_with_a_loss_of_its_own_keeps_the_logits(tmp_path: Path) -> None:
+    class Own(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):  # type: ignore[no-untyped-def]
+            return model(**inputs).logits.square().mean()
+
+    one = trainer(tmp_path)
+    one.__class__ = Own
+    enable(one, Policy(min_rows=8))
+    batch = {name: torch.stack([sample[name] for sample in dataset()[:BATCH]]) for name in dataset()[0]}
+    assert one.compute_loss(one.model.train(), batch).isfinite()
 
 
 def test_what_cannot_be_enabled(tmp_path: Path) -> None:

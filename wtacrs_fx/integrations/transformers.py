@@ -10,8 +10,10 @@ The model is compiled in place (``model.compile``): its class, its parameters' n
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
+import logging
 import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,6 +27,9 @@ from wtacrs_passes.report import MIB
 
 from ..backend import Backend, backend
 from ..diagnose import diagnose
+
+
+_LOG = logging.getLogger(__name__)
 
 
 class IntegrationError(ValueError):
@@ -109,6 +114,7 @@ def enable(
     *,
     mode: str | None = None,
     diagnose_steps: int | None = None,
+    keep_logits: bool | None = None,
     **inductor_options: Any,
 ) -> WtacrsCallback:
     """Compile the model of a ``Trainer``, or a model, in place; return the callback that logs.
@@ -121,6 +127,9 @@ def enable(
         policy: what is sampled, and how; ``Policy()`` where it is None.
         mode, inductor_options: as in :func:`wtacrs_fx.backend`.
         diagnose_steps: see :class:`WtacrsCallback`.
+        keep_logits: False: in training mode the model returns its loss without the logits, so that these are
+            never there for all tokens at once; in evaluation mode it returns both. None: so for a ``Trainer``
+            that computes its loss as transformers does, and not for others.
 
     Raises:
         IntegrationError: neither a trainer nor a model, compiled already, or a trainer that compiles itself.
@@ -142,12 +151,37 @@ def enable(
             "the model is compiled already; call enable once, on a model that torch.compile has not seen"
         )
     callback = WtacrsCallback(backend(policy, mode=mode, **inductor_options), diagnose_steps)
+    if keep_logits is None:
+        keep_logits = trainer is None or _reads_logits(trainer)
+    if not keep_logits:
+        _LOG.info("in training mode the model returns its loss without logits; keep_logits=True keeps them")
+        _leave_logits_out(model)
     model.compile(backend=callback.backend)
     if trainer is not None:
         trainer.add_callback(callback)
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())
     return callback
+
+
+def _reads_logits(trainer: Any) -> bool:
+    """Tell whether a trainer may compute something of the logits in training: one whose loss is its own."""
+    base = importlib.import_module("transformers").Trainer
+    return type(trainer).compute_loss is not base.compute_loss
+
+
+def _leave_logits_out(model: nn.Module) -> None:
+    """Let a model return no logits in training mode where it returns a loss."""
+    forward = model.forward  # a hook would run after what is compiled has returned
+
+    @functools.wraps(forward)
+    def without_logits(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if not model.training or not isinstance(output, dict) or output.get("loss") is None:
+            return output
+        return type(output)(**{name: value for name, value in output.items() if name != "logits"})
+
+    model.forward = without_logits
 
 
 def _added_variance(model: nn.Module, loader: Any, policy: Policy) -> float:

@@ -272,7 +272,9 @@ class _Search:
                 for user in node.users:
                     if user.op == "output":
                         if node in self.wide:
-                            raise CannotChunk("the program returns the logits, or something of their size")
+                            raise CannotChunk(
+                                f"the program returns the logits, or something of their size ({node})"
+                            )
                         continue
                     kind = self._kind(node, user)
                     if kind is not None:

@@ -115,8 +115,14 @@ def path_from_source(source: str) -> str:
     'layers.0'
     >>> path_from_source("L['self'].__dict__['_modules']['inner']._modules['0']")
     'inner.0'
+
+    What leads to the model is left out: a wrapper's argument, a bound method, a closure.
+
+    >>> path_from_source("L['args'][0].layers.0"), path_from_source("L['forward'].__self__.layers.0")
+    ('layers.0', 'layers.0')
     """
-    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", source)
+    path = re.sub(r"^[LG]\['(args'\]\[\d+\]|[^']*'\])\.?", "", source)
+    path = re.sub(r"^.*\b(__self__|cell_contents|__wrapped__|__func__)\b\.?", "", path)
     path = re.sub(r"__dict__\['(_modules|_parameters|_buffers)'\]", r"\1", path)
     path = re.sub(r"_(modules|parameters|buffers)\['([^']*)'\]", r"\2", path)
     path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
