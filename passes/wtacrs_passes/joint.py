@@ -70,10 +70,10 @@ class Joint:
         """Return everything that is computed from tangents."""
         return tangent_cone(self.graph)
 
-    def replaced(self, old: fx.Node, new: fx.Node) -> None:
-        """Let what was built name `new` wherever it names `old`."""
+    def replace(self, new: Mapping[fx.Node, fx.Node]) -> None:
+        """Let what was built name the new nodes wherever it names the old ones."""
         for site in self.sites:
-            site.stored = [new if node is old else node for node in site.stored]
-            site.rows = new if site.rows is old else site.rows
+            site.stored = [new.get(node, node) for node in site.stored]
+            site.rows = new.get(site.rows, site.rows)
         for residual in self.residuals:
-            residual.codes = tuple(new if node is old else node for node in residual.codes)
+            residual.codes = tuple(new.get(node, node) for node in residual.codes)

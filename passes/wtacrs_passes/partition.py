@@ -44,8 +44,9 @@ def partition(joint: Joint) -> None:
         exact = [item.node for item in joint.plan.residuals if item.encoding == "exact"]
         forward, backward, stores_rows = _partition_sites(joint, [node for node in exact if node.users])
         saved = _saved_names(forward, joint)
+    twice = _computed_names(forward) & _computed_names(backward)
     for site, rows in zip(joint.sites, stores_rows, strict=True):
-        _verify(site, rows, forward, backward, saved)
+        _verify(site, rows, saved, twice)
     for residual in joint.residuals:
         _verify_encoded(residual, saved)
     joint.parts = forward, backward
@@ -66,11 +67,11 @@ def _partition_sites(
         pins = [n for s, rows in zip(joint.sites, stores_rows, strict=True) for n in pinned_nodes(s, rows)]
         pins = list(dict.fromkeys([*pins, *codes, *exact]))
         forward, backward = _partition_pinned(joint.gm, pins, joint.num_fwd_outputs, joint.partitioner)
-        saved = _saved_names(forward, joint)
+        saved, computed = _saved_names(forward, joint), _computed_names(forward)
         redundant = [
             i
             for i, site in enumerate(joint.sites)
-            if stores_rows[i] and (site.stored_names & saved or not _draws_in(forward, site))
+            if stores_rows[i] and (site.stored_names & saved or site.draw.name not in computed)
         ]
         if not redundant:
             return forward, backward, stores_rows
@@ -80,6 +81,10 @@ def _partition_sites(
 
 def _saved_names(forward: fx.GraphModule, joint: Joint) -> set[str]:
     return {node.name for node in saved_tensors(forward, joint.num_fwd_outputs)}
+
+
+def _computed_names(gm: fx.GraphModule) -> set[str]:
+    return {node.name for node in gm.graph.nodes if node.op == "call_function"}
 
 
 def pinned_nodes(site: SampledSite, stores_rows: bool) -> list[fx.Node]:
@@ -104,15 +109,9 @@ def saved_tensors(forward: fx.GraphModule, num_fwd_outputs: int) -> list[fx.Node
     return [node for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
 
 
-def _verify(
-    site: SampledSite,
-    stores_rows: bool,
-    forward: fx.GraphModule,
-    backward: fx.GraphModule,
-    saved: set[str],
-) -> None:
+def _verify(site: SampledSite, stores_rows: bool, saved: set[str], twice: set[str]) -> None:
     modules = ", ".join(product.module for product in site.site.products)
-    if _draws_in(forward, site) and _draws_in(backward, site):
+    if site.draw.name in twice:
         raise PartitionError(
             f"the rows of {modules} would be drawn again in the backward pass, so their gradient would be "
             f"wrong; exclude these modules from the policy and report this graph"
@@ -138,11 +137,6 @@ def _verify_encoded(residual: EncodedResidual, saved: set[str]) -> None:
             f"{stored.encoding} and is still saved in full ({', '.join(sorted(full))}); use "
             f"residuals='exact' for this module and report this graph"
         )
-
-
-def _draws_in(gm: fx.GraphModule, site: SampledSite) -> bool:
-    """Tell whether a graph draws the rows of `site`."""
-    return any(node.op == "call_function" and node.name == site.draw.name for node in gm.graph.nodes)
 
 
 def _partition_pinned(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
 
 from ..graph.operations import CASTS, FILLS, is_pointwise
-from ..graph.torch_api import same_shape
+from ..graph.torch_api import real_tensors, same_shape
 
 Shape = Literal["linear", "smooth", "steep"]
 
@@ -51,32 +54,57 @@ def is_constant(node: fx.Node) -> bool:
     return node.target in FILLS and not isinstance(node.args[FILLS[node.target]], fx.Node)
 
 
-def unary_function(node: fx.Node, root: fx.Node) -> Callable[[Tensor], Tensor]:
-    """Return the function from `root` to `node` as traced, in float64 for points ``[n]``."""
+@dataclasses.dataclass(frozen=True)
+class _Result:
+    """Stands for the argument of a function, number 0, or the result of one of its steps."""
 
-    def function(points: Tensor) -> Tensor:
-        known: dict[fx.Node, Tensor] = {root: points}
+    number: int
 
-        def value(node: fx.Node) -> Tensor:
-            if node not in known:
-                known[node] = compute(node)
-            return known[node]
 
-        def compute(node: fx.Node) -> Tensor:
-            if is_constant(node):
-                dtype = torch.float64 if is_float(node) else node.meta["val"].dtype
-                return torch.full_like(points, node.args[FILLS[node.target]], dtype=dtype)  # type: ignore
-            if node.target in CASTS and is_float(node):
-                return value(node.args[0]).double()  # type: ignore[arg-type]
-            args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-            kwargs = {name: arg for name, arg in kwargs.items() if name != "memory_format"}  # of another rank
-            assert callable(node.target)
-            result: Tensor = node.target(*args, **kwargs)
-            return result
+@dataclasses.dataclass(frozen=True)
+class Unary:
+    """A function of one tensor, element by element, in float64; equal to others of the same steps.
 
-        return value(node).double().expand_as(points)
+    Attributes:
+        steps: operations with their arguments, in order.
+        text: the same, to compare.
+    """
 
-    return function
+    steps: tuple[tuple[Callable[..., Any], Any, Any], ...] = dataclasses.field(compare=False, repr=False)
+    text: str
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """Return the values at points ``[n]``."""
+        results = [points]
+        for target, args, kwargs in self.steps:
+            args, kwargs = tree_map_only(_Result, lambda each: results[each.number], (args, kwargs))
+            results.append(target(*args, **kwargs))
+        return results[-1].double().expand_as(points)
+
+
+def unary_function(node: fx.Node, root: fx.Node) -> Unary:
+    """Return the function from `root` to `node` as traced."""
+    steps: list[tuple[Any, Any, Any]] = []
+    known: dict[fx.Node, Any] = {root: _Result(0)}
+
+    def result(node: fx.Node) -> Any:
+        if node not in known:
+            steps.append(step(node))
+            known[node] = _Result(len(steps))
+        return known[node]
+
+    def step(node: fx.Node) -> tuple[Any, Any, Any]:
+        if is_constant(node):
+            dtype = torch.float64 if is_float(node) else node.meta["val"].dtype
+            return torch.full_like, (_Result(0), node.args[FILLS[node.target]]), {"dtype": dtype}
+        if node.target in CASTS and is_float(node):
+            return Tensor.double, (result(node.args[0]),), {}  # type: ignore
+        args, kwargs = fx.map_arg((node.args, node.kwargs), result)
+        kwargs = {name: arg for name, arg in kwargs.items() if name != "memory_format"}  # of another rank
+        return node.target, args, kwargs
+
+    result(node)
+    return Unary(tuple(steps), repr(steps))
 
 
 def is_float(node: fx.Node) -> bool:
@@ -85,6 +113,8 @@ def is_float(node: fx.Node) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+@functools.lru_cache
+@real_tensors()
 def shape(function: Callable[[Tensor], Tensor]) -> Shape:
     """Tell what a function does to a small error of its argument.
 
@@ -118,6 +148,8 @@ def _settles(function: Callable[[Tensor], Tensor], extent: float) -> bool:
     return True
 
 
+@functools.lru_cache
+@real_tensors()
 def rounding_error(function: Callable[[Tensor], Tensor], bits: int) -> float:
     """Return the squared error, beside the squared values, where normal arguments are rounded.
 
@@ -132,6 +164,8 @@ def rounding_error(function: Callable[[Tensor], Tensor], bits: int) -> float:
     return float(errors.square().mean() / values.square().mean().clamp(min=1e-30))
 
 
+@functools.lru_cache
+@real_tensors()
 def grows(function: Callable[[Tensor], Tensor]) -> bool:
     """Tell whether a function leaves a parabola, ``|f(x)| > 4 (1 + x^2)``, or is not finite somewhere."""
     far = torch.logspace(-6, 2, 200, dtype=torch.float64)

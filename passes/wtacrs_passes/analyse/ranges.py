@@ -231,7 +231,7 @@ class Ranges:
         if node.target in _MERGES:
             return any(self._brings_sentinel(arg, node) for arg in _operands(node))
         if node.target in _SCALES:
-            factors = [arg for arg in _operands(node) if arg not in self._masks | self._inputs]
+            factors = [arg for arg in _operands(node) if arg not in self._masks and arg not in self._inputs]
             normalised = any(arg in self.uniform and not is_constant(arg) for arg in factors)
             return not normalised and any(arg in self.outlying for arg in factors)
         if is_pointwise(node) or node.target in _SAME:

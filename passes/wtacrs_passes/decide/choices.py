@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, fx
 
-from ..analyse.functions import is_float, rounding_error
+from ..analyse.functions import Unary, is_float, rounding_error
 from ..graph.names import module_path
 from ..graph.operations import aten, content_of
-from ..graph.torch_api import hint
+from ..graph.torch_api import hint, real_tensors
 from ..maths.encodings import INTEGER_BITS, Table, encoded_bits
 from ..maths.tables import serves, tabulate
 from .derivations import Derivations
@@ -97,7 +99,7 @@ class Choices:
             return "exact", None  # what is needed to the last bit may be computed from it
         if node in self.facts.ranges.wild or node in self.facts.ranges.outlying:
             return "exact", None
-        if node in self._sparse | self._queries_and_keys | self._subtracted:
+        if node in self._sparse or node in self._queries_and_keys or node in self._subtracted:
             return "int8", None
         if node in self._functions and self.facts.ranges.is_bounded(node):
             return "int8", None  # its function may vanish at the ends: (1 - y^2) of a tanh
@@ -120,5 +122,11 @@ class Choices:
             return None
         if any(t.target is not aten.mul.Tensor or t.args[0] is t.args[1] for t in readers):
             return None
-        table = tabulate(self.facts.function(node), mode.table_bits)
-        return table if table is not None and serves(self.facts.function(node), table) else None
+        return _table(self.facts.function(node), mode.table_bits)
+
+
+@functools.lru_cache
+@real_tensors()
+def _table(function: Unary, bits: int) -> Table | None:
+    table = tabulate(function, bits)
+    return table if table is not None and serves(function, table) else None

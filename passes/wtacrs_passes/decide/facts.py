@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import Tensor, fx
 
-from ..analyse.functions import is_float, unary_function, unary_roots
+from ..analyse.functions import Unary, is_float, unary_function, unary_roots
 from ..analyse.ranges import Ranges
 from ..analyse.readers import Readers
 from ..graph.names import module_path, static_inputs
@@ -79,7 +79,7 @@ class Facts:
         root = self.roots[node]
         return root is not None and root is not node and is_float(root) and is_float(node)
 
-    def function(self, node: fx.Node) -> Callable[[Tensor], Tensor]:
+    def function(self, node: fx.Node) -> Unary:
         """Return the function from its root to a node."""
         root = self.roots[node]
         assert root is not None

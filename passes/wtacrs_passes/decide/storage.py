@@ -21,7 +21,7 @@ from torch import fx
 
 from ..graph.names import module_path
 from ..graph.operations import FILLS, VIEWS, content_of, makes_sparse
-from ..graph.torch_api import CheckpointPolicy, real_tensors
+from ..graph.torch_api import CheckpointPolicy
 from ..joint import Joint
 from ..maths.encodings import INTEGER_BITS
 from .at_hand import made_of_inputs
@@ -60,19 +60,19 @@ def _is_checkpointed(graph: fx.Graph) -> bool:
 
 def choose_storage(joint: Joint, made: Set[fx.Node]) -> tuple[Stored, ...]:
     """Return how each residual is stored, and what is derived from something encoded, or made of inputs."""
-    with real_tensors():  # functions of the graph are evaluated while it is compiled under fake tensors
-        facts = Facts(joint)
-        exactness = Exactness(facts)
-        derivations = Derivations(facts, exactness)
-        choices = Choices(facts, exactness, derivations)
-        cut, near = minimum_cut(derivations.operands, facts.residuals, choices.capacity, facts.order)
-        chosen = [_stored(node, facts, exactness, choices) for node in cut]
-        encoded = {item.node for item in chosen if item.encoding != "exact"}
-        for node in near:  # in graph order
-            if node not in cut and any(operand in encoded for operand in derivations.operands[node] or ()):
-                encoded.add(node)
-                if choices(node)[0] != "exact" or node in facts.attention:
-                    chosen.append(Stored(node, "recompute", node, module=module_path(node) or ""))
+    facts = Facts(joint)
+    exactness = Exactness(facts)
+    derivations = Derivations(facts, exactness)
+    choices = Choices(facts, exactness, derivations)
+    cut, near = minimum_cut(derivations.operands, facts.residuals, choices.capacity, facts.order)
+    chosen = [_stored(node, facts, exactness, choices) for node in cut]
+    encoded = {item.node for item in chosen if item.encoding != "exact"}
+    stored = set(cut)
+    for node in near:  # in graph order
+        if node not in stored and any(operand in encoded for operand in derivations.operands[node] or ()):
+            encoded.add(node)
+            if choices(node)[0] != "exact" or node in facts.attention:
+                chosen.append(Stored(node, "recompute", node, module=module_path(node) or ""))
     planned = {item.node for item in chosen}
     again = [node for node in facts.residuals if node in made and node not in planned]
     return (*chosen, *map(_made, filter(_takes_memory, again)))

@@ -12,8 +12,8 @@ import sympy
 import torch
 from torch import fx
 
-from .operations import NOISE_OF, aten, is_symbolic, prims
-from .torch_api import detect_fake_mode, make_graph_module, trace_operations
+from .operations import NOISE_OF, aten, is_view, mutates, prims
+from .torch_api import detect_fake_mode, fake_like, make_graph_module, trace_operations
 
 
 def output_of(graph: fx.Graph) -> fx.Node:
@@ -49,28 +49,41 @@ class Editor:
     """Insert operations before a node of a joint graph; the only place that writes ``meta``.
 
     Each new node gets a ``meta["val"]`` computed under the graph's own fake mode, and the editor's `tag`, which
-    tells PyTorch's partitioner where it belongs.
+    tells PyTorch's partitioner where it belongs. Layers of one model ask for the same thing again and again: what
+    was computed or traced once for operands of a kind is repeated.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        values = [node.meta.get("val") for node in graph.nodes]
+        values = [node.meta.get("val") for node in graph.find_nodes(op="placeholder")]
         self.mode = detect_fake_mode([v for v in values if isinstance(v, torch.Tensor)])
         self.tag: str | None = None
+        self._values: dict[Any, Any] = {}
         self._traces: dict[Any, fx.Graph] = {}
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Insert ``target(*args, **kwargs)`` at the current insertion point."""
         node = self.graph.call_function(target, args, kwargs)
-        values = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-        if self.mode is None:
-            node.meta["val"] = target(*values[0], **values[1])
-        else:
-            with self.mode:
-                node.meta["val"] = target(*values[0], **values[1])
+        node.meta["val"] = self._value(node)
         if self.tag is not None:
             node.meta["partitioner_tag"] = self.tag
         return node
+
+    def _value(self, node: fx.Node) -> Any:
+        """Return the value of a node, in memory of its own or its operands'."""
+        if self.mode is None or mutates(node) or is_view(node):
+            return self._compute(node)
+        key = node.target, repr(fx.map_arg((node.args, node.kwargs), _kind))
+        if key in self._values:
+            return _map_tensors(fake_like, self._values[key])
+        value = self._values[key] = self._compute(node)
+        return value
+
+    def _compute(self, node: fx.Node) -> Any:
+        assert callable(node.target)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+        with self.mode or contextlib.nullcontext():
+            return node.target(*args, **kwargs)
 
     def cast_like(self, node: fx.Node, like: fx.Node) -> fx.Node:
         """Return `node` in the dtype of `like`."""
@@ -92,22 +105,13 @@ class Editor:
         return noise
 
     def trace(self, function: Callable[..., Any], *nodes: fx.Node, **constants: Any) -> tuple[fx.Node, ...]:
-        """Insert the operations of ``function(*nodes, **constants)``, plain torch; return its results.
-
-        Layers of one model ask for the same thing again and again: what was traced once for tensors of a
-        kind is repeated.
-        """
-        values = [node.meta["val"] for node in nodes]
-        sizes = [size for value in values for size in (*value.shape, *value.stride())]
-        kinds = [(value.dtype, value.device) for value in values]
-        key = (function, *constants.items(), *kinds, *sizes)
-        repeatable = not any(is_symbolic(part) for part in (*sizes, *constants.values()))
-        traced = self._traces.get(key) if repeatable else None
-        if traced is None:
+        """Insert the operations of ``function(*nodes, **constants)``, plain torch; return its results."""
+        key = function, repr((list(map(_kind, nodes)), constants))
+        if key not in self._traces:
             with self.mode or contextlib.nullcontext():
-                traced = trace_operations(partial(function, **constants), values)
-            if repeatable:
-                self._traces[key] = traced
+                values = [node.meta["val"] for node in nodes]
+                self._traces[key] = trace_operations(partial(function, **constants), values)
+        traced = self._traces[key]
         new = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
         for node in traced.nodes:
             if node.op == "call_function":
@@ -130,3 +134,15 @@ class Editor:
         while following.op == "placeholder":
             following = following.next
         return self.before(following)
+
+
+def _kind(node: fx.Node) -> Any:
+    """Return what the values of operations on a node depend on: all but where its memory is."""
+    return _map_tensors(lambda x: (x.dtype, x.device, x.shape, x.stride()), node.meta["val"])
+
+
+def _map_tensors(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to a tensor, or to each of several."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    return tuple(_map_tensors(function, each) for each in value) if isinstance(value, tuple | list) else value

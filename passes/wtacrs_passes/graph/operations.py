@@ -181,6 +181,11 @@ def mutates(node: fx.Node) -> bool:
     return not isinstance(node.target, torch._ops.OpOverload) or bool(schema and schema.is_mutable)
 
 
+def is_view(node: fx.Node) -> bool:
+    """Tell whether a node's result shares memory with an operand, or may."""
+    return bool(getattr(node.target, "is_view", True))
+
+
 def is_recomputable(node: fx.Node) -> bool:
     """Tell whether Inductor computes the node again in a fused kernel at the cost of reading its inputs."""
     return is_pointwise(node) or node.target in FORMS | GATHERS or (node.target is operator.getitem)

@@ -32,10 +32,11 @@ _HALF = (torch.bfloat16, torch.float16)
 def spell_operations(joint: Joint) -> None:
     """Replace abstract operations by those of their device."""
     editor, tangent = Editor(joint.graph), joint.tangent()
+    new: dict[fx.Node, fx.Node] = {}
     for node in joint.graph.find_nodes(op="call_function", target=aten.mm.default):
         if _gathers_itself(node):
             with editor.before(node):
-                _put(joint, node, editor.call(ops.gathered_product, *_gathered(node)))
+                new[node] = _put(node, editor.call(ops.gathered_product, *_gathered(node)))
     spellings: dict[Any, tuple[Callable[[fx.Node, set[fx.Node]], bool], Callable[..., fx.Node]]] = {
         ops.row_norms: (_on_cpu, _spell_row_norms),
         ops.gather_rows: (_reads_memory, _spell_gather_rows),
@@ -45,14 +46,15 @@ def spell_operations(joint: Joint) -> None:
         for node in joint.graph.find_nodes(op="call_function", target=target):
             if not stays(node, tangent):
                 with editor.before(node):
-                    _put(joint, node, spell(editor, *node.args))
+                    new[node] = _put(node, spell(editor, *node.args))
+    joint.replace(new)
     joint.graph.eliminate_dead_code()
 
 
-def _put(joint: Joint, old: fx.Node, new: fx.Node) -> None:
+def _put(old: fx.Node, new: fx.Node) -> fx.Node:
     old.replace_all_uses_with(new)
     new.meta = {**old.meta, "val": new.meta["val"]}
-    joint.replaced(old, new)
+    return new
 
 
 def _on_cpu(node: fx.Node, tangent: set[fx.Node]) -> bool:
