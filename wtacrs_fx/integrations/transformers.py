@@ -28,7 +28,6 @@ from wtacrs_passes.report import MIB
 from ..backend import Backend, backend
 from ..diagnose import diagnose
 
-
 _LOG = logging.getLogger(__name__)
 
 
