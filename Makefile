@@ -3,14 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 .PHONY: demo test operators architectures programs bench lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/wtacrs demo
 
+# A file's tests share what they compiled: they stay in one worker.
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 operators: $(INSTALLED)
 	WTACRS_OPERATORS=all $(BIN)/python -m pytest tests/test_operators.py $(PYTEST_ARGS)

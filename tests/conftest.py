@@ -8,6 +8,8 @@ import os
 import statistics
 from collections.abc import Callable
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for torch: threads that spin starve others
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
