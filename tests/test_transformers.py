@@ -31,7 +31,7 @@ def model() -> BertForSequenceClassification:
         BertConfig(
             vocab_size=50,
             hidden_size=64,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=2,
             intermediate_size=128,
             max_position_embeddings=TOKENS,
@@ -101,7 +101,7 @@ def test_training_learns_and_logs_what_it_saves(trained: Trainer) -> None:
 def test_parameter_names_and_checkpoints_stay(trained: Trainer) -> None:
     assert set(trained.model.state_dict()) == set(model().state_dict())
     loaded = BertForSequenceClassification.from_pretrained(f"{trained.args.output_dir}/checkpoint-6")
-    assert loaded.config.num_hidden_layers == 2
+    assert loaded.config.num_hidden_layers == 1
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
