@@ -20,6 +20,7 @@ BENCHMARKS = (
     ["memory_time"],
     ["memory_time", "--precision", "bfloat16", "--rounds", "0"],
     ["memory_time", *shlex.split(DEEP)],
+    ["regime"],
     ["frontier"],
     ["scaling"],
     ["gpu"],

@@ -149,12 +149,18 @@ _ACCURACY = {
     "gain over exact": "difference to exact",
     "gain over exact, standard error": "its standard error",
 }
-_HEADLINE = {
+_INDUCTOR = {
     "inductor": "Inductor",
     "inductor budget 0.9": "Inductor, `activation_memory_budget=0.9`",
+    "inductor budget 0.5": "Inductor, `activation_memory_budget=0.5`",
     "inductor, checkpointing": "Inductor, checkpointing",
-    "wtacrs 0.3 balanced": "**wtacrs**, default policy",
+    "inductor, auto_chunker": "Inductor, `auto_chunker`",
 }
+_HEADLINE = _INDUCTOR | {
+    "wtacrs": "**wtacrs**, default policy",
+    "wtacrs, all rows": "**wtacrs**, `ratio=1.0`: nothing sampled",
+}
+_WITHOUT_HEAD = _INDUCTOR | {"wtacrs 0.3 balanced": "**wtacrs**, default policy"}
 TABLES: dict[str, Table] = {
     "memory": _of_models("saved units a layer", "bfloat16", _one_digit),
     "memory-float32": _of_models("saved units a layer", "float32", _one_digit),
@@ -220,10 +226,22 @@ TABLES: dict[str, Table] = {
         "synthetic_variance", "rows", lambda row: row.metric == "variance / wta-crs", _model, _variant, _value
     ),
     "headline": Table(
+        "regime",
+        "",
+        lambda row: (
+            (row.device, row.model, row.dtype) == ("cpu", "llama-lm", "autocast")
+            and "words" not in row.shapes
+        ),
+        lambda row: _HEADLINE[row.variant],
+        lambda row: row.metric,
+        _ratio,
+        ("saved", "peak", "step time"),
+    ),
+    "without-head": Table(
         "frontier",
         "",
-        lambda row: row.device == "cpu" and row.variant in _HEADLINE,
-        lambda row: _HEADLINE[row.variant],
+        lambda row: row.device == "cpu" and row.variant in _WITHOUT_HEAD,
+        lambda row: _WITHOUT_HEAD[row.variant],
         lambda row: f"{row.model}: {row.metric}",
         _ratio,
         tuple(

@@ -177,7 +177,7 @@ def test_table_shows_the_latest_row_and_the_block_is_rewritten(tmp_path: Path) -
     append([_row(12.0), _row(11.04), other_size], tmp_path)
     table = render("memory", tmp_path)
     assert "| bert | 11.0 |" in table
-    assert "99" not in table
+    assert "99.0" not in table
     before = "a\n<!-- bench:memory -->\nold\n<!-- /bench:memory -->\nb"
     after = rewrite(before, tmp_path)
     assert after == f"a\n<!-- bench:memory -->\n{table}\n<!-- /bench:memory -->\nb"

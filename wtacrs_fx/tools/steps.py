@@ -21,12 +21,12 @@ from .progress import Progress, silent
 Compiler = Callable[[torch.fx.GraphModule, list[Any]], Any]
 
 
-def inductor(budget: float = 1.0) -> Compiler:
-    """Return Inductor at `activation_memory_budget=budget`; 1.0 is its default."""
+def inductor(budget: float = 1.0, **config: Any) -> Compiler:
+    """Return Inductor at `activation_memory_budget=budget`; 1.0 is its default. `config` is its own."""
 
     def compile_at_budget(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         with functorch_config.patch(activation_memory_budget=budget):
-            return compile_fx(graph, inputs)
+            return compile_fx(graph, inputs, config_patches=config)
 
     return compile_at_budget
 

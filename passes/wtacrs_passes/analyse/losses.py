@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.cones import depends_on, is_tangent, tangent_cone
-from ..graph.edit import sympy_size
 from ..graph.operations import (
     ADDITIONS,
     CASTS,
@@ -34,7 +33,7 @@ from ..graph.operations import (
     is_pointwise,
     tensor_operands,
 )
-from ..graph.torch_api import hint
+from ..graph.torch_api import hint, statically_known_true
 
 Kind: TypeAlias = Literal["rows", "sum", "product"]
 """What becomes of the chunks of a result: they are put together, summed, or summed as products of two factors."""
@@ -149,9 +148,8 @@ def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
 
 def leading(shape: Sequence[Any], rows: Any) -> int | None:
     """Return how many leading dimensions hold the rows, one after the other; None where others do, or none."""
-    wanted = sympy_size(rows)
     for count in range(1, len(shape) + 1):
-        if sympy_size(math.prod(shape[:count])) == wanted:
+        if same_size(math.prod(shape[:count]), rows):
             return count
     return None
 
@@ -185,7 +183,7 @@ class _Search:
     def __init__(self, graph: fx.Graph, head: fx.Node, tangent: set[fx.Node]) -> None:
         self.graph, self.head, self.tangent = graph, head, tangent
         self.rows, self.words = head.meta["val"].shape
-        if _same(self.rows, self.words):
+        if same_size(self.rows, self.words):
             raise CannotChunk("it has as many rows as words: which dimension holds the rows is not known")
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.wide = {node for node in graph.nodes if self._is_wide(node)}
@@ -303,7 +301,7 @@ class _Search:
     def _has_rows(self, arg: fx.Node, node: fx.Node) -> bool:
         """Tell whether an operand that is broadcast has the rows of the result."""
         given, result, lead = shape_of(arg) or (), shape_of(node) or (), self.lead(node) or 0
-        return len(given) == len(result) and all(map(_same, given[:lead], result[:lead]))
+        return len(given) == len(result) and all(map(same_size, given[:lead], result[:lead]))
 
     def _kind(self, node: fx.Node, user: fx.Node) -> Kind | None:
         """Return how a reader of a row-wise value sums over the rows; None where it does not."""
@@ -391,8 +389,9 @@ class _Search:
         return tangents[0], tuple(ordered)
 
 
-def _same(left: Any, right: Any) -> bool:
-    return bool(sympy_size(left) == sympy_size(right))
+def same_size(left: Any, right: Any) -> bool:
+    """Tell whether two sizes are known to be equal, whatever the batch."""
+    return left is right or bool(statically_known_true(left == right))
 
 
 def is_linear(node: fx.Node, dependent: set[fx.Node]) -> bool:

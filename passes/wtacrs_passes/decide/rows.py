@@ -79,6 +79,9 @@ def reason_for_exact(product: Product, sampling: Sampling | None) -> str | None:
         return "complex numbers"
     if is_unbacked(product.rows):
         return "as many rows as the data says, unknown when it is compiled"
+    shapes = (*product.node.meta["val"].shape, *product.x.meta["val"].shape)
+    if any(isinstance(size, int) and size == 0 for size in shapes):
+        return "nothing to multiply"
     features = product.node.meta["val"].shape[-1 - product.tangent_side]  # of X: the side that is not dY's
     if isinstance(features, int) and features < sampling.min_features:
         return f"{features} features, fewer than min_features"

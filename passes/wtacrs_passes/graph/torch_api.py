@@ -50,6 +50,7 @@ __all__ = [
     "run_joint_graph_passes",
     "same_shape",
     "stable_topological_sort",
+    "statically_known_true",
     "trace_joint",
     "trace_operations",
     "trace_structured",

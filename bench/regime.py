@@ -1,0 +1,92 @@
+"""A language model with its loss over a real vocabulary, as people train one, beside all that PyTorch offers.
+
+    python -m bench.regime                        # autocast, 4 layers, 49,152 words, 8 x 512 tokens
+    python -m bench.regime --precision bfloat16
+    python -m bench.regime --words 131072 --rounds 0                  # memory alone
+    python -m bench.regime --quick                # tiny sizes: does it run? keeps no rows
+
+Saved bytes, peak and step time as ratios to Inductor's default, from one interleaved run.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from torch import nn
+
+import wtacrs_fx
+from bench.frontier import CHECKPOINTING
+from bench.harness import Row, circumstances, compare, record
+from bench.models import LANGUAGE_MODELS, PRECISIONS, TINY, Shape, build
+from wtacrs_fx import Policy
+from wtacrs_fx.tools.steps import Compiler, Step, inductor
+
+CHUNKER = "inductor, auto_chunker"
+POLICIES = {"wtacrs": Policy(), "wtacrs, all rows": Policy(ratio=1.0)}
+VARIANTS = ("inductor", "inductor budget 0.9", "inductor budget 0.5", CHECKPOINTING, CHUNKER, *POLICIES)
+
+
+def compiler(variant: str) -> Compiler:
+    """Return a new backend object."""
+    if variant in POLICIES:
+        return wtacrs_fx.backend(POLICIES[variant])
+    if variant == CHUNKER:
+        return inductor(**{"auto_chunker.enable": True})
+    budget = variant.removeprefix("inductor budget ")
+    return inductor(float(budget)) if budget != variant else inductor()
+
+
+def checkpoint(model: nn.Module) -> None:
+    """Let each layer be computed again from its input."""
+    network = next(module for module in model.modules() if hasattr(module, "gradient_checkpointing_enable"))
+    network.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+def measure(
+    name: str, shape: Shape, precision: str, device: str, rounds: int, variants: list[str]
+) -> list[Row]:
+    """Return saved bytes, peak and, with rounds, step time of each variant."""
+    steps = {}
+    for variant in variants:
+        model, inputs = build(name, shape, precision, device)
+        if variant == CHECKPOINTING:
+            checkpoint(model)
+        steps[variant] = Step(model, inputs, compiler(variant))
+        print(f"{name}, {variant}: compiled in {steps[variant].first_call_seconds:.0f} s", flush=True)
+    return [
+        Row(
+            "regime", name, variant, metric, unit=unit, shapes=str(shape), dtype=precision,
+            **figure, **circumstances(device),
+        )
+        for variant, figures in compare(steps, rounds).items()
+        for metric, unit, figure in figures
+    ]  # fmt: skip
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(LANGUAGE_MODELS)}.")] = "llama-lm",
+    variant: Annotated[
+        list[str] | None, typer.Option(help="All by default; the baseline always runs.")
+    ] = None,
+    layers: int = 4,
+    d: int = 576,
+    heads: int = 9,
+    batch: int = 8,
+    seq: int = 512,
+    words: Annotated[int | None, typer.Option(help="Its own by default.")] = None,
+    precision: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "autocast",
+    device: str = "cpu",
+    rounds: Annotated[int, typer.Option(help="Timed steps of each variant; 0 for memory alone.")] = 5,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes and two rounds; keep no rows.")] = False,
+) -> None:
+    """Measure a language model with its loss; append rows to bench/results."""
+    shape = TINY if quick else Shape(layers, d, heads, batch, seq, words)
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    chosen = [name for name in VARIANTS if not variant or name in (*variant, VARIANTS[0])]
+    record(measure(model, shape, precision, device, 2 if quick else rounds, chosen), keep=not quick)
+
+
+if __name__ == "__main__":
+    typer.run(main)
