@@ -244,6 +244,13 @@ def test_what_stays_whole_says_why(kind: type[Words], reason: str) -> None:
             assert distance(found[name], gradient) < 0.001, name
 
 
+def test_the_gradient_of_a_tied_embedding_is_added_to_the_heads() -> None:
+    _, _, graph = run(Tied(), CHUNKED)
+    backward = graph.partitions["ours"].backward.graph
+    zeros = [node for node in backward.nodes if node.target is torch.ops.aten.full.default]
+    assert not [node for node in zeros if tuple(node.meta["val"].shape) == (WORDS, D)]
+
+
 def test_a_gradient_that_is_not_linear_stays_whole() -> None:
     model = Penalised()
     _, exact = train(copy.deepcopy(model))

@@ -33,6 +33,7 @@ from .graph.torch_api import (
 from .joint import Joint, Partitioned, Partitioner
 from .lower.compile_chunks import compile_chunks
 from .lower.lower_noise import lower_noise
+from .lower.scatter_into_sums import scatter_into_sums
 from .lower.spell_operations import spell_operations
 from .lower.write_once import write_once
 from .partition import partition, saved_tensors
@@ -57,6 +58,7 @@ PASSES: tuple[Pass, ...] = (
     plan_storage,
     encode_residuals,
     spell_operations,
+    scatter_into_sums,
     lower_noise,
     compile_chunks,
     partition,
