@@ -32,7 +32,7 @@ def compiler(variant: str) -> Compiler:
     if variant in POLICIES:
         return wtacrs_fx.backend(POLICIES[variant])
     if variant == CHUNKER:
-        # At its default of 8 it leaves this head alone: the weight counts as input, and 6.6 times as much comes out.
+        # Below its default of 8, which this head does not reach: its weight counts as input.
         return inductor(**{"auto_chunker.enable": True, "auto_chunker.amplify_ratio_threshold": 4})
     budget = variant.removeprefix("inductor budget ")
     return inductor(float(budget)) if budget != variant else inductor()
