@@ -106,6 +106,16 @@ class Binary(Biased):
         return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels.clamp(min=0), WORDS).float())
 
 
+class OneHot(Words):
+    """Targets written out: an ignored label is a row of zeros."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        targets = torch.where(labels.unsqueeze(-1) == torch.arange(WORDS), 1.0, 0.0)
+        weights = torch.linspace(1, 2, BATCH * TOKENS).view(BATCH, TOKENS, 1)
+        asked = (targets * weights).sum(-1, keepdim=True)
+        return (logits * asked / WORDS - targets * logits.log_softmax(-1)).sum() / 53
+
+
 class Distilled(Words):
     """A second head is the teacher."""
 
@@ -135,7 +145,9 @@ class Masked(Words):
         return F.cross_entropy(self.logits(x[:, ::2]).float().flatten(0, 1), labels[:, ::2].flatten())
 
 
-LOSSES = (Words, Biased, SoftCap, Sum, Smoothing, ZLoss, Weighted, Focal, Binary, Distilled, Tied, Masked)
+LOSSES = (
+    Words, Biased, SoftCap, Sum, Smoothing, ZLoss, Weighted, Focal, Binary, OneHot, Distilled, Tied, Masked,
+)  # fmt: skip
 
 
 class Logits(Words):
@@ -249,6 +261,59 @@ def test_the_gradient_of_a_tied_embedding_is_added_to_the_heads() -> None:
     backward = graph.partitions["ours"].backward.graph
     zeros = [node for node in backward.nodes if node.target is torch.ops.aten.full.default]
     assert not [node for node in zeros if tuple(node.meta["val"].shape) == (WORDS, D)]
+
+
+class Scattered(nn.Module):
+    """Rows that are added to zeros, and those to something larger or in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(4, D))
+        self.table = nn.Parameter(torch.randn(4, 6, D))
+
+    def forward(self, index: Tensor) -> Tensor:
+        few = torch.zeros(6, D).index_put((index,), self.w, accumulate=True)
+        return ((self.table * 2 + few) * torch.linspace(-1, 1, 6 * D).view(6, D)).sum()
+
+
+def test_rows_that_are_added_to_a_larger_tensor() -> None:
+    model, index = Scattered(), torch.tensor([1, 5, 1, 0])
+    variants = Variants({"ours": CHUNKED})
+    variants.active = "ours"
+    compiled = torch.compile(copy.deepcopy(model), backend=variants, fullgraph=True)
+    wanted, found = model(index), compiled(index)
+    torch.testing.assert_close(found, wanted)
+    wanted.backward()
+    found.backward()
+    for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad)
+
+
+def test_a_buffer_that_is_written_to_after_the_loss() -> None:
+    class Drifting(Words):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("shift", torch.linspace(-1, 1, WORDS))
+
+        def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+            loss = super().loss(logits + self.shift, labels)
+            self.shift.mul_(-3)
+            return loss
+
+    model = Drifting()
+    wanted, exact = train(copy.deepcopy(model))
+    loss, found, _ = run(model, CHUNKED)
+    torch.testing.assert_close(loss, wanted)
+    for name, gradient in exact.items():
+        assert distance(found[name], gradient) < 0.001, name
+
+
+def test_whole_numbers_are_summed_as_such() -> None:
+    body = "def body(rows, x):\n    return (x.sum(0),)\n"
+    x = torch.tensor([2**40 + 1, 2, 3, 4])
+    (total,) = chunks.in_chunks(body, ["sum"], [x], [], 1, None, [], "", False, False)
+    assert total.item() == x.sum().item()
 
 
 def test_a_gradient_that_is_not_linear_stays_whole() -> None:

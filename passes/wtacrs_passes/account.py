@@ -77,7 +77,7 @@ def _made_with(loss: ChunkedLoss, ledger: _Ledger) -> Iterator[SiteReport]:
         rows, how = simplify(sympy_size(product.rows)), None if reason else loss.sampling
         kept, estimator, placement, weights = rows, "", "", ""
         if how is not None:
-            kept = simplify(loss.kept)
+            kept = simplify(sympy_size(loss.kept))
             estimator, placement, weights = how.estimator, "forward", "||x|| ||dy||"
         before, after = ledger.take_before(product.stored_names), ledger.take_after(names)
         yield SiteReport(

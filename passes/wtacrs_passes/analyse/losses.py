@@ -20,17 +20,21 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.cones import depends_on, is_tangent, tangent_cone
+from ..graph.names import written_inputs
 from ..graph.operations import (
     ADDITIONS,
     CASTS,
     COPIES,
     DIVISIONS,
-    FILLS,
     FORMS,
     MULTIPLICATIONS,
     SUMS,
+    TRANSPOSES,
+    VIEWS,
     aten,
+    content_of,
     is_pointwise,
+    is_zero,
     tensor_operands,
 )
 from ..graph.torch_api import hint, statically_known_true
@@ -41,10 +45,7 @@ Kind: TypeAlias = Literal["rows", "sum", "product"]
 _AMPLIFICATION = 5
 """A head's rows are at least so many times as long as those that it reads."""
 
-SAME_ORDER = {
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.alias.default, aten.detach.default,
-} | COPIES  # fmt: skip
+SAME_ORDER = (VIEWS | COPIES) - TRANSPOSES
 """Operations whose result has the elements of their operand in the same order."""
 REDUCTIONS = {
     aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default,
@@ -55,7 +56,6 @@ MEANS = {aten.mean.default, aten.mean.dim}
 """Sums that are divided by the number of what is summed."""
 INDEXED = {aten.gather.default, aten.scatter.value, aten.scatter.src, aten.scatter_add.default}
 """Operations along the one dimension that their second argument names."""
-TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
 HEADS = {aten.mm.default: 0, aten.addmm.default: 1}
 """Products, with the position of the left operand."""
 
@@ -91,7 +91,7 @@ class WideLoss:
         head: the product that makes the logits.
         rows: their number N.
         words: the length of a row.
-        body: what is computed chunk by chunk, in the order of the graph; without `results` that are not read there.
+        body: what is computed chunk by chunk, in the order of the graph.
         rowwise: inputs with N rows.
         shared: inputs that all rows read.
         results: what is read outside.
@@ -170,13 +170,6 @@ def _tensors(node: fx.Node) -> list[fx.Node]:
     return [arg for arg in node.all_input_nodes if shape_of(arg) is not None]
 
 
-def is_zero(value: Any) -> bool:
-    """Tell whether an argument is zero wherever it is read."""
-    if isinstance(value, fx.Node):
-        return value.target in FILLS and is_zero(value.args[FILLS[value.target]])
-    return isinstance(value, int | float) and value == 0
-
-
 class _Search:
     """What belongs to one head."""
 
@@ -200,12 +193,15 @@ class _Search:
         for node in self.members:
             if not self._is_rowwise(node) or any(arg in self.members for arg in self._shared(node)):
                 raise CannotChunk(f"{node.target} does not treat each row by itself ({node})")
+        written = written_inputs(self.graph)
         rowwise = self._inputs(self._operands)
         shared = self._inputs(self._shared)
         after = depends_on(self.graph, set(self.members))
         for arg in (*rowwise, *shared):
             if arg in after:
                 raise CannotChunk(f"{arg} is made of all rows at once, and read by each")
+            if content_of(arg, VIEWS) in written:
+                raise CannotChunk(f"{arg} is written to in the same graph")
         if both := set(rowwise) & set(shared):
             raise CannotChunk(f"{both.pop()} is read row by row and as a whole")
         results = tuple(
@@ -329,7 +325,10 @@ class _Search:
         if lead is None:
             return False
         first = node.args[0] if node.args else None
-        if node.target in HEADS or node.target is aten.full.default:
+        if node.target in HEADS:
+            bias = self._shared(node)[:-1]
+            return all(self._broadcasts(arg, node, lead) for arg in bias)
+        if node.target is aten.full.default:
             return True
         if len(_tensors(node)) < len(node.all_input_nodes) and node.target not in SAME_ORDER | {
             aten.expand.default

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..graph.operations import ADDITIONS, CASTS, COPIES, FILLS, RESHAPES, VIEWS, aten, content_of
+from ..graph.operations import ADDITIONS, CASTS, COPIES, RESHAPES, VIEWS, aten, content_of, is_zero
 from ..graph.torch_api import same_shape
 
 Conditions = frozenset[fx.Node]
@@ -48,7 +48,7 @@ def _conditions(node: fx.Node, tangent: set[fx.Node], found: dict[fx.Node, Condi
     target, args = node.target, node.args
     if target is aten.where.self:
         kept = known(args[1]) & known(args[2])
-        return kept | known(args[1]) | _mask(args[0], node) if _is_zero(args[2]) else kept
+        return kept | known(args[1]) | _mask(args[0], node) if is_zero(args[2]) else kept
     if target is aten.mul.Tensor:
         operands = [known(arg) if arg in tangent else _mask(arg, node) for arg in args]
         return frozenset().union(*operands)
@@ -99,9 +99,3 @@ def _mask(operand: Any, node: fx.Node) -> Conditions:
         if whole and same_shape([value.numel()], [operand.meta["val"].numel()])
         else _NO_CONDITIONS
     )
-
-
-def _is_zero(operand: Any) -> bool:
-    if not isinstance(operand, fx.Node) or operand.target not in FILLS:
-        return False
-    return bool(operand.args[FILLS[operand.target]] == 0)

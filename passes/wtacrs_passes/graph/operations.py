@@ -15,19 +15,22 @@ from .torch_api import inductor_prims, py_sym_types
 aten = torch.ops.aten
 prims = torch.ops.prims
 
+TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
+"""Views that exchange dimensions."""
 RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 """Views that keep the order of the elements."""
-VIEWS = RESHAPES | {
-    aten.permute.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.squeeze.default,
-    aten.unsqueeze.default,
-    aten.alias.default,
-    aten.detach.default,
-}
+VIEWS = (
+    RESHAPES
+    | TRANSPOSES
+    | {
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.unsqueeze.default,
+        aten.alias.default,
+        aten.detach.default,
+    }
+)
 COPIES = {aten.clone.default, aten.contiguous.default}
 CASTS = {prims.convert_element_type.default, aten._to_copy.default}
 FORMS = VIEWS | COPIES | CASTS
@@ -200,6 +203,13 @@ def is_loop(node: fx.Node) -> bool:
 def is_derivable(node: fx.Node) -> bool:
     """Tell whether the node's operands suffice to compute it again: not so for one of several results."""
     return is_recomputable(node) and node.target is not operator.getitem
+
+
+def is_zero(value: Any) -> bool:
+    """Tell whether an argument, a number or a constant tensor, is zero."""
+    if isinstance(value, fx.Node):
+        return value.target in FILLS and is_zero(value.args[FILLS[value.target]])
+    return isinstance(value, int | float) and value == 0
 
 
 def content_of(node: fx.Node, forms: Set[Any] = FORMS) -> fx.Node:

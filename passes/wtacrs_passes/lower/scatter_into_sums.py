@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..analyse.losses import is_zero, shape_of
 from ..decide.modes import MODES
-from ..graph.operations import aten
+from ..graph.operations import aten, is_zero
+from ..graph.torch_api import same_shape
 from ..joint import Joint
 
 _ACCUMULATE = {aten.index_put.default: 3, aten._unsafe_masked_index_put_accumulate.default: None}
@@ -19,13 +19,20 @@ _ACCUMULATE = {aten.index_put.default: 3, aten._unsafe_masked_index_put_accumula
 def scatter_into_sums(joint: Joint) -> None:
     """Turn ``dW + scatter(zeros, rows)`` into ``scatter(dW, rows)``.
 
-    Only with lossy residuals, as the sum is rounded in another order, and in float32, where that is all.
+    Only gradients, with lossy residuals, as the sum is rounded in another order, and in float32, where that is all.
     """
     if not MODES[joint.policy.residuals].lossy:
         return
+    tangent = joint.tangent()
     for node in joint.graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if node not in tangent:
+            continue
         for scatter, other in (node.args[:2], node.args[1::-1]):
-            if not node.kwargs and _adds_rows_to_zeros(scatter) and _is_alike(other, node):
+            if (
+                not node.kwargs
+                and _adds_rows_to_zeros(scatter)
+                and all(_is_alike(side, node) for side in node.args)
+            ):
                 with joint.graph.inserting_before(node):
                     new = joint.graph.call_function(scatter.target, (other, *scatter.args[1:]))
                 new.meta = dict(node.meta)
@@ -36,16 +43,17 @@ def scatter_into_sums(joint: Joint) -> None:
 
 
 def _adds_rows_to_zeros(node: Any) -> bool:
-    """Tell whether a node, read once, is zeros with rows added."""
-    if not isinstance(node, fx.Node) or node.target not in _ACCUMULATE or len(node.users) != 1:
+    """Tell whether a node is zeros with rows added."""
+    if not isinstance(node, fx.Node) or node.target not in _ACCUMULATE:
         return False
     flag = _ACCUMULATE[node.target]
     accumulates = flag is None or (len(node.args) > flag and node.args[flag] is True)
     return accumulates and is_zero(node.args[0]) and node.meta["val"].dtype == torch.float32
 
 
-def _is_alike(other: Any, node: fx.Node) -> bool:
+def _is_alike(operand: Any, node: fx.Node) -> bool:
     """Tell whether an operand has the shape and type of a sum, and nothing else reads it."""
-    if not isinstance(other, fx.Node) or shape_of(other) != shape_of(node) or len(other.users) != 1:
+    if not isinstance(operand, fx.Node) or operand.op != "call_function" or len(operand.users) != 1:
         return False
-    return other.op == "call_function" and bool(other.meta["val"].dtype == node.meta["val"].dtype)
+    value, total = operand.meta["val"], node.meta["val"]
+    return value.dtype == total.dtype and same_shape(value.shape, total.shape)

@@ -47,7 +47,7 @@ def in_chunks(
         center: the mean row of b in a chunk is subtracted and its product added.
         compiled: `body` is compiled by Inductor when it is called first.
 
-    Sums are in float32 at least, and rounded once to the dtype of what is summed.
+    Sums of floating-point numbers are in float32 at least, and rounded once to the dtype of what is summed.
     """
     function = compiled_function_of(body) if compiled else function_of(body)
     total = rowwise[0].shape[0]
@@ -139,7 +139,8 @@ class _Part:
         if self.value is not None:
             return self.value, Tensor.add_
         self.dtype = x.dtype
-        self.value = x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else x.dtype
+        self.value = x.new_empty(shape, dtype=wide)
         return self.value, Tensor.copy_
 
 

@@ -20,7 +20,6 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import sympy
 from torch import Tensor, fx
 
 from ..analyse.losses import (
@@ -32,16 +31,24 @@ from ..analyse.losses import (
     WideLoss,
     find_wide_losses,
     is_transpose,
-    is_zero,
     leading,
     shape_of,
 )
 from ..analyse.products import Product, analyse
 from ..decide.modes import MODES
 from ..decide.rows import reason_for_exact
-from ..graph.edit import Editor, output_of, sympy_size
+from ..graph.edit import Editor, output_of
 from ..graph.names import module_path
-from ..graph.operations import CASTS, aten, content_of, is_pointwise, prims, same_content
+from ..graph.operations import (
+    CASTS,
+    aten,
+    content_of,
+    is_pointwise,
+    is_zero,
+    makes_sparse,
+    prims,
+    same_content,
+)
 from ..graph.torch_api import stable_topological_sort
 from ..joint import Joint
 from ..maths import estimators, ops
@@ -56,7 +63,6 @@ class ChunkedLoss:
     """A loss that is computed in chunks.
 
     Attributes:
-        call: the node that computes it.
         chunk: rows at a time.
         module: path of the head.
         rows: N.
@@ -64,10 +70,9 @@ class ChunkedLoss:
         sampling: how rows are sampled in the sampled products, if any are.
         products: the weight-gradient products that are made there, with the names of what holds them until the
             backward pass, for a tangent of one, and why they are exact, if they are.
-        stored: what else waits for the backward pass.
+        stored: what waits for the backward pass: all gradients that are made there.
     """
 
-    call: fx.Node
     chunk: int
     module: str
     rows: Any
@@ -77,24 +82,18 @@ class ChunkedLoss:
     stored: tuple[fx.Node, ...]
 
     @property
-    def kept(self) -> sympy.Expr:
+    def kept(self) -> Any:
         """The rows that are sampled, of all chunks."""
         assert self.sampling is not None
-        rows = sympy_size(self.rows)
-        whole, rest = rows // self.chunk, rows % self.chunk
-        return whole * self._kept_of(sympy.Integer(self.chunk)) + self._kept_of(rest)
-
-    def _kept_of(self, rows: sympy.Expr) -> sympy.Expr:
-        share = self.sampling.share  # type: ignore[union-attr]
-        wanted = sympy.ceiling(rows * share.numerator / share.denominator)
-        return sympy.Min(rows, sympy.Max(self.sampling.min_rows, wanted))  # type: ignore[union-attr]
+        whole, rest = self.rows // self.chunk, self.rows % self.chunk
+        return whole * self.sampling.kept(self.chunk) + self.sampling.kept(rest)
 
 
 def chunk_losses(joint: Joint) -> None:
     """Rewrite each loss over a vocabulary whose logits are larger than the policy allows."""
     size = joint.policy.chunk_bytes
-    if not size or not MODES[joint.policy.residuals].lossy:
-        return  # sums over chunks are rounded in another order
+    if not size or not MODES[joint.policy.residuals].lossy or makes_sparse(joint.graph):
+        return  # sums over chunks are rounded in another order; Inductor may use a sparse tensor's memory again
     losses, joint.whole_losses = find_wide_losses(joint.graph, size)
     if not losses:
         return
@@ -149,7 +148,7 @@ def _rewrite(
                 names = frozenset(node.name for node in same_content(part))
                 made.append((products[result.node], names, reasons[result.node] or ""))
     module = module_path(loss.head) or ""
-    return ChunkedLoss(call, chunk, module, loss.rows, loss.words, sampling, tuple(made), tuple(stored))
+    return ChunkedLoss(chunk, module, loss.rows, loss.words, sampling, tuple(made), tuple(stored))
 
 
 def _noise_and_share(
@@ -269,9 +268,7 @@ class _Body:
             return self._call(node.target, args[0], dim, *args[2:], **node.kwargs)
         one_hot = sum_of_one_hot(node)
         if one_hot is not None:
-            value, factor = (self._value(arg) for arg in one_hot)
-            product = self._call(aten.mul.Tensor, factor, value)
-            return self._call(aten.reshape.default, product, [self.rows, *self._trailing(node)])
+            return self._sum_of_one_hot(node, *one_hot)
         if any(result.node is node and result.kind == "sum" for result in self.loss.results):
             return self._sum(node, operand, args[0])
         assert node.target in REDUCTIONS, node.target
@@ -285,8 +282,19 @@ class _Body:
             **node.kwargs,
         )
 
-    def _value(self, arg: Any) -> Any:
-        return self.new[arg] if isinstance(arg, fx.Node) else arg
+    def _sum_of_one_hot(
+        self, node: fx.Node, index: fx.Node, words: int, value: Any, factor: fx.Node
+    ) -> fx.Node:
+        """Return ``value * factor`` in the rows whose index is a word, zero in others."""
+        value = self.new[value] if isinstance(value, fx.Node) else value
+        product = self._call(aten.mul.Tensor, self.new[factor], value)
+        known = self._call(
+            aten.logical_and.default,
+            self._call(aten.ge.Scalar, self.new[index], 0),
+            self._call(aten.lt.Scalar, self.new[index], words),
+        )
+        total = self._call(aten.mul.Tensor, product, known)
+        return self._call(aten.reshape.default, total, [self.rows, *self._trailing(node)])
 
     def _moved(self, dims: Sequence[Any], operand: fx.Node) -> list[int]:
         """Return trailing dimensions of an operand as those of its chunk."""
@@ -311,10 +319,10 @@ class _Body:
         return self._call(aten.reshape.default, new, list(shape[len(shape) - len(trailing) :]))
 
 
-def sum_of_one_hot(node: fx.Node) -> tuple[Any, fx.Node] | None:
-    """Return `(value, factor)` where a node is ``sum(one_hot * factor, -1)``, with one `value` in each row.
+def sum_of_one_hot(node: fx.Node) -> tuple[fx.Node, int, Any, fx.Node] | None:
+    """Return `(index, words, value, factor)` where a node is ``sum(one_hot * factor, -1)``.
 
-    The gradient of a log-softmax asks for it; with a factor a row it is their product.
+    The gradient of a log-softmax asks for it. With one factor a row it is ``value * factor`` where the index is a word.
     """
     if node.target is not aten.sum.dim_IntList:
         return None
@@ -323,20 +331,21 @@ def sum_of_one_hot(node: fx.Node) -> tuple[Any, fx.Node] | None:
     if product.target is not aten.mul.Tensor or [d % rank for d in dims] != [rank - 1]:  # type: ignore
         return None
     for one_hot, factor in (product.args[:2], product.args[1::-1]):  # type: ignore[union-attr]
-        value = _value_of_one_hot(one_hot)
-        if value is not None and isinstance(factor, fx.Node) and (shape_of(factor) or (0,))[-1] == 1:
-            return value, factor
+        found = _one_hot(one_hot)
+        if found is not None and isinstance(factor, fx.Node) and (shape_of(factor) or (0,))[-1] == 1:
+            return *found, factor
     return None
 
 
-def _value_of_one_hot(node: Any) -> Any:
-    """Return the one value in each row of a tensor that is zero elsewhere; None where that is not known."""
+def _one_hot(node: Any) -> tuple[fx.Node, int, Any] | None:
+    """Return `(index, words, value)` of a tensor that holds `value` at the index of each row, and zeros."""
     if not isinstance(node, fx.Node):
         return None
     if node.target is aten.scatter.value:
         zero, dim, index, value = node.args[:4]
-        rank, shape = len(shape_of(node) or ()), shape_of(index) or (0,)  # type: ignore[arg-type]
-        return value if is_zero(zero) and dim % rank == rank - 1 and shape[-1] == 1 else None  # type: ignore
+        shape, narrow = shape_of(node) or (), shape_of(index) or (0,)  # type: ignore[arg-type]
+        last = dim % len(shape) == len(shape) - 1  # type: ignore[operator]
+        return (index, shape[-1], value) if is_zero(zero) and last and narrow[-1] == 1 else None  # type: ignore
     if node.target is not aten.where.self or not is_zero(node.args[2]):
         return None
     equal, value = node.args[:2]
@@ -344,7 +353,17 @@ def _value_of_one_hot(node: Any) -> Any:
         return None
     left, right = (content_of(side, {aten.expand.default}) for side in equal.args)  # type: ignore
     for counter, index in ((left, right), (right, left)):
-        counts = content_of(counter, SAME_ORDER).target is prims.iota.default
-        if counts and (shape_of(counter) or (0,))[-1] > 1 and (shape_of(index) or (0,))[-1] == 1:
-            return value
+        words = _counts_to(counter)
+        whole = not index.meta["val"].is_floating_point()
+        if words is not None and whole and (shape_of(index) or (0,))[-1] == 1:
+            return index, words, value
     return None
+
+
+def _counts_to(node: fx.Node) -> int | None:
+    """Return the length of a tensor that is 0, 1, 2, ... along its last dimension, and has no other."""
+    source, shape = content_of(node, SAME_ORDER), shape_of(node) or ()
+    if source.target is not prims.iota.default or source.kwargs["start"] != 0 or source.kwargs["step"] != 1:
+        return None
+    length = source.args[0]
+    return length if isinstance(length, int) and length > 1 and shape[-1] == length else None
