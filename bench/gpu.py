@@ -1,84 +1,89 @@
-"""Memory and time of training steps on a CUDA device, in bfloat16, at the sizes of well-known models.
+"""Memory and time of training steps on a CUDA device, at the sizes of well-known models.
 
-    python -m bench.gpu                       # under 8 minutes; correctness first
-    python -m bench.gpu --case gpt2-medium --layers 24
+    python -m bench.gpu                       # about 6 minutes on 16 cores; tests first
+    python -m bench.gpu --case llama --layers 16
 
+First the regime that people train in: a language model with its loss over its real vocabulary, under autocast.
 Each case is a stack of `--layers` layers of the model's real width (compiling all 24 would take the minutes),
-so ratios are those of the layers; the largest batch is computed for the real depth from the bytes that one
-layer was seen to hold. Without a CUDA device every figure is recorded as not measured.
+so ratios are those of the layers and the head; without a head, the largest batch is computed for the real depth
+from the bytes that one layer was seen to hold. All cases compile at once, each in a process of its own; then one
+after the other measures, alone on the device. Without a CUDA device every figure is recorded as not measured.
 """
 
 from __future__ import annotations
 
 import math
+import multiprocessing
+import re
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.synchronize import Event
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
-from transformers import LlamaConfig, LlamaModel
 
-from bench.harness import BASELINE, MIB, RESULTS, VARIANTS, Row, circumstances, compare, record, summarise
-from bench.models import VOCABULARY, DistanceToTarget, Shape, make
+import wtacrs_fx
+from bench import regime
+from bench.frontier import CHECKPOINTING
+from bench.harness import BASELINE, MIB, RESULTS, Row, circumstances, compare, record, summarise
+from bench.models import TINY, WORDS, Shape, build
+from wtacrs_fx import Policy
 from wtacrs_fx.tools.predict import CARDS, largest_batch, state_bytes
 from wtacrs_fx.tools.steps import Step, interleave
 from wtacrs_passes.maths import ops
 from wtacrs_passes.maths.estimators import NOISE
 
-SHOWN = (BASELINE, "inductor budget 0.9", "wtacrs 0.3 balanced", "wtacrs 0.1 balanced")
+PARTS = {f"wtacrs, {size} MiB of logits": Policy(chunk_bytes=size * 2**20) for size in (64, 256, 512, 1024)}
+"""What a head alone is measured with beside the default."""
+ALL = (BASELINE, "inductor budget 0.9", "inductor budget 0.5", CHECKPOINTING, *regime.POLICIES)
+FEW = (BASELINE, "inductor budget 0.9", *regime.POLICIES)
 CHOOSER_ROWS = (2048, 16384, 1_000_000)
 PRODUCTS = ((8192, 2048, 2048), (8192, 8192, 2048), (8192, 2048, 8192), (16384, 8192, 2048))  # N, out, in
 NOT_MEASURED = "not measured"
+COMPILED_WITHIN = 300  # seconds; the cases that are not wait for their turn no longer
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model's width and batch; `depth` is that of the real model."""
+    """A model of `bench.models`, its width and its batch; `depth` is that of the real model, 0 of a head alone."""
 
     model: str
+    precision: str
     d: int
     heads: int
     depth: int
     batch: int
     seq: int
+    variants: tuple[str, ...] = FEW
 
-    def make(self, layers: int, device: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    def make(self, layers: int, device: str) -> tuple[nn.Module, dict[str, Tensor]]:
         """Return the model in training mode and a batch."""
-        shape = Shape(layers, self.d, self.heads, self.batch, self.seq)
-        if self.model != "llama-3.2":
-            return make(self.model, shape, dtype, device)
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=self.d,
-            num_hidden_layers=layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=max(1, self.heads // 4),
-            intermediate_size=4 * self.d,
-            max_position_embeddings=self.seq,
-            use_cache=False,
-            attn_implementation="sdpa",
+        return build(
+            self.model, Shape(layers, self.d, self.heads, self.batch, self.seq), self.precision, device
         )
-        model = DistanceToTarget(LlamaModel(config)).to(device, dtype).train()
-        tokens = torch.randint(VOCABULARY, (self.batch, self.seq), device=device)
-        target = torch.randn(self.batch, self.seq, self.d, device=device, dtype=dtype)
-        return model, {"input_ids": tokens, "target": target}
 
 
 CASES = {
-    "llama-3.2-1b, 8x1024": Case("llama-3.2", 2048, 32, 16, 8, 1024),
-    "llama-3.2-1b, 4x4096": Case("llama-3.2", 2048, 32, 16, 4, 4096),
-    "bert-large, 64x128": Case("bert", 1024, 16, 24, 64, 128),
-    "gpt2-medium, 16x512": Case("gpt2", 1024, 16, 24, 16, 512),
-    "t5-large encoder, 64x128": Case("t5", 1024, 16, 24, 64, 128),
+    "llama-3.2-1b with head, 8x1024, autocast": Case("llama-3.2-lm", "autocast", 2048, 32, 16, 8, 1024, ALL),
+    "llama-3.2-1b with head, 8x1024, bfloat16": Case("llama-3.2-lm", "bfloat16", 2048, 32, 16, 8, 1024),
+    "llama-3.2-1b with head, 2x4096, autocast": Case("llama-3.2-lm", "autocast", 2048, 32, 16, 2, 4096),
+    "head of llama-3.2-1b, 8x1024, autocast": Case(
+        "head", "autocast", 2048, 32, 0, 8, 1024, (BASELINE, *regime.POLICIES, *PARTS)
+    ),
+    "bert-large with head, 64x128, autocast": Case("bert-lm", "autocast", 1024, 16, 24, 64, 128),
+    "bert-large, 64x128, bfloat16": Case("bert", "bfloat16", 1024, 16, 24, 64, 128),
+    "gpt2-medium, 16x512, bfloat16": Case("gpt2", "bfloat16", 1024, 16, 24, 16, 512),
+    "t5-large encoder, 64x128, bfloat16": Case("t5", "bfloat16", 1024, 16, 24, 64, 128),
 }
-TINY = Case("llama-3.2", 64, 2, 2, 4, 64)
 
 
 def relative_error(step: Step, exact: Step, runs: int) -> float:
@@ -97,27 +102,30 @@ def relative_error(step: Step, exact: Step, runs: int) -> float:
     return error / total
 
 
-def measure(
-    name: str,
-    case: Case,
-    layers: int,
-    device: str,
-    dtype: torch.dtype,
-    variants: tuple[str, ...],
-    rounds: int,
-) -> list[Row]:
-    """Return all figures of one case; raise if gradients are not those of Inductor but for noise."""
-    model, inputs = case.make(layers, device, dtype)
+def compile_all(
+    name: str, case: Case, layers: int, device: str, variants: tuple[str, ...]
+) -> dict[str, Step]:
+    """Return a compiled step for each variant."""
     steps = {}
     for variant in variants:
-        steps[variant] = Step(model, inputs, VARIANTS[variant]())
+        model, inputs = case.make(layers, device)
+        if variant == CHECKPOINTING:
+            regime.checkpoint(model)
+        compiler = wtacrs_fx.backend(PARTS[variant]) if variant in PARTS else regime.compiler(variant)
+        steps[variant] = Step(model, inputs, compiler)
         print(f"{name}, {variant}: compiled in {steps[variant].first_call_seconds:.0f} s", flush=True)
-    shapes = f"layers={layers} d={case.d} heads={case.heads} batch={case.batch} seq={case.seq}"
+    return steps
+
+
+def measure(
+    name: str, case: Case, layers: int, device: str, steps: dict[str, Step], rounds: int
+) -> list[Row]:
+    """Return all figures of one case; raise if gradients are not those of Inductor but for noise."""
+    shapes = f"layers={layers if case.depth else 0} d={case.d} heads={case.heads} batch={case.batch} seq={case.seq}"
 
     def row(variant: str, metric: str, unit: str, **figures: Any) -> Row:
-        precision = str(dtype).removeprefix("torch.")
         return Row(
-            "gpu", name, variant, metric, unit=unit, shapes=shapes, dtype=precision, **figures,
+            "gpu", name, variant, metric, unit=unit, shapes=shapes, dtype=case.precision, **figures,
             **circumstances(device),
         )  # fmt: skip
 
@@ -129,12 +137,15 @@ def measure(
         rows.append(row(variant, "squared error of the mean of 4 gradients", "1", value=error))
         if not error < 1 + 2 * own:
             raise RuntimeError(f"{name}, {variant}: the gradient is off by {error:.3g} of its squared norm")
+    model = steps[BASELINE].model
     gradients = sum(parameter.nbytes for parameter in model.parameters())
     parameters = sum(p.numel() for p in model.parameters()) / layers * case.depth  # embeddings are small here
     state = state_bytes(parameters, torch.bfloat16.itemsize)
     batches: dict[tuple[str, int], int] = {}
     for variant, figures in compare(steps, rounds).items():
         rows += [row(variant, metric, unit, **figure) for metric, unit, figure in figures]
+        if case.model in WORDS:  # whose peak is the head's, which is not repeated with depth
+            continue
         saved, peak = (figure["value"] * MIB for _, _, figure in figures[:2])
         sample = max(peak - gradients, saved) / layers * case.depth / case.batch
         for card in CARDS:
@@ -142,6 +153,50 @@ def measure(
             ratio = most / max(1, batches[BASELINE, card])
             rows.append(row(variant, f"largest batch, {card} GB", "1", value=most, ratio=ratio))
     return rows
+
+
+def profile(name: str, steps: dict[str, Step], folder: Path) -> None:
+    """Write the kernels of a step of each variant, by time."""
+    folder.mkdir(exist_ok=True, parents=True)
+    with (folder / f"{re.sub(r'[^a-z0-9.]+', '-', name)}.txt").open("w") as file:
+        for variant, step in steps.items():
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+                for _ in range(3):
+                    step()
+                torch.cuda.synchronize()
+            kernels = sorted(found.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
+            total = sum(kernel.self_device_time_total for kernel in kernels)
+            print(f"\n{variant}: {total / 3e3:.2f} ms of kernels a step", file=file)
+            for kernel in kernels[:40]:
+                each, count = kernel.self_device_time_total / 3e3, kernel.count / 3
+                print(f"{each:8.3f} ms {count:6.1f} x {kernel.key[:140]}", file=file)
+
+
+def run_case(
+    name: str,
+    layers: int,
+    rounds: int,
+    variants: list[str],
+    folder: Path | None,
+    compiled: Event,
+    turn: Event,
+) -> None:
+    """Compile a case, say so, wait for its turn, measure it and keep the rows: a process of its own."""
+    case = CASES[name]
+    try:
+        chosen = tuple(v for v in case.variants if not variants or v in (*variants, BASELINE))
+        steps = compile_all(name, case, layers, "cuda", chosen)
+        torch.cuda.empty_cache()
+        compiled.set()
+        turn.wait()
+        record(measure(name, case, layers, "cuda", steps, rounds), keep=True)
+        if folder:
+            profile(name, steps, folder)
+    except Exception:  # the other cases go on
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        compiled.set()
 
 
 def chooser(device: str, rounds: int) -> list[Row]:
@@ -211,39 +266,65 @@ def seconds(call: Callable[[], object], device: str, repetitions: int = 20) -> f
 
 def not_measured() -> list[Row]:
     """Return a row without a value for each case."""
+    names = {name: case.precision for name, case in CASES.items()}
+    names |= dict.fromkeys(
+        ("chooser", *(f"product {n} x {out} x {in_}" for n, out, in_ in PRODUCTS)), "bfloat16"
+    )
     return [
-        Row("gpu", name, NOT_MEASURED, "step time", math.nan, "s", dtype="bfloat16", **circumstances("cuda"))
-        for name in (*CASES, "chooser", *(f"product {n} x {out} x {in_}" for n, out, in_ in PRODUCTS))
+        Row("gpu", name, NOT_MEASURED, "step time", math.nan, "s", dtype=dtype, **circumstances("cuda"))
+        for name, dtype in names.items()
     ]
 
 
 def main(
     case: Annotated[list[str] | None, typer.Option(help="Part of a case's name; all by default.")] = None,
-    variant: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(VARIANTS)}.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Some of a case's variants.")] = None,
     layers: Annotated[int, typer.Option(help="Layers that are compiled and run.")] = 3,
     rounds: int = 15,
     tests: Annotated[bool, typer.Option(help="Run the tests that need CUDA first.")] = True,
+    kernels: Annotated[bool, typer.Option(help="Time the chooser and the products of gathered rows.")] = True,
+    profiles: Annotated[Path | None, typer.Option(help="Write each step's kernels, by time, here.")] = None,
     quick: Annotated[bool, typer.Option(help="A tiny case on any device; keep no rows.")] = False,
 ) -> None:
     """Measure on the CUDA device; append rows to bench/results."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    variants = tuple(name for name in VARIANTS if name in {BASELINE, *(variant or SHOWN)})
     if quick:
-        rows = measure("tiny", TINY, 2, device, torch.float32, variants, 2)
-        record([*rows, *chooser(device, 2)], keep=False)
+        tiny = Case("llama-3.2-lm", "autocast", TINY.d, TINY.heads, 2, TINY.batch, TINY.seq)
+        steps = compile_all("tiny", tiny, 2, device, (BASELINE, *regime.POLICIES))
+        record([*measure("tiny", tiny, 2, device, steps, 2), *chooser(device, 2)], keep=False)
         return
     if device == "cpu":
         record([*not_measured(), *chooser(device, rounds)], keep=True)
         return
+    spawn = multiprocessing.get_context("spawn")
+    names = [name for name in CASES if not case or any(part in name for part in case)]
+    events = {name: (spawn.Event(), spawn.Event()) for name in names}
+    processes = {
+        name: spawn.Process(
+            target=run_case, args=(name, layers, rounds, variant or [], profiles, *events[name])
+        )
+        for name in names
+    }
+    for process in processes.values():
+        process.start()
+    deadline = time.monotonic() + COMPILED_WITHIN
+    failed = []
     if tests:
         files = ["tests/test_cuda.py", "tests/test_triton_kernels.py"]
-        subprocess.run([sys.executable, "-m", "pytest", "-q", *files], cwd=RESULTS.parents[1], check=True)
-    record([*chooser(device, rounds), *products(device, rounds)], keep=True)
-    for name, one in CASES.items():
-        if not case or any(part in name for part in case):
-            record(measure(name, one, layers, device, torch.bfloat16, variants, rounds), keep=True)
-            torch._dynamo.reset()  # the steps of a case are compiled and measured before those of the next
-            torch.cuda.empty_cache()
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "4", *files]
+        if subprocess.run(command, cwd=RESULTS.parents[1], check=False).returncode:
+            failed.append("tests")
+    for compiled, _ in events.values():
+        compiled.wait(max(0.0, deadline - time.monotonic()))
+    if kernels:
+        record([*chooser(device, rounds), *products(device, rounds)], keep=True)
+    for name, process in processes.items():
+        events[name][1].set()
+        process.join()
+        if process.exitcode:
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

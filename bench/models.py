@@ -36,8 +36,10 @@ from transformers import (
 
 VOCABULARY = 1024
 """Words of the encoders, whose embeddings are not what is measured."""
-WORDS = {"llama-lm": 49_152, "bert-lm": 30_522, "t5-lm": 32_128}
-"""Words of the language models: SmolLM2's, BERT's and T5's."""
+WORDS = {
+    "llama-lm": 49_152, "llama-3.2-lm": 128_256, "bert-lm": 30_522, "t5-lm": 32_128, "head": 128_256,
+}  # fmt: skip
+"""Words of the language models: SmolLM2's, Llama 3.2's, BERT's, T5's and Llama 3.2's again."""
 PATCH = 16
 
 
@@ -69,6 +71,19 @@ class DistanceToTarget(nn.Module):
     def forward(self, target: Tensor, **inputs: Tensor) -> Tensor:
         """Return the mean squared distance of the hidden states to `target`: [batch, tokens, d]."""
         return F.mse_loss(self.encoder(**inputs).last_hidden_state, target)
+
+
+class Head(nn.Module):
+    """The end of a language model: hidden states, which are trained like its weight, to a loss."""
+
+    def __init__(self, tokens: int, d: int, words: int) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter(torch.randn(tokens, d))
+        self.lm_head = nn.Linear(d, words, bias=False)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Return the mean cross entropy of `labels` [batch, tokens]: a scalar."""
+        return F.cross_entropy(self.lm_head(self.hidden).float(), labels.flatten())
 
 
 class Loss(nn.Module):
@@ -109,7 +124,7 @@ def build(
     `model(**inputs)` is a scalar loss.
     """
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    make_one = make_language_model if name in LANGUAGE_MODELS else make
+    make_one = make_language_model if name in WORDS else make
     model, inputs = make_one(name, shape, dtype, device, seed)
     return (Autocast(model, device) if precision == "autocast" else model), inputs
 
@@ -123,8 +138,10 @@ def make_language_model(
     """
     torch.manual_seed(seed)
     words = shape.words or WORDS[name]
-    model = Loss(LANGUAGE_MODELS[name](shape, words)).to(device, dtype).train()
     tokens = torch.randint(words, (shape.batch, shape.seq))
+    if name == "head":
+        return Head(tokens.numel(), shape.d, words).to(device, dtype), {"labels": tokens.to(device)}
+    model = Loss(LANGUAGE_MODELS[name](shape, words)).to(device, dtype).train()
     asked = (
         torch.rand(tokens.shape) < 0.15 if name == "bert-lm" else torch.ones_like(tokens, dtype=torch.bool)
     )
@@ -260,6 +277,12 @@ def _llama_lm(shape: Shape, words: int) -> PreTrainedModel:
     return LlamaForCausalLM(_llama_config(shape, words, 8 * shape.d // 3, **options))
 
 
+def _llama_3_2_lm(shape: Shape, words: int) -> PreTrainedModel:
+    """Llama 3.2 with its tied head."""
+    options = {"num_key_value_heads": max(1, shape.heads // 4), "tie_word_embeddings": True}
+    return LlamaForCausalLM(_llama_config(shape, words, 4 * shape.d, **options))
+
+
 def _bert_lm(shape: Shape, words: int) -> PreTrainedModel:
     """BERT with its masked-language head, tied."""
     return BertForMaskedLM(_bert_config(shape, words))
@@ -272,6 +295,7 @@ def _t5_lm(shape: Shape, words: int) -> PreTrainedModel:
 
 LANGUAGE_MODELS: dict[str, Callable[[Shape, int], PreTrainedModel]] = {
     "llama-lm": _llama_lm,
+    "llama-3.2-lm": _llama_3_2_lm,
     "bert-lm": _bert_lm,
     "t5-lm": _t5_lm,
 }

@@ -18,7 +18,7 @@ from torch import nn
 import wtacrs_fx
 from bench.frontier import CHECKPOINTING
 from bench.harness import Row, circumstances, compare, record
-from bench.models import LANGUAGE_MODELS, PRECISIONS, TINY, Shape, build
+from bench.models import PRECISIONS, TINY, WORDS, Shape, build
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.steps import Compiler, Step, inductor
 
@@ -66,7 +66,7 @@ def measure(
 
 
 def main(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(LANGUAGE_MODELS)}.")] = "llama-lm",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(WORDS)}.")] = "llama-lm",
     variant: Annotated[
         list[str] | None, typer.Option(help="All by default; the baseline always runs.")
     ] = None,
