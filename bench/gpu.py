@@ -38,16 +38,15 @@ from bench.harness import BASELINE, MIB, RESULTS, Row, circumstances, compare, r
 from bench.models import TINY, WORDS, Shape, build
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.predict import CARDS, largest_batch, state_bytes
-from wtacrs_fx.tools.steps import Step, interleave
+from wtacrs_fx.tools.steps import Step
 from wtacrs_passes.maths import ops
 from wtacrs_passes.maths.estimators import NOISE
 
-PARTS = {f"wtacrs, {size} MiB of logits": Policy(chunk_bytes=size * 2**20) for size in (64, 256, 512, 1024)}
+PARTS = {f"wtacrs, {size} MiB of logits": Policy(chunk_bytes=size * 2**20) for size in (64, 256)}
 """What a head alone is measured with beside the default."""
 ALL = (BASELINE, "inductor budget 0.9", "inductor budget 0.5", CHECKPOINTING, *regime.POLICIES)
 FEW = (BASELINE, "inductor budget 0.9", *regime.POLICIES)
 CHOOSER_ROWS = (2048, 16384, 1_000_000)
-PRODUCTS = ((8192, 2048, 2048), (8192, 8192, 2048), (8192, 2048, 8192), (16384, 8192, 2048))  # N, out, in
 NOT_MEASURED = "not measured"
 COMPILED_WITHIN = 300  # seconds; the cases that are not wait for their turn no longer
 
@@ -221,31 +220,6 @@ def chooser(device: str, rounds: int) -> list[Row]:
     return found
 
 
-def products(device: str, rounds: int) -> list[Row]:
-    """Return the time of dY[indices].T X for 0.3 of the rows: gathered for cuBLAS, or within one kernel."""
-    found = []
-    for count, outs, ins in PRODUCTS:
-        dy = torch.randn(count, outs, device=device, dtype=torch.bfloat16)
-        x = torch.randn(int(0.3 * count), ins, device=device, dtype=torch.bfloat16)
-        indices = torch.randperm(count, device=device)[: len(x)].sort().values
-        operands = dy, indices, x
-        ways = {"gather, cuBLAS": partial(ops.gather_and_multiply, *operands)}
-        if device == "cuda":
-            from wtacrs_passes.maths import triton_kernels
-
-            for tile in triton_kernels.TILES:
-                ways[f"one kernel {tile}"] = partial(triton_kernels.gathered_product, *operands, tile=tile)
-        times = interleave({way: partial(seconds, call, device) for way, call in ways.items()}, rounds)
-        found += [
-            Row(
-                "gpu", f"product {count} x {outs} x {ins}", way, "time", unit="s", dtype="bfloat16",
-                **summarise(times[way], times["gather, cuBLAS"]), **circumstances(device),
-            )
-            for way in ways
-        ]  # fmt: skip
-    return found
-
-
 def seconds(call: Callable[[], object], device: str, repetitions: int = 20) -> float:
     """Return the time of one call among some that follow each other, without the host's share on CUDA."""
     if device == "cpu":
@@ -267,9 +241,7 @@ def seconds(call: Callable[[], object], device: str, repetitions: int = 20) -> f
 def not_measured() -> list[Row]:
     """Return a row without a value for each case."""
     names = {name: case.precision for name, case in CASES.items()}
-    names |= dict.fromkeys(
-        ("chooser", *(f"product {n} x {out} x {in_}" for n, out, in_ in PRODUCTS)), "bfloat16"
-    )
+    names["chooser"] = "float32"
     return [
         Row("gpu", name, NOT_MEASURED, "step time", math.nan, "s", dtype=dtype, **circumstances("cuda"))
         for name, dtype in names.items()
@@ -282,7 +254,7 @@ def main(
     layers: Annotated[int, typer.Option(help="Layers that are compiled and run.")] = 3,
     rounds: int = 15,
     tests: Annotated[bool, typer.Option(help="Run the tests that need CUDA first.")] = True,
-    kernels: Annotated[bool, typer.Option(help="Time the chooser and the products of gathered rows.")] = True,
+    kernels: Annotated[bool, typer.Option(help="Time the chooser.")] = True,
     profiles: Annotated[Path | None, typer.Option(help="Write each step's kernels, by time, here.")] = None,
     quick: Annotated[bool, typer.Option(help="A tiny case on any device; keep no rows.")] = False,
 ) -> None:
@@ -317,7 +289,7 @@ def main(
     for compiled, _ in events.values():
         compiled.wait(max(0.0, deadline - time.monotonic()))
     if kernels:
-        record([*chooser(device, rounds), *products(device, rounds)], keep=True)
+        record(chooser(device, rounds), keep=True)
     for name, process in processes.items():
         events[name][1].set()
         process.join()

@@ -74,16 +74,17 @@ class DistanceToTarget(nn.Module):
 
 
 class Head(nn.Module):
-    """The end of a language model: hidden states, which are trained like its weight, to a loss."""
+    """The end of a language model: hidden states times the weight of the last norm, to a loss."""
 
-    def __init__(self, tokens: int, d: int, words: int) -> None:
+    def __init__(self, d: int, words: int) -> None:
         super().__init__()
-        self.hidden = nn.Parameter(torch.randn(tokens, d))
+        self.norm = nn.Parameter(torch.ones(d))
         self.lm_head = nn.Linear(d, words, bias=False)
 
-    def forward(self, labels: Tensor) -> Tensor:
-        """Return the mean cross entropy of `labels` [batch, tokens]: a scalar."""
-        return F.cross_entropy(self.lm_head(self.hidden).float(), labels.flatten())
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross entropy of `labels` [batch, tokens] from `hidden` [batch, tokens, d]: a scalar."""
+        logits = self.lm_head(hidden * self.norm).float()
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 class Loss(nn.Module):
@@ -140,7 +141,11 @@ def make_language_model(
     words = shape.words or WORDS[name]
     tokens = torch.randint(words, (shape.batch, shape.seq))
     if name == "head":
-        return Head(tokens.numel(), shape.d, words).to(device, dtype), {"labels": tokens.to(device)}
+        hidden = torch.randn(*tokens.shape, shape.d, dtype=dtype)
+        return Head(shape.d, words).to(device, dtype), {
+            "hidden": hidden.to(device),
+            "labels": tokens.to(device),
+        }
     model = Loss(LANGUAGE_MODELS[name](shape, words)).to(device, dtype).train()
     asked = (
         torch.rand(tokens.shape) < 0.15 if name == "bert-lm" else torch.ones_like(tokens, dtype=torch.bool)

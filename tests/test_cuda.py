@@ -7,7 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import RowsOnly, Transformer, centring_errors, is_unbiased, step
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaModel
 
 import wtacrs_fx
 from wtacrs_fx import Policy
@@ -119,3 +121,48 @@ def test_combinations_of_rows_agree_with_the_cpu(estimator: str) -> None:
     x, seed = torch.randn(100, 8), torch.tensor([3, 5])
     expected = combine_rows(x, seed, 40, estimator)
     torch.testing.assert_close(combine_rows(x.cuda(), seed.cuda(), 40, estimator).cpu(), expected)
+
+
+class Head(nn.Module):
+    """Rows [tokens, 32] to the mean cross entropy over 4096 words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(32, 32), nn.Linear(32, 4096, bias=False)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(F.gelu(self.body(x))).float(), labels)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-3), (torch.float32, 1e-10)])
+def test_a_loss_in_chunks(dtype: torch.dtype, bound: float) -> None:
+    """Of 20 chunks, the last of which is short: sums of products in the library's own accumulation."""
+    torch.manual_seed(0)
+    model = Head().cuda().to(dtype)
+    x = torch.randn(600, 32, device="cuda", dtype=dtype)
+    labels = torch.randint(4096, (600,), device="cuda")
+    exact = step(model, model, x, labels)
+    runs = {}
+    for ratio, count in ((1.0, 1), (0.5, 300)):
+        policy = Policy(ratio=ratio, min_rows=4, min_features=1, include=("head",), chunk_bytes=2**19)
+        call = torch.compile(model, backend=wtacrs_fx.backend(policy))
+        runs[ratio] = [step(model, call, x, labels) for _ in range(count)]
+        assert wtacrs_fx.reports()[-1].losses[0].chunk == 32
+    for name, gradient in exact.items():
+        error = (runs[1.0][0][name].float() - gradient.float()).square().sum()
+        assert error < bound * gradient.float().square().sum(), name
+    samples = torch.stack([run["head.weight"].flatten() for run in runs[0.5]]).float().cpu()
+    assert is_unbiased(samples, exact["head.weight"].flatten().float().cpu())
+
+
+def test_attention_reads_what_is_written_for_several_readers() -> None:
+    """In 16 bits, with rotary positions: queries once got a layout that cuDNN refuses."""
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=2048, intermediate_size=256, num_hidden_layers=2, num_attention_heads=32,
+        num_key_value_heads=8, use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = LlamaModel(config).cuda().bfloat16()
+    tokens = torch.randint(64, (8, 1024), device="cuda")
+    compiled = torch.compile(model, backend=wtacrs_fx.backend())
+    compiled(tokens).last_hidden_state.float().square().mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

@@ -268,13 +268,15 @@ def test_a_random_order_has_every_place_once(rows: int) -> None:
     assert torch.equal(order.sort(-1).values, torch.arange(height * width).expand(20, -1))
 
 
-def test_a_random_order_prefers_neither_places_nor_neighbours() -> None:
+@pytest.mark.parametrize(("rows", "places"), [(59, 64), (32, 36), (128, 128)])
+def test_a_random_order_prefers_neither_places_nor_neighbours(rows: int, places: int) -> None:
     """Counts of (place, row) and of (row, next row) against equal chances: two chi-square tests.
 
-    Statistics of 60 x 64 cells, normal to a good approximation: above mean + 5 deviations with p < 1e-6.
+    Statistics of `places` squared cells, normal to a good approximation: above mean + 5 deviations with p < 1e-6.
+    The grids are 8 x 8, 6 x 6 and 8 x 16.
     """
-    runs, places = 20_000, 64  # 60 rows on a grid of 8 x 8
-    order = random_order(60, torch.randint(2**24, (runs, 2)))
+    runs = 20_000
+    order = random_order(rows, torch.randint(2**24, (runs, 2)))
     pairs = order[:, :-1] * places + order[:, 1:]
     at = torch.arange(places) * places + order
     for cells, chances in ((at, places), (pairs, places - 1)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ import wtacrs_fx
 from wtacrs_fx import Policy, Rule
 from wtacrs_passes.graph.names import parameter_gradients
 from wtacrs_passes.graph.operations import NOISE_OF
-from wtacrs_passes.lower import spell_operations
 from wtacrs_passes.maths import ops
 from wtacrs_passes.maths.ops import choose_rows
 
@@ -280,30 +278,6 @@ def test_tiny_gradients_do_not_vanish() -> None:
     rewritten = wtacrs_fx.transform(joint, RowsOnly(min_rows=4, placement="backward"))
     exact = run_joint(joint, model, X, 1)["w"][0]
     assert is_unbiased(run_joint(rewritten, model, X, 300)["w"] * 1e30, exact * 1e30)
-
-
-@pytest.mark.parametrize(
-    ("options", "count"), [({}, 1), ({"center": True}, 0), ({"placement": "forward"}, 0)], ids=str
-)
-def test_a_product_that_gathers_its_rows_gives_the_same_gradient(
-    options: dict[str, Any], count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As with max-autotune on a GPU; without one the operation gathers rows and multiplies.
-
-    Where something is added to the rows of dY, the mean row's product or its NaN, they are gathered before.
-    """
-    model, x = nn.Linear(24, 8, bias=False).bfloat16(), torch.randn(64, 24).bfloat16()
-    captured = wtacrs_fx.capture(model, x)
-    policy = RowsOnly(**{"min_rows": 4, "placement": "backward", **options})
-    found = []
-    for tunes in (False, True):
-        monkeypatch.setattr(spell_operations, "tunes", lambda device, tunes=tunes: tunes)
-        gm = wtacrs_fx.transform(captured, policy)
-        nodes = gm.graph.find_nodes(op="call_function", target=ops.gathered_product)
-        assert len(nodes) == (count if tunes else 0)
-        torch.manual_seed(3)
-        found.append(run_joint(gm, model, x, 1)["weight"])
-    torch.testing.assert_close(*found)
 
 
 def test_eager_gradients_are_those_of_the_joint_graph() -> None:

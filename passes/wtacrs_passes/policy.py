@@ -155,7 +155,9 @@ class Policy(Sampling):
         rules: :class:`Rule` overrides; the first that matches a module wins.
         chunk_bytes: a loss over a vocabulary is computed, with its gradients, for so many rows at a time that their
             logits in float32 take no more bytes than this; 0, or `residuals` ``exact`` or ``lossless``: for all rows at
-            once. Gradients of a loss in chunks are those of the whole up to rounding, before rows are sampled.
+            once. None: 64 MiB, on a GPU at least as much as the gradient of the head's weight in float32, as its
+            products of fewer rows wait for memory. Gradients of a loss in chunks are those of the whole up to rounding,
+            before rows are sampled.
 
     Example:
         >>> policy = Policy(ratio=0.1, exclude=("lm_head",), rules=(Rule("*.attention.*", ratio=0.3),))
@@ -166,7 +168,7 @@ class Policy(Sampling):
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
-    chunk_bytes: int = 2**26
+    chunk_bytes: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,9 +178,9 @@ class Policy(Sampling):
             raise PolicyError(f"rules must be a tuple of Rule, got {self.rules!r}; write ({self.rules!r},)")
         object.__setattr__(self, "rules", tuple(self.rules))
         size = self.chunk_bytes
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 0):
             raise PolicyError(
-                f"chunk_bytes must be a whole number of bytes, or 0 for no chunks, got {size!r}"
+                f"chunk_bytes must be a whole number of bytes, 0 for no chunks or None, got {size!r}"
             )
         for rule in self.rules:
             if not isinstance(rule, Rule):

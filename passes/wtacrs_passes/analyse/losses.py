@@ -91,6 +91,7 @@ class WideLoss:
         head: the product that makes the logits.
         rows: their number N.
         words: the length of a row.
+        features: the length of a row that the head reads.
         body: what is computed chunk by chunk, in the order of the graph.
         rowwise: inputs with N rows.
         shared: inputs that all rows read.
@@ -102,6 +103,7 @@ class WideLoss:
     head: fx.Node
     rows: Any
     words: int
+    features: int
     body: tuple[fx.Node, ...]
     rowwise: tuple[fx.Node, ...]
     shared: tuple[fx.Node, ...]
@@ -211,7 +213,11 @@ class _Search:
         )
         tangent, prefix = self._linear((*rowwise, *shared), results)
         body = tuple(self.members)
-        return WideLoss(self.head, self.rows, self.words, body, rowwise, shared, results, tangent, prefix)
+        left: Any = self.head.args[HEADS[self.head.target]]  # type: ignore[index]
+        features = left.meta["val"].shape[1]
+        return WideLoss(
+            self.head, self.rows, self.words, features, body, rowwise, shared, results, tangent, prefix
+        )
 
     def _result(self, node: fx.Node) -> Result:
         kind = self.kinds.get(node, "rows")

@@ -43,7 +43,6 @@ _MATRIX_PRODUCTS = GEMMS | ATTENTION_BACKWARD | {
     aten.baddbmm.default,
     aten.convolution_backward.default,
     aten._grouped_mm.default,
-    ops.gathered_product,
     ops.combine_rows,
 }  # fmt: skip
 _SUMS_AND_MEANS = SUMS | {aten.mean.dim}

@@ -54,7 +54,6 @@ __all__ = [
     "trace_joint",
     "trace_operations",
     "trace_structured",
-    "tunes",
     "without_code",
 ]
 
@@ -169,20 +168,23 @@ def run_joint_graph_passes(gm: fx.GraphModule) -> fx.GraphModule:
         return _recursive_joint_graph_passes(gm, skip_invoke_subgraph=True)
 
 
-def tunes(device: torch.device) -> bool:
-    """Tell whether the user has asked Inductor to measure products (``mode="max-autotune"``)."""
-    from torch._inductor import config
-
-    return device.type == "cuda" and bool(config.max_autotune or config.max_autotune_gemm)
-
-
 @functools.cache
 def lower_in_place(operation: torch._ops.OpOverload) -> None:
-    """Have Inductor lower an operation ``x -> x`` to nothing but writing `x` to memory."""
+    """Have Inductor lower an operation ``x -> x`` to nothing but writing `x` to memory, in the graph's strides.
+
+    Readers that need a dense last dimension, as attention of cuDNN, take what is written for final.
+    """
+    from torch._inductor import ir
     from torch._inductor.lowering import register_lowering
+    from torch._inductor.virtualized import V
 
     def write(x: Any) -> Any:
         x.realize()
+        if ir.is_storage_and_layout(x):
+            _, layout = ir.as_storage_and_layout(x, freeze=False)
+            if isinstance(layout, ir.FlexibleLayout):
+                order = ir.get_stride_order(V.graph.current_node.meta["val"].stride())
+                ir.as_storage_and_layout(x, freeze=True, stride_order=order)
         return x
 
     register_lowering(operation, type_promotion_kind=None)(write)

@@ -17,26 +17,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..graph.edit import Editor
 from ..graph.operations import VIEWS, aten, content_of, is_derivable
-from ..graph.torch_api import tunes
 from ..joint import Joint
 from ..maths import ops
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def spell_operations(joint: Joint) -> None:
     """Replace abstract operations by those of their device."""
     editor, tangent = Editor(joint.graph), joint.tangent()
     new: dict[fx.Node, fx.Node] = {}
-    for node in joint.graph.find_nodes(op="call_function", target=aten.mm.default):
-        if _gathers_itself(node):
-            with editor.before(node):
-                new[node] = _put(node, editor.call(ops.gathered_product, *_gathered(node)))
     spellings: dict[Any, tuple[Callable[[fx.Node, set[fx.Node]], bool], Callable[..., fx.Node]]] = {
         ops.row_norms: (_on_cpu, _spell_row_norms),
         ops.gather_rows: (_reads_memory, _spell_gather_rows),
@@ -70,21 +62,6 @@ def _reads_memory(node: fx.Node, tangent: set[fx.Node]) -> bool:
     assert isinstance(x, fx.Node)
     in_memory = x in tangent or (node in tangent and not is_derivable(content_of(x, VIEWS)))
     return _on_cpu(node, tangent) and in_memory
-
-
-def _gathers_itself(node: fx.Node) -> bool:
-    """Tell whether the ways to compute a product shall compete: of 16-bit rows on a GPU, if tuning."""
-    left, rows = node.args
-    gathered = left.args[0] if isinstance(left, fx.Node) and left.target is aten.permute.default else None
-    if not isinstance(gathered, fx.Node) or gathered.target is not ops.gather_rows or len(gathered.args) > 2:
-        return False
-    kinds = {operand.meta["val"].dtype for operand in (gathered, rows)}  # type: ignore[union-attr]
-    return tunes(node.meta["val"].device) and len(kinds) == 1 and kinds <= set(_HALF)
-
-
-def _gathered(node: fx.Node) -> tuple[Any, Any, Any]:
-    gathered = node.args[0].args[0]  # type: ignore[union-attr]
-    return gathered.args[0], gathered.args[1], node.args[1]  # type: ignore[union-attr]
 
 
 def _spell_row_norms(editor: Editor, operands: Sequence[fx.Node], center: fx.Node | None = None) -> fx.Node:

@@ -14,9 +14,8 @@ from . import estimators
 
 Body = Callable[..., Sequence[Tensor]]
 
-_PRODUCT = {"cpu": 2**18}
-"""Elements of a product that are computed at once before they are added to a sum: on a CPU, what a cache holds."""
-_LARGEST_PRODUCT = 2**24
+_PRODUCT = 2**18
+"""Elements of a product that are computed at once before they are added to a sum on a CPU: what a cache holds."""
 
 
 def in_chunks(
@@ -38,7 +37,7 @@ def in_chunks(
             of `kinds` what follows.
         kinds: ``rows``: a tensor ``[rows, ...]``, put together; ``sum``: a tensor, summed over the chunks;
             ``product``: two matrices ``a [rows, m], b [rows, n]``, for the sum of ``a^T b``; ``sampled``: the
-            same, for an estimate of it from rows drawn in each chunk by ``||a_i|| ||b_i||``.
+            same and ``||a_i|| [rows]``, for an estimate of it from rows drawn in each chunk by ``||a_i|| ||b_i||``.
         rowwise: tensors ``[N, ...]``, given to `body` by chunks.
         shared: tensors that are given to `body` whole.
         noise: random numbers ``[chunks, NOISE]`` where rows are sampled.
@@ -90,8 +89,12 @@ class _Sampling:
     estimator: str
     center: bool
 
-    def __call__(self, number: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return few rows of the two factors of chunk `number`, whose product is that of all in the mean."""
+    def __call__(self, number: int, a: Tensor, b: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """Return few rows of the two factors of chunk `number`, whose product is that of all in the mean.
+
+        Args:
+            norms: of the rows of `a`.
+        """
         assert self.noise is not None
         numerator, denominator, fewest = self.share
         rows = a.shape[0]
@@ -109,8 +112,8 @@ class _Sampling:
             rest = b if center is None else (b - center).to(b.dtype)
             few = [estimators.combine_rows(x, seed, kept, self.estimator) for x in (a, rest)]
         else:
-            norms = [torch.ops.wtacrs.row_norms([b], center), torch.ops.wtacrs.row_norms([a])]
-            indices, scales = torch.ops.wtacrs.choose_rows(norms, noise, kept, self.estimator)
+            weights = [torch.ops.wtacrs.row_norms([b], center), norms]
+            indices, scales = torch.ops.wtacrs.choose_rows(weights, noise, kept, self.estimator)
             few = [a.index_select(0, indices), torch.ops.wtacrs.gather_rows(b, indices, scales, center)]
         if center is not None:
             few = [torch.cat([few[0], a.sum(0, keepdim=True)]), torch.cat([few[1], center.to(b.dtype)])]
@@ -162,23 +165,27 @@ class _Sum(_Part):
 class _Product(_Part):
     """A sum of products: as many rows at once as a chunk has, be they of one or of several."""
 
-    samples = False
-
     def __init__(self, total: int, chunk: int, sampling: _Sampling) -> None:
         super().__init__(total, chunk, sampling)
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def add(self, start: int, values: Any) -> None:
-        a, b = next(values), next(values)
-        self._waiting.append(self.sampling(start // self.chunk, a, b) if self.samples else (a, b))
+        self._waiting.append(self._factors(start // self.chunk, values))
         if sum(a.shape[0] for a, _ in self._waiting) >= self.chunk / 2:
             self._multiply()
+
+    def _factors(self, number: int, values: Any) -> tuple[Tensor, Tensor]:
+        return next(values), next(values)
 
     def _multiply(self) -> None:
         a, b = (torch.cat(xs) if len(xs) > 1 else xs[0] for xs in zip(*self._waiting, strict=True))
         self._waiting = []
+        is_first = self.value is None
         total, add = self._sum_like(a, (a.shape[1], b.shape[1]))
-        block = max(1, _PRODUCT.get(a.device.type, _LARGEST_PRODUCT) // max(b.shape[1], 1))
+        if a.is_cuda:
+            _accumulate(total, a.T, b, is_first)
+            return
+        block = max(1, _PRODUCT // max(b.shape[1], 1))
         for columns, part in zip(torch.split(a, block, 1), torch.split(total, block), strict=True):
             add(part, columns.T @ b)
 
@@ -189,7 +196,18 @@ class _Product(_Part):
 
 
 class _SampledProduct(_Product):
-    samples = True
+    def _factors(self, number: int, values: Any) -> tuple[Tensor, Tensor]:
+        return self.sampling(number, next(values), next(values), next(values))
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+    """Add ``a @ b`` to a sum where it lies, or write it there, in one call of CUDA's library."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=0 if is_first else 1, out=total)
+    elif is_first:
+        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
+    else:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
 
 
 _PARTS: dict[str, Callable[[int, int, _Sampling], _Part]] = {
@@ -209,5 +227,7 @@ def in_chunks_fake(
     for kind in kinds:
         x = next(values)
         shape = (x.shape[1], next(values).shape[1]) if kind in ("product", "sampled") else x.shape
+        if kind == "sampled":
+            next(values)  # norms
         results.append(x.new_empty(shape))
     return results

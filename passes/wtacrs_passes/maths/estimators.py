@@ -171,8 +171,10 @@ ROUNDS = 4
 
 
 def grid(rows: int) -> tuple[int, int]:
-    """Return the sides of the smallest grid, nearly square, with at least `rows` places."""
+    """Return the sides of a grid, nearly square, with at least `rows` places: as many, where rows divide well."""
     side = math.isqrt(max(rows - 1, 0)) + 1
+    shorter = range(side, max(side // 2, 7), -1)  # on fewer lines than 8 neighbours stay neighbours
+    side = next((short for short in shorter if rows % short == 0), side)
     return side, -(-rows // side)
 
 
@@ -199,7 +201,7 @@ def random_order(rows: int, seed: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, words: Tensor, y: Tensor, size: int) -> Tensor:
-    moved = x + torch.gather(words % size, -1, y)
+    moved = x + torch.gather((words * size) >> 32, -1, y)
     return torch.where(moved < size, moved, moved - size)
 
 

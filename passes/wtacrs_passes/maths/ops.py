@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import cast
@@ -18,7 +17,6 @@ for _schema in (
     "row_norms(Tensor[] operands, Tensor? center=None) -> Tensor",
     "gather_rows(Tensor x, Tensor indices, Tensor? scales=None, Tensor? center=None) -> Tensor",
     "append_row(Tensor rows, Tensor row) -> Tensor",
-    "gathered_product(Tensor dy, Tensor indices, Tensor rows) -> Tensor",
     "write(Tensor x) -> Tensor",
     "combine_rows(Tensor x, Tensor seed, SymInt kept, str estimator) -> Tensor",
     "gradient_weights(Tensor norms, Tensor? known, Tensor? mask, float masked, SymInt positions) -> Tensor",
@@ -119,40 +117,6 @@ def _append_row(rows: Tensor, row: Tensor) -> Tensor:
     return torch.cat([rows, row], -2)
 
 
-def _gathered_product(dy: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    if not (dy.is_cuda and _has_triton()):
-        return gather_and_multiply(dy, indices, rows)
-    key = (*dy.shape, *rows.shape, dy.dtype, dy.device)
-    if key not in _FASTEST:
-        if torch.cuda.is_current_stream_capturing():
-            return gather_and_multiply(dy, indices, rows)  # nothing can be measured here
-        _FASTEST[key] = _fastest(dy, indices, rows)
-    return _FASTEST[key](dy, indices, rows)
-
-
-def gather_and_multiply(dy: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    """Return what ``gathered_product`` does, the product by a library."""
-    return dy.index_select(0, indices).T @ rows
-
-
-_FASTEST: dict[tuple[object, ...], Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
-
-
-def _fastest(dy: Tensor, indices: Tensor, rows: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Return the way to compute the product that takes the least time for tensors of this kind."""
-    from triton.testing import do_bench
-
-    from . import triton_kernels
-
-    ways = [partial(triton_kernels.gathered_product, tile=tile) for tile in triton_kernels.TILES]
-    candidates: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = [gather_and_multiply, *ways]
-    return min(candidates, key=lambda way: float(do_bench(lambda: way(dy, indices, rows))))
-
-
-def _gathered_product_fake(dy: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    return dy.new_empty((dy.shape[1], rows.shape[1]))
-
-
 def _combine_rows_fake(x: Tensor, seed: Tensor, kept: int, estimator: str) -> Tensor:
     return x.new_empty((*x.shape[:-2], kept, x.shape[-1]))
 
@@ -211,7 +175,6 @@ for _name, _kernel, _fake in (
     ("row_norms", _row_norms, _row_norms_fake),
     ("gather_rows", _gather_rows, _gather_rows_fake),
     ("append_row", _append_row, _append_row),
-    ("gathered_product", _gathered_product, _gathered_product_fake),
     ("write", torch.clone, torch.empty_like),
     ("combine_rows", estimators.combine_rows, _combine_rows_fake),
     ("gradient_weights", _gradient_weights, _gradient_weights_fake),
@@ -247,13 +210,6 @@ The rows less `center` ``[..., 1, features]``, times `scales` ``[..., kept]``; e
 
 append_row = torch.ops.wtacrs.append_row.default
 """``(rows [..., kept, features], row [..., 1, features]) -> [..., kept + 1, features]``."""
-
-gathered_product = torch.ops.wtacrs.gathered_product.default
-"""``(dy [N, out], indices [kept], rows [kept, in]) -> dy[indices].T @ rows [out, in]``.
-
-On CUDA the first call for each kind of operands measures whether one kernel, and which, is faster than
-gathering rows for a library's product.
-"""
 
 write = torch.ops.wtacrs.write.default
 """``x -> x``; Inductor writes `x` to memory, it is not computed again by each of its readers."""

@@ -1,7 +1,7 @@
-"""CUDA kernels: the chooser of rows, and the product that gathers its rows itself.
+"""A CUDA kernel: the chooser of rows.
 
-Imported only where Triton is installed and a tensor is on a GPU. The chooser has weights come in, indices and
-scales go out, and sorts nothing; it follows :mod:`wtacrs_passes.maths.estimators`, which the tests compare it with;
+Imported only where Triton is installed and a tensor is on a GPU. Weights come in, indices and scales go out, and
+nothing is sorted; it follows :mod:`wtacrs_passes.maths.estimators`, which the tests compare it with;
 without a GPU, in Triton's interpreter.
 """
 
@@ -14,10 +14,7 @@ from torch import Tensor
 
 from .estimators import NOISE, ROUNDS, grid
 
-_BLOCK, _WARPS = 8192, 16
-
-TILES = ((128, 128, 32, 4, 3), (128, 128, 64, 4, 4), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
-"""Of the gathered product: rows and columns of the result and rows gathered at a time, warps, stages."""
+_BLOCK, _WARPS = 8192, 32
 
 
 def choose_rows(factors: list[Tensor], noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +36,7 @@ def choose_rows(factors: list[Tensor], noise: Tensor, kept: int) -> tuple[Tensor
     height, width = grid(rows)
     _choose_rows_kernel[(len(first),)](
         first, second, noise, indices, scales, rows, kept, height, width,
-        PAIR=len(factors) == 2, NUMBERS=NOISE, TURNS=ROUNDS,
+        PAIR=len(factors) == 2, NUMBERS=NOISE, TURNS=ROUNDS, AT_ONCE=height * width <= _BLOCK,
         BLOCK=min(_BLOCK, triton.next_power_of_2(height * width)), num_warps=_WARPS,
     )  # fmt: skip
     return indices.view(*batch, kept), scales.view(*batch, kept)
@@ -48,7 +45,7 @@ def choose_rows(factors: list[Tensor], noise: Tensor, kept: int) -> tuple[Tensor
 @triton.jit(do_not_specialize=("rows", "kept", "height", "width"))
 def _choose_rows_kernel(
     first, second, noise, indices, scales, rows, kept, height, width,
-    PAIR: tl.constexpr, NUMBERS: tl.constexpr, TURNS: tl.constexpr, BLOCK: tl.constexpr,
+    PAIR: tl.constexpr, NUMBERS: tl.constexpr, TURNS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program draws for one batch: ``_scale_by_rounds``, ``random_order`` and systematic sampling."""
     one = tl.program_id(0)
@@ -61,8 +58,9 @@ def _choose_rows_kernel(
 
     infinite = 0
     total = tl.full((), 0.0, tl.float64)
+    whole = _load_weights(first, second, steps, steps < rows, PAIR)  # all there are, if AT_ONCE
     for start in range(0, rows, BLOCK):
-        weight = _load_weights(first, second, start + steps, start + steps < rows, PAIR)
+        weight = whole if AT_ONCE else _load_weights(first, second, start + steps, start + steps < rows, PAIR)
         infinite += tl.sum((weight == float("inf")).to(tl.int32))
         total += tl.sum(tl.where(weight == float("inf"), 0.0, weight))
 
@@ -73,7 +71,9 @@ def _choose_rows_kernel(
         found = 0
         rest = total * 0.0
         for start in range(0, rows, BLOCK):
-            weight = _load_weights(first, second, start + steps, start + steps < rows, PAIR)
+            weight = (
+                whole if AT_ONCE else _load_weights(first, second, start + steps, start + steps < rows, PAIR)
+            )
             wins = (weight == float("inf")) | (weight * (kept - winners) > total)
             found += tl.sum(wins.to(tl.int32))
             rest += tl.sum(tl.where(wins, 0.0, weight))
@@ -101,8 +101,8 @@ def _choose_rows_kernel(
             x = place // width
             y = place % width
             for turn in tl.static_range(TURNS):
-                x = (x + _word(low, high, 2 * turn, y, height)) % height
-                y = (y + _word(low, high, 2 * turn + 1, x, width)) % width
+                x = _shifted(x, _word(low, high, 2 * turn, y, height), height)
+                y = _shifted(y, _word(low, high, 2 * turn + 1, x, width), width)
             row = x * width + y
             there = (place < height * width) & (row < rows)
             weight = _load_weights(first, second, row, there, PAIR)
@@ -135,9 +135,15 @@ def _points_below(length):
 
 @triton.jit
 def _word(low, high, stream, index, size):
-    """Return ``random_words(seed, stream, ...)[index] % size``."""
+    """Return ``random_words(seed, stream, ...)[index] * size >> 32``."""
     key = _mixed(low + _mixed(high + stream))
-    return (_mixed(index.to(tl.uint32) + key) % size.to(tl.uint32)).to(tl.int32)
+    return tl.umulhi(_mixed(index.to(tl.uint32) + key), size.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def _shifted(x, words, size):
+    moved = x + words
+    return tl.where(moved < size, moved, moved - size)
 
 
 @triton.jit
@@ -146,52 +152,3 @@ def _mixed(word):
     word = (word ^ (word >> 16)) * 0x85EBCA6B
     word = (word ^ (word >> 13)) * 0xC2B2AE35
     return word ^ (word >> 16)
-
-
-def gathered_product(dy: Tensor, indices: Tensor, rows: Tensor, tile: tuple[int, ...]) -> Tensor:
-    """Return ``dy[indices].T @ rows``; the gathered rows are never written.
-
-    Args:
-        dy: [N, out]; indices: [kept], int64; rows: [kept, in], of the dtype of `dy`.
-        tile: one of ``TILES``.
-
-    Returns:
-        [out, in], summed in float32.
-    """
-    dy, rows = dy.contiguous(), rows.contiguous()
-    (kept, ins), outs = rows.shape, dy.shape[1]
-    product = torch.empty((outs, ins), dtype=dy.dtype, device=dy.device)
-    height, width, depth, warps, stages = tile
-    _gathered_product_kernel[(triton.cdiv(outs, height) * triton.cdiv(ins, width),)](
-        dy, indices, rows, product, kept, outs, ins,
-        HEIGHT=height, WIDTH=width, DEPTH=depth, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    return product
-
-
-@triton.jit(do_not_specialize=("kept",))
-def _gathered_product_kernel(
-    dy, indices, rows, product, kept, outs, ins,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """One program computes one tile; neighbours share columns of dY, so that these stay in the cache."""
-    across = tl.cdiv(ins, WIDTH)
-    out = tl.program_id(0) // across * HEIGHT + tl.arange(0, HEIGHT)
-    column = tl.program_id(0) % across * WIDTH + tl.arange(0, WIDTH)
-    total = tl.zeros((HEIGHT, WIDTH), tl.float32)
-    for start in range(0, kept, DEPTH):
-        slot = start + tl.arange(0, DEPTH)
-        there = slot < kept
-        row = tl.load(indices + slot, mask=there, other=0)
-        left = tl.load(dy + row[:, None] * outs + out, mask=there[:, None] & (out < outs), other=0.0)
-        right = tl.load(
-            rows + slot.to(tl.int64)[:, None] * ins + column,
-            mask=there[:, None] & (column < ins),
-            other=0.0,
-        )
-        total = tl.dot(tl.trans(left), right, total)
-    tl.store(
-        product + out.to(tl.int64)[:, None] * ins + column,
-        total.to(product.dtype.element_ty),
-        mask=(out < outs)[:, None] & (column < ins),
-    )

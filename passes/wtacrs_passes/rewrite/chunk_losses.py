@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ..analyse.losses import (
@@ -56,6 +57,8 @@ from ..policy import Policy, Sampling
 
 _FEWEST = 16
 """Rows of a chunk, at least: products of fewer read a whole weight for next to nothing."""
+_CHUNK_BYTES = 2**26
+"""Of the logits of a chunk, where the policy does not say: on a CPU, what a loop over them reads from its caches."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +95,9 @@ class ChunkedLoss:
 def chunk_losses(joint: Joint) -> None:
     """Rewrite each loss over a vocabulary whose logits are larger than the policy allows."""
     size = joint.policy.chunk_bytes
-    if not size or not MODES[joint.policy.residuals].lossy or makes_sparse(joint.graph):
+    if size == 0 or not MODES[joint.policy.residuals].lossy or makes_sparse(joint.graph):
         return  # sums over chunks are rounded in another order; Inductor may use a sparse tensor's memory again
-    losses, joint.whole_losses = find_wide_losses(joint.graph, size)
+    losses, joint.whole_losses = find_wide_losses(joint.graph, _CHUNK_BYTES if size is None else size)
     if not losses:
         return
     products = {
@@ -102,21 +105,22 @@ def chunk_losses(joint: Joint) -> None:
     }
     editor = Editor(joint.graph)
     for loss in losses:
-        joint.losses.append(_rewrite(editor, loss, chunk_of(size, loss.words), products, joint.policy))
+        joint.losses.append(_rewrite(editor, loss, chunk_of(size, loss), products, joint.policy))
     stable_topological_sort(joint.graph)
     joint.graph.eliminate_dead_code()
 
 
-def chunk_of(size: int, words: int) -> int:
-    """Return how many rows of float32 logits take at most `size` bytes: a power of two, so that most batches divide."""
-    rows: int = max(size // (4 * words), _FEWEST)
+def chunk_of(size: int | None, loss: WideLoss) -> int:
+    """Return the rows of a chunk, see `Policy.chunk_bytes`: a power of two, so that most batches divide."""
+    rows: int = max((_CHUNK_BYTES if size is None else size) // (4 * loss.words), _FEWEST)
+    if size is None and loss.head.meta["val"].device.type != "cpu":
+        rows = max(rows, loss.features)
     return 1 << (rows.bit_length() - 1)
 
 
 def _rewrite(
     editor: Editor, loss: WideLoss, chunk: int, products: Mapping[fx.Node, Product], policy: Policy
 ) -> ChunkedLoss:
-    body = _Body(loss)
     reasons = {
         result.node: reason_for_exact(products[result.node], policy.sampling(products[result.node].module))
         for result in loss.results
@@ -127,13 +131,19 @@ def _rewrite(
     for node in sampled:
         if policy.sampling(products[node].module) != sampling:
             reasons[node] = "made with another product that is sampled in another way"
+    kinds = {
+        result.node: "sampled" if reasons.get(result.node, "") is None else result.kind
+        for result in loss.results
+    }
+    body = _Body(loss, {node for node, kind in kinds.items() if kind == "sampled"})
     with editor.before(output_of(editor.graph)):
         at_one = _at_one(editor, loss)
         rowwise = [_flat(editor, at_one.get(node, node), loss.rows) for node in loss.rowwise]
         shared = [at_one.get(node, node) for node in loss.shared]
-        kinds = ["sampled" if reasons.get(r.node, "") is None else r.kind for r in loss.results]
         how = _noise_and_share(editor, loss, chunk, sampling)
-        call = editor.call(ops.in_chunks, body.source, kinds, rowwise, shared, chunk, *how, False)
+        call = editor.call(
+            ops.in_chunks, body.source, list(kinds.values()), rowwise, shared, chunk, *how, False
+        )
         made, stored = [], []
         for i, result in enumerate(loss.results):
             part = editor.call(operator.getitem, call, i)
@@ -213,7 +223,7 @@ class _Body:
         source: ``def body(rows, *rowwise, *shared)``, see :func:`chunks.in_chunks`.
     """
 
-    def __init__(self, loss: WideLoss) -> None:
+    def __init__(self, loss: WideLoss, sampled: Collection[fx.Node]) -> None:
         self.loss = loss
         self.graph = fx.Graph()
         self.rows = self.graph.placeholder("rows")
@@ -228,12 +238,26 @@ class _Body:
         for result in loss.results:
             if result.kind == "product":
                 outputs += [self.new[factor] for factor in result.factors]
+                if result.node in sampled:
+                    outputs.append(self._norms(outputs[-2], result.factors[0].meta["val"].dtype))
             else:
                 outputs.append(self.new[result.node])
         self.graph.output(tuple(outputs))
         self.graph.eliminate_dead_code()
         code = self.graph.python_code("self")
         self.source = code.src.replace("def forward(self, ", "def body(")
+
+    def _norms(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """Return what `ops.row_norms` does, written so that it is fused with what computes the rows."""
+        wide = self._call(prims.convert_element_type.default, node, torch.promote_types(dtype, torch.float32))
+        squares = self._call(aten.sum.dim_IntList, self._call(aten.mul.Tensor, wide, wide), [-1])
+        largest = self._call(aten.amax.default, self._call(aten.abs.default, wide), [-1])
+        unsafe = self._call(
+            aten.logical_or.default,
+            self._call(aten.lt.Scalar, squares, ops.SMALLEST_SQUARE),
+            self._call(aten.gt.Scalar, squares, ops.LARGEST_SQUARE),
+        )
+        return self._call(aten.where.self, unsafe, largest, self._call(aten.sqrt.default, squares))
 
     def _lead(self, node: fx.Node) -> int:
         lead = leading(shape_of(node) or (), self.loss.rows)
