@@ -155,9 +155,9 @@ class Policy(Sampling):
         rules: :class:`Rule` overrides; the first that matches a module wins.
         chunk_bytes: a loss over a vocabulary is computed, with its gradients, for so many rows at a time that their
             logits in float32 take no more bytes than this; 0, or `residuals` ``exact`` or ``lossless``: for all rows at
-            once. None: 64 MiB, on a GPU at least as much as the gradient of the head's weight in float32, as its
-            products of fewer rows wait for memory. Gradients of a loss in chunks are those of the whole up to rounding,
-            before rows are sampled.
+            once. None: 64 MiB, on a GPU at least as much as the gradient of the head's weight in float32, half of it
+            where rows are sampled, as its products of fewer rows wait for memory. Gradients of a loss in chunks are
+            those of the whole up to rounding, before rows are sampled.
 
     Example:
         >>> policy = Policy(ratio=0.1, exclude=("lm_head",), rules=(Rule("*.attention.*", ratio=0.3),))

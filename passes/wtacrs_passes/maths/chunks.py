@@ -61,6 +61,8 @@ def in_chunks(
         for part in parts:
             part.add(start, values)
         del values
+        for part in parts:
+            part.multiply()
     return [part.result() for part in parts]
 
 
@@ -132,8 +134,12 @@ class _Part:
         """Take the values of the chunk that begins with row `start`."""
         raise NotImplementedError
 
+    def multiply(self, at_last: bool = False) -> None:
+        """Multiply what waits for it, if it is much: the chunk that it came from is no longer held."""
+
     def result(self) -> Tensor:
         """Return what all chunks come to."""
+        self.multiply(at_last=True)
         assert self.value is not None and self.dtype is not None
         return self.value.to(self.dtype)
 
@@ -163,7 +169,7 @@ class _Sum(_Part):
 
 
 class _Product(_Part):
-    """A sum of products: as many rows at once as a chunk has, be they of one or of several."""
+    """A sum of products: of as many rows at once as pay for reading and writing the sum, be they of several chunks."""
 
     def __init__(self, total: int, chunk: int, sampling: _Sampling) -> None:
         super().__init__(total, chunk, sampling)
@@ -171,13 +177,17 @@ class _Product(_Part):
 
     def add(self, start: int, values: Any) -> None:
         self._waiting.append(self._factors(start // self.chunk, values))
-        if sum(a.shape[0] for a, _ in self._waiting) >= self.chunk / 2:
-            self._multiply()
 
     def _factors(self, number: int, values: Any) -> tuple[Tensor, Tensor]:
         return next(values), next(values)
 
-    def _multiply(self) -> None:
+    def multiply(self, at_last: bool = False) -> None:
+        if not self._waiting:
+            return
+        b = self._waiting[0][1]
+        enough = (b.shape[1] if b.is_cuda else self.chunk) / 2
+        if sum(b.shape[0] for _, b in self._waiting) < enough and not at_last:
+            return
         a, b = (torch.cat(xs) if len(xs) > 1 else xs[0] for xs in zip(*self._waiting, strict=True))
         self._waiting = []
         is_first = self.value is None
@@ -188,11 +198,6 @@ class _Product(_Part):
         block = max(1, _PRODUCT // max(b.shape[1], 1))
         for columns, part in zip(torch.split(a, block, 1), torch.split(total, block), strict=True):
             add(part, columns.T @ b)
-
-    def result(self) -> Tensor:
-        if self._waiting:
-            self._multiply()
-        return super().result()
 
 
 class _SampledProduct(_Product):

@@ -105,21 +105,25 @@ def chunk_losses(joint: Joint) -> None:
     }
     editor = Editor(joint.graph)
     for loss in losses:
-        joint.losses.append(_rewrite(editor, loss, chunk_of(size, loss), products, joint.policy))
+        joint.losses.append(_rewrite(editor, loss, products, joint.policy))
     stable_topological_sort(joint.graph)
     joint.graph.eliminate_dead_code()
 
 
-def chunk_of(size: int | None, loss: WideLoss) -> int:
-    """Return the rows of a chunk, see `Policy.chunk_bytes`: a power of two, so that most batches divide."""
+def chunk_of(size: int | None, loss: WideLoss, sampled: bool) -> int:
+    """Return the rows of a chunk, see `Policy.chunk_bytes`: a power of two, so that most batches divide.
+
+    Args:
+        sampled: rows of the weight's gradient are; those of several chunks wait for a common product.
+    """
     rows: int = max((_CHUNK_BYTES if size is None else size) // (4 * loss.words), _FEWEST)
     if size is None and loss.head.meta["val"].device.type != "cpu":
-        rows = max(rows, loss.features)
+        rows = max(rows, loss.features // 2 if sampled else loss.features)
     return 1 << (rows.bit_length() - 1)
 
 
 def _rewrite(
-    editor: Editor, loss: WideLoss, chunk: int, products: Mapping[fx.Node, Product], policy: Policy
+    editor: Editor, loss: WideLoss, products: Mapping[fx.Node, Product], policy: Policy
 ) -> ChunkedLoss:
     reasons = {
         result.node: reason_for_exact(products[result.node], policy.sampling(products[result.node].module))
@@ -128,6 +132,7 @@ def _rewrite(
     }
     sampled = [node for node, reason in reasons.items() if reason is None]
     sampling = policy.sampling(products[sampled[0]].module) if sampled else None
+    chunk = chunk_of(policy.chunk_bytes, loss, bool(sampled))
     for node in sampled:
         if policy.sampling(products[node].module) != sampling:
             reasons[node] = "made with another product that is sampled in another way"
