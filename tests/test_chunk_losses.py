@@ -21,12 +21,9 @@ BATCH, TOKENS, D, WORDS = 3, 20, 16, 200
 CHUNK_BYTES = 16 * 4 * WORDS
 """16 rows of 60: three whole chunks and a rest."""
 
-BELOW = (Rule("body", residuals="exact"),)
+CHUNKED = Policy(ratio=1.0, include=("head",), chunk_bytes=CHUNK_BYTES)
 """What is below the head is stored as it is."""
-CHUNKED = Policy(ratio=1.0, rules=BELOW, chunk_bytes=CHUNK_BYTES)
-SAMPLED = Policy(
-    ratio=0.5, min_rows=2, min_features=1, include=("head",), rules=BELOW, chunk_bytes=CHUNK_BYTES
-)
+SAMPLED = Policy(ratio=0.5, min_rows=2, min_features=1, include=("head",), chunk_bytes=CHUNK_BYTES)
 
 
 def _labels() -> Tensor:
@@ -390,6 +387,49 @@ def test_sampled_rows_are_unbiased(estimator: str, center: bool) -> None:
     assert report is not None
     (site,) = [site for site in report.sites if site.module == "head"]
     assert (site.encoding, site.kept, site.reason) == ("chunks", 3 * 8 + 6, "")
+
+
+@pytest.mark.parametrize(("rule", "encoding"), [("balanced", "int8"), ("small", "int8"), ("exact", "exact")])
+def test_an_estimate_waits_in_8_bits(rule: str, encoding: str) -> None:
+    policy = dataclasses.replace(SAMPLED, rules=(Rule("head", residuals=rule),))
+    _, _, graph = run(Words(), policy)
+    report = graph.partitions["ours"].report
+    assert report is not None
+    made = [one for one in report.residuals if one.module == "head" and "getitem" in one.operation]
+    assert ("unbiased, error < group peak / 127" in [one.gradient for one in made]) == (encoding == "int8")
+    (site,) = [site for site in report.sites if site.module == "head"]
+    assert site.bytes_after == (0 if encoding == "int8" else 4 * WORDS * D)
+
+
+class Gated(Words):
+    """What is stored below the head is read by products with its gradients alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(6))
+
+    def logits(self, x: Tensor) -> Tensor:
+        for i in (0, 3):
+            gate, up, down = self.body[i : i + 3]
+            x = x + down(F.silu(gate(x)) * up(x))
+        return self.head(F.rms_norm(x, (D,)))
+
+
+def test_what_is_below_is_stored_as_without_chunks() -> None:
+    """A gradient that was made with the loss once passed for one of an inverse: nothing read with it was encoded."""
+
+    def stored(chunk_bytes: int) -> dict[str, set[str]]:
+        policy = Policy(ratio=0.5, min_rows=2, min_features=1, rules=(), chunk_bytes=chunk_bytes)
+        _, _, graph = run(Gated(), policy)
+        report = graph.partitions["ours"].report
+        assert report is not None and bool(report.losses) == bool(chunk_bytes)
+        found: dict[str, set[str]] = {}
+        for residual in report.residuals:
+            if residual.module.startswith("body") and residual.bytes_after > 1000:
+                found.setdefault(residual.module, set()).add(residual.encoding)
+        return found
+
+    assert stored(CHUNK_BYTES) == stored(0)
 
 
 def test_other_gradients_do_not_depend_on_the_draw() -> None:

@@ -3,20 +3,23 @@
 Nodes that only the backward pass needs belong to neither side for PyTorch's min-cut: it would save the
 rows and draw their indices again in the backward pass. So the stored nodes of each site are made outputs
 of the forward graph while min-cut runs, and are taken out again afterwards.
+
+Nor does min-cut know that an input which the graph writes to, a counter or a running mean, holds another value when
+the backward pass reads it. Where it would, what it held is copied first.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 import torch._functorch.config
 from torch import fx
 
-from .graph.edit import copy_joint, output_of
-from .graph.names import outputs_with_descriptors
-from .graph.operations import VIEWS
+from .graph.edit import Editor, copy_joint, output_of
+from .graph.names import outputs_with_descriptors, written_inputs
+from .graph.operations import VIEWS, aten, content_of, mutates
 from .graph.torch_api import CheckpointPolicy
 from .joint import Joint, Partitioned, Partitioner
 from .rewrite.encode_residuals import EncodedResidual
@@ -35,9 +38,17 @@ def partition(joint: Joint) -> None:
     Raises:
         PartitionError: rows would be drawn twice, or an encoded residual is still saved.
     """
-    if not joint.losses and not joint.sites and not joint.residuals:
-        return  # nothing was rewritten: the graph is partitioned as it came
+    is_rewritten = bool(joint.losses or joint.sites or joint.residuals)
+    written = {n.name for n in written_inputs(joint.graph) if isinstance(n.meta.get("val"), torch.Tensor)}
+    if not is_rewritten and not written:
+        return  # the graph is partitioned as it came
     forward, backward, stores_rows = _partition_sites(joint, ())
+    late = written.intersection(_saved_inputs(forward, joint.num_fwd_outputs))
+    if late:
+        _copy_inputs(joint.graph, late)
+        forward, backward, stores_rows = _partition_sites(joint, ())
+    elif not is_rewritten:
+        return
     saved = _saved_names(forward, joint)
     if any(residual.stored_names & saved for residual in joint.residuals):
         # The partitioner computes an exact residual from one that is encoded: it is told to store it as planned.
@@ -60,7 +71,8 @@ def _partition_sites(
     Args:
         exact: what is stored as it is, beside what sites and residuals store.
     """
-    codes = [node for loss in joint.losses for node in loss.stored]
+    encoded = {residual.stored.node for residual in joint.residuals}
+    codes = [node for loss in joint.losses for node in (*loss.stored, *loss.estimates) if node not in encoded]
     codes += [node for residual in joint.residuals for node in residual.codes]
     stores_rows = [site.site.encoding == "rows" for site in joint.sites]
     while True:
@@ -77,6 +89,30 @@ def _partition_sites(
             return forward, backward, stores_rows
         for i in redundant:
             stores_rows[i] = False
+
+
+def _saved_inputs(forward: fx.GraphModule, num_fwd_outputs: int) -> set[str]:
+    """Return the names of the inputs that the backward pass reads."""
+    values = [value for value, _ in outputs_with_descriptors(forward.graph)][num_fwd_outputs:]
+    return {content_of(v, VIEWS).name for v in values if isinstance(v, fx.Node)} & {
+        node.name for node in forward.graph.find_nodes(op="placeholder")
+    }
+
+
+def _copy_inputs(graph: fx.Graph, names: Set[str]) -> None:
+    """Let all but what writes to these inputs read a copy of what they held."""
+    editor = Editor(graph)
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name not in names:
+            continue
+        with editor.before(next(n for n in graph.nodes if n.op != "placeholder")):
+            copy = editor.call(aten.clone.default, node)
+        copy.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        node.replace_all_uses_with(copy, lambda user, copy=copy: _only_reads(user) and user is not copy)
+
+
+def _only_reads(node: fx.Node) -> bool:
+    return node.op == "call_function" and not mutates(node)
 
 
 def _saved_names(forward: fx.GraphModule, joint: Joint) -> set[str]:

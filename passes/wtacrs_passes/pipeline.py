@@ -161,8 +161,7 @@ def rewrite_and_partition(
         erase_markers(plain.graph)
         before = partitioner(plain, num_fwd_outputs)
         joint = run(PASSES, copy_joint(gm), policy, table, num_fwd_outputs, partitioner)
-        changed = joint.losses or joint.sites or joint.residuals
-        after = joint.parts if changed and joint.parts is not None else before
+        after = before if joint.parts is None else joint.parts
     saved = [
         [node for node in saved_tensors(forward, num_fwd_outputs) if not _is_view_of_input(node)]
         for forward, _ in (before, after)

@@ -31,6 +31,7 @@ from ..graph.operations import (
     FILLS,
     FORMS,
     GATHERS,
+    IS_PRODUCT,
     MIXING,
     MULTIPLICATIONS,
     SELECTIONS,
@@ -72,7 +73,7 @@ _TAME = _SAME | SUMS | ADDITIONS | MULTIPLICATIONS | {
     aten.relu.default, aten.clamp.default, aten.clamp_min.default,
     aten.clamp_max.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default,
     aten.cumsum.default, aten.flip.default, aten.var.correction, aten.sqrt.default, ops.row_norms, ops.append_row,
-    ops.combine_rows, ops.choose_rows, ops.gradient_weights,
+    ops.combine_rows, ops.choose_rows, ops.gradient_weights, ops.in_chunks,
 }  # fmt: skip
 """Operations that return nothing of another order of size than their operands."""
 
@@ -203,6 +204,8 @@ class Ranges:
         if not is_pointwise(node) and node.target not in _TAME:
             if node.target is operator.getitem:
                 whole = node.all_input_nodes[0]
+                if whole.target is ops.in_chunks:
+                    return not node.meta.get(IS_PRODUCT, False)
                 if packet(whole.target) in SELECTIONS:
                     return any(arg in self.wild for arg in _operands(whole))
                 return packet(whole.target) not in MIXING

@@ -99,6 +99,8 @@ class Choices:
             return "exact", None  # what is needed to the last bit may be computed from it
         if node in self.facts.ranges.wild or node in self.facts.ranges.outlying:
             return "exact", None
+        if node in self.facts.estimates:
+            return "int8", None
         if node in self._sparse or node in self._queries_and_keys or node in self._subtracted:
             return "int8", None
         if node in self._functions and self.facts.ranges.is_bounded(node):

@@ -43,6 +43,7 @@ class Facts:
     Attributes:
         order: positions in the graph.
         pinned: what is stored for the sites anyway, and gradients that are made with a loss.
+        estimates: weight gradients that are made with a loss from sampled rows.
         tangent: everything computed from tangents.
         roots: of `unary_roots`; `ranges`, `readers`: see there.
         residuals: what the backward pass reads and does not have at hand.
@@ -56,6 +57,7 @@ class Facts:
         self.order = {node: position for position, node in enumerate(graph.nodes)}
         self.pinned = {node for site in joint.sites for node in site.stored}
         self.pinned.update(node for loss in joint.losses for node in loss.stored)
+        self.estimates = {node for loss in joint.losses for node in loss.estimates}
         self.tangent = joint.tangent()
         self.roots = unary_roots(graph)
         self.ranges = Ranges(graph, self.tangent, self.roots, statics)

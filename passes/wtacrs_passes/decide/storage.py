@@ -94,6 +94,7 @@ def _stored(node: fx.Node, facts: Facts, exactness: Exactness, choices: Choices)
     assert source is not None
     module = module_path(node) or ""
     sampling = facts.policy.sampling(module)
-    at_random = sampling is not None and sampling.rounding == "stochastic" and encoding in INTEGER_BITS
+    asked = sampling is not None and sampling.rounding == "stochastic"
+    at_random = encoding in INTEGER_BITS and (asked or node in facts.estimates)
     shares = encoding in INTEGER_BITS and not at_random and facts.ranges.sums_to_one(node)
     return Stored(node, encoding, source, table, module, at_random, shares, exactness.reason(node))

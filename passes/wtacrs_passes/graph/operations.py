@@ -151,6 +151,9 @@ SELECTIONS = {
 }
 """Operations with several results, whose elements are elements of the operand."""
 
+IS_PRODUCT = "wtacrs_product"
+"""Key of ``node.meta`` on results in chunks that are products of matrices: of no other size than what they multiply."""
+
 NOISE_OF = "wtacrs_noise"
 """Key of ``node.meta`` on random numbers that a rewrite draws: whose they are, see `lower_noise`."""
 

@@ -10,7 +10,8 @@ After::
     losses, dh, dW = in_chunks("h, labels, W -> losses, dh, dW for t = 1", [h, labels], [W])   # forward pass
     dh = dh * t; dW = dW * t                                              # backward pass
 
-Nothing is computed twice. dW waits for the backward pass in the dtype that it has there.
+Nothing is computed twice. dW waits for the backward pass in the dtype that it has there; an estimate of it, which has
+noise of its own, in 8 bits, rounded at random so that it stays unbiased.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from ..graph.edit import Editor, output_of
 from ..graph.names import module_path
 from ..graph.operations import (
     CASTS,
+    GEMMS,
+    IS_PRODUCT,
     aten,
     content_of,
     is_pointwise,
@@ -73,7 +76,8 @@ class ChunkedLoss:
         sampling: how rows are sampled in the sampled products, if any are.
         products: the weight-gradient products that are made there, with the names of what holds them until the
             backward pass, for a tangent of one, and why they are exact, if they are.
-        stored: what waits for the backward pass: all gradients that are made there.
+        stored: what waits for the backward pass as it is: gradients that are made there.
+        estimates: those of them that are estimated from sampled rows; the plan says how they are stored.
     """
 
     chunk: int
@@ -83,6 +87,7 @@ class ChunkedLoss:
     sampling: Sampling | None
     products: tuple[tuple[Product, frozenset[str], str], ...]
     stored: tuple[fx.Node, ...]
+    estimates: tuple[fx.Node, ...]
 
     @property
     def kept(self) -> Any:
@@ -149,13 +154,16 @@ def _rewrite(
         call = editor.call(
             ops.in_chunks, body.source, list(kinds.values()), rowwise, shared, chunk, *how, False
         )
-        made, stored = [], []
+        made, stored, estimates = [], list[fx.Node](), list[fx.Node]()
         for i, result in enumerate(loss.results):
             part = editor.call(operator.getitem, call, i)
+            part.meta[IS_PRODUCT] = result.node.target in GEMMS
+            if (place := loss.head.meta.get("nn_module_stack")) is not None:
+                part.meta["nn_module_stack"] = place
             value = editor.call(aten.permute.default, part, [1, 0]) if result.transposed else part
             value = _shaped(editor, _mean(editor, value, result.node), result.node)
             if result.scaled:
-                stored.append(part)
+                (estimates if kinds[result.node] == "sampled" else stored).append(part)
                 value = editor.cast_like(editor.call(aten.mul.Tensor, value, loss.tangent), result.node)
             value.meta = {**result.node.meta, "val": value.meta["val"]}
             result.node.replace_all_uses_with(value)
@@ -163,7 +171,9 @@ def _rewrite(
                 names = frozenset(node.name for node in same_content(part))
                 made.append((products[result.node], names, reasons[result.node] or ""))
     module = module_path(loss.head) or ""
-    return ChunkedLoss(chunk, module, loss.rows, loss.words, sampling, tuple(made), tuple(stored))
+    return ChunkedLoss(
+        chunk, module, loss.rows, loss.words, sampling, tuple(made), tuple(stored), tuple(estimates)
+    )
 
 
 def _noise_and_share(
