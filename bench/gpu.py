@@ -48,6 +48,7 @@ ALL = (BASELINE, "inductor budget 0.9", "inductor budget 0.5", CHECKPOINTING, *r
 FEW = (BASELINE, "inductor budget 0.9", *regime.POLICIES)
 CHOOSER_ROWS = (2048, 16384, 1_000_000)
 NOT_MEASURED = "not measured"
+PROFILED = 3  # steps
 COMPILED_WITHIN = 300  # seconds; the cases that are not wait for their turn no longer
 
 
@@ -154,21 +155,43 @@ def measure(
     return rows
 
 
-def profile(name: str, steps: dict[str, Step], folder: Path) -> None:
-    """Write the kernels of a step of each variant, by time."""
-    folder.mkdir(exist_ok=True, parents=True)
-    with (folder / f"{re.sub(r'[^a-z0-9.]+', '-', name)}.txt").open("w") as file:
-        for variant, step in steps.items():
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-                for _ in range(3):
-                    step()
-                torch.cuda.synchronize()
-            kernels = sorted(found.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
-            total = sum(kernel.self_device_time_total for kernel in kernels)
-            print(f"\n{variant}: {total / 3e3:.2f} ms of kernels a step", file=file)
-            for kernel in kernels[:40]:
-                each, count = kernel.self_device_time_total / 3e3, kernel.count / 3
-                print(f"{each:8.3f} ms {count:6.1f} x {kernel.key[:140]}", file=file)
+def kernels_of(step: Step) -> list[tuple[float, float, str]]:
+    """Return the kernels of a step, by time: seconds of all their calls, calls, name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as found:
+        for _ in range(PROFILED):
+            step()
+        torch.cuda.synchronize()
+    kernels = [
+        (kernel.self_device_time_total / 1e6 / PROFILED, kernel.count / PROFILED, kernel.key)
+        for kernel in found.key_averages()
+    ]
+    return sorted(kernels, reverse=True)
+
+
+def kernel_times(
+    name: str, case: Case, steps: dict[str, Step], shapes: str, folder: Path | None
+) -> list[Row]:
+    """Return the time of all kernels of a step of each variant: what is left where the host is fast enough.
+
+    Args:
+        folder: where the kernels are listed, in a file of the case.
+    """
+    kernels = {variant: kernels_of(step) for variant, step in steps.items()}
+    totals = {variant: sum(seconds for seconds, _, _ in found) for variant, found in kernels.items()}
+    if folder:
+        folder.mkdir(exist_ok=True, parents=True)
+        lines = []
+        for variant, found in kernels.items():
+            lines.append(f"\n{variant}: {1e3 * totals[variant]:.2f} ms of kernels a step")
+            lines += [f"{1e3 * time:8.3f} ms {count:6.1f} x {key[:140]}" for time, count, key in found[:40]]
+        (folder / f"{re.sub(r'[^a-z0-9.]+', '-', name)}.txt").write_text("\n".join(lines))
+    return [
+        Row(
+            "gpu", name, variant, "kernel time", total, "s", total / totals[BASELINE], rounds=PROFILED,
+            shapes=shapes, dtype=case.precision, **circumstances("cuda"),
+        )
+        for variant, total in totals.items()
+    ]  # fmt: skip
 
 
 def run_case(
@@ -188,9 +211,8 @@ def run_case(
         torch.cuda.empty_cache()
         compiled.set()
         turn.wait()
-        record(measure(name, case, layers, "cuda", steps, rounds), keep=True)
-        if folder:
-            profile(name, steps, folder)
+        rows = measure(name, case, layers, "cuda", steps, rounds)
+        record([*rows, *kernel_times(name, case, steps, rows[0].shapes, folder)], keep=True)
     except Exception:  # the other cases go on
         traceback.print_exc()
         sys.exit(1)

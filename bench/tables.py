@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from bench.gpu import CASES
 from bench.harness import RESULTS, Row, read
 from bench.models import Shape
 from bench.targets import TARGETS
@@ -161,6 +162,7 @@ _HEADLINE = _INDUCTOR | {
     "wtacrs, all rows": "**wtacrs**, `ratio=1.0`: nothing sampled",
 }
 _WITHOUT_HEAD = _INDUCTOR | {"wtacrs 0.3 balanced": "**wtacrs**, default policy"}
+_ON_GPU = ("saved", "peak", "step time", "kernel time")
 TABLES: dict[str, Table] = {
     "memory": _of_models("saved units a layer", "bfloat16", _one_digit),
     "memory-float32": _of_models("saved units a layer", "float32", _one_digit),
@@ -256,13 +258,23 @@ TABLES: dict[str, Table] = {
         lambda row: f"{row.model}: {row.metric}",
         _ratio,
     ),
+    "gpu-headline": Table(
+        "gpu",
+        "",
+        lambda row: row.model == next(iter(CASES)) and row.variant in _HEADLINE,
+        lambda row: _HEADLINE[row.variant],
+        lambda row: row.metric,
+        _ratio,
+        _ON_GPU,
+    ),
     "gpu": Table(
         "gpu",
         "case",
-        lambda row: row.device == "cuda",
+        lambda row: row.device == "cuda" and ((row.metric in _ON_GPU and row.ratio) or math.isnan(row.value)),
         lambda row: f"{row.model}: {row.variant}",
         lambda row: row.metric,
-        lambda row: _both(row) if row.ratio else "" if math.isnan(row.value) else _value(row),
+        lambda row: "" if math.isnan(row.value) else _both(row),
+        _ON_GPU,
     ),
     "scaling": Table(
         "scaling",
