@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 import wtacrs_fx
 from wtacrs_fx import Policy
 from wtacrs_passes.graph import edit
-from wtacrs_passes.graph.edit import Editor
+from wtacrs_passes.graph.edit import Editor, sort_by_place
 from wtacrs_passes.graph.torch_api import FakeTensorMode
 from wtacrs_passes.maths import encodings
 
@@ -104,3 +104,21 @@ def test_deeper_models_trace_no_more_encodings(traces: list[Callable]) -> None:
         assert sum(line.encoding in ("int8", "int4") for line in report.residuals) >= 2 * layers
         counts.append(len(traces))
     assert counts[0] == counts[1] <= 12
+
+
+def test_what_nothing_waits_for_stays_in_its_place() -> None:
+    """What an operand takes along to the end keeps its order: sums of a chain are not left until the chain is over."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    late = graph.call_function(torch.ops.aten.neg.default, (x,))
+    node, totals = late, []
+    for _ in range(3):
+        following = graph.call_function(torch.ops.aten.sin.default, (node,))
+        totals.append(graph.call_function(torch.ops.aten.sum.default, (node,)))
+        node = following
+    graph.output((*totals, node))
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    next(iter(reversed(graph.nodes))).prepend(late)
+    sort_by_place(graph, places)
+    graph.lint()
+    assert list(graph.nodes) == sorted(places, key=places.__getitem__)

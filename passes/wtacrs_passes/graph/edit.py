@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,30 @@ from torch import fx
 
 from .operations import NOISE_OF, aten, is_view, mutates, prims
 from .torch_api import detect_fake_mode, fake_like, make_graph_module, trace_operations
+
+
+def sort_by_place(graph: fx.Graph, places: Mapping[fx.Node, int]) -> None:
+    """Sort a graph so that nodes follow their operands, and are else in the order of their places.
+
+    Sums that nothing waits for, the gradients of norms, stay where their operands are in memory anyway; a search in
+    depth would leave them for the end.
+    """
+    nodes = list(graph.nodes)
+    position = {node: i for i, node in enumerate(nodes)}
+    missing = {node: len(node.all_input_nodes) for node in nodes}
+    ready = [(places[node], position[node]) for node in nodes if not missing[node]]
+    heapq.heapify(ready)
+    end, done = output_of(graph), 0
+    while ready:
+        node = nodes[heapq.heappop(ready)[1]]
+        if node is not end:
+            end.prepend(node)
+        done += 1
+        for user in node.users:
+            missing[user] -= 1
+            if not missing[user]:
+                heapq.heappush(ready, (places[user], position[user]))
+    assert done == len(nodes), "the graph has a cycle"
 
 
 def output_of(graph: fx.Graph) -> fx.Node:

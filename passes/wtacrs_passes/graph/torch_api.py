@@ -18,7 +18,6 @@ from torch._functorch.partitioners import default_partition, min_cut_remateriali
 from torch._guards import detect_fake_mode
 from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch._inductor.pattern_matcher import stable_topological_sort
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -49,7 +48,6 @@ __all__ = [
     "real_tensors",
     "run_joint_graph_passes",
     "same_shape",
-    "stable_topological_sort",
     "statically_known_true",
     "trace_joint",
     "trace_operations",

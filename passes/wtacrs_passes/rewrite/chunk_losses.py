@@ -39,7 +39,7 @@ from ..analyse.losses import (
 from ..analyse.products import Product, analyse
 from ..decide.modes import MODES
 from ..decide.rows import reason_for_exact
-from ..graph.edit import Editor, output_of
+from ..graph.edit import Editor, output_of, sort_by_place
 from ..graph.names import module_path
 from ..graph.operations import (
     CASTS,
@@ -53,7 +53,6 @@ from ..graph.operations import (
     prims,
     same_content,
 )
-from ..graph.torch_api import stable_topological_sort
 from ..joint import Joint
 from ..maths import estimators, ops
 from ..policy import Policy, Sampling
@@ -109,9 +108,12 @@ def chunk_losses(joint: Joint) -> None:
         product.node: product for product in analyse(joint.graph, joint.names, lambda module: False).products
     }
     editor = Editor(joint.graph)
+    places = {node: place for place, node in enumerate(joint.graph.nodes)}
     for loss in losses:
+        first = min(places[result.node] for result in loss.results)
         joint.losses.append(_rewrite(editor, loss, products, joint.policy))
-    stable_topological_sort(joint.graph)
+        places |= dict.fromkeys((node for node in joint.graph.nodes if node not in places), first)
+    sort_by_place(joint.graph, places)
     joint.graph.eliminate_dead_code()
 
 

@@ -48,9 +48,8 @@ from torch import fx
 
 from ..analyse.products import Product, rows_first
 from ..decide.plan import Site
-from ..graph.edit import Editor
+from ..graph.edit import Editor, sort_by_place
 from ..graph.operations import aten, prims
-from ..graph.torch_api import stable_topological_sort
 from ..joint import Joint
 from ..maths import estimators, ops
 from ..maths.estimators import PROJECTIONS
@@ -86,7 +85,7 @@ def sample_rows(joint: Joint) -> None:
         (_combine_site if site.sampling.estimator in PROJECTIONS else _sample_site)(editor, site)
         for site in joint.plan.sites
     ]
-    stable_topological_sort(joint.graph)
+    sort_by_place(joint.graph, {node: place for place, node in enumerate(joint.graph.nodes)})
     joint.graph.eliminate_dead_code()
 
 
