@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Iterator
+from random import Random
 
 import pytest
 import torch
@@ -76,6 +78,13 @@ class Smoothing(Words):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
 
 
+class MeanOverWords(Words):
+    """The mean over a row is none over the rows: its value once was divided by the words twice."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(logits, labels) - 0.1 * torch.log_softmax(logits, -1).mean(-1).sum()
+
+
 class ZLoss(Words):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return super().loss(logits, labels) + 0.01 * logits.logsumexp(-1).square().mean()
@@ -143,7 +152,7 @@ class Masked(Words):
 
 
 LOSSES = (
-    Words, Biased, SoftCap, Sum, Smoothing, ZLoss, Weighted, Focal, Binary, OneHot, Distilled, Tied, Masked,
+    Words, Biased, SoftCap, Sum, Smoothing, MeanOverWords, ZLoss, Weighted, Focal, Binary, OneHot, Distilled, Tied, Masked,
 )  # fmt: skip
 
 
@@ -236,6 +245,81 @@ def test_gradients_are_those_of_the_whole(kind: type[Words], precision: str) -> 
     assert largest(graph, REFERENCE) >= len(X[:, ::2].flatten(0, 1)) * WORDS
     assert largest(graph, "ours") <= WORDS * D  # the head's weight
     assert "rows at a time" in str(report)
+
+
+class AtRandom(Words):
+    """A head and a loss that are put together at random, of what language models use."""
+
+    def __init__(self, seed: int) -> None:
+        random = Random(seed)
+        super().__init__(bias=random.random() < 0.3)
+        self.steps = random.sample(["scale", "cap", "shift", "temperature", "mask"], random.randrange(4))
+        self.terms = random.sample(
+            ["entropy", "smoothed", "z", "focal", "probability"], random.randrange(1, 4)
+        )
+        self.reduction = random.choice(["mean", "sum", "tokens", "weighted", "batch"])
+        self.shape = random.choice(["flat", "whole"])
+        self.shift = nn.Parameter(torch.linspace(-1, 1, WORDS))
+        self.temperature = nn.Parameter(torch.linspace(0.5, 2, BATCH * TOKENS).view(BATCH, TOKENS, 1))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        for step in self.steps:
+            if step == "scale":
+                logits = logits / 3
+            elif step == "cap":
+                logits = 5 * torch.tanh(logits / 5)
+            elif step == "shift":
+                logits = logits + self.shift
+            elif step == "temperature":
+                logits = logits * self.temperature
+            else:
+                logits = logits.masked_fill(torch.arange(WORDS) % 7 == 3, -30.0)
+        labels = labels.where(labels % 7 != 3, -100)
+        if self.shape == "flat":
+            logits, labels = logits.flatten(0, 1), labels.flatten()
+        known = labels >= 0
+        logp = torch.log_softmax(logits, -1)
+        chosen = logp.gather(-1, labels.clamp(0).unsqueeze(-1)).squeeze(-1)
+        losses = torch.zeros_like(chosen)
+        for term in self.terms:
+            if term == "entropy":
+                losses = losses - chosen
+            elif term == "smoothed":
+                losses = losses - 0.1 * logp.mean(-1)
+            elif term == "z":
+                losses = losses + 1e-2 * torch.logsumexp(logits, -1).square()
+            elif term == "focal":
+                losses = losses - (1 - chosen.exp()) ** 2 * chosen
+            else:
+                losses = losses + (logp.exp() * logp).sum(-1)
+        losses = losses * known
+        if self.reduction == "mean":
+            return losses.mean()
+        if self.reduction == "tokens":
+            return losses.sum() / known.sum()
+        if self.reduction == "weighted":
+            return (losses * torch.linspace(0, 1, losses.numel()).view(losses.shape)).sum()
+        return losses.view(BATCH, TOKENS).sum(1).mean() if self.reduction == "batch" else losses.sum()
+
+
+FIRST = Random().randrange(10**6)
+COUNT = int(os.environ.get("WTACRS_LOSSES", "5"))
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + COUNT))
+def test_losses_made_at_random(seed: int) -> None:
+    """Chunked or not, and then with a reason, gradients are those of eager; in autocast up to its rounding."""
+    model, autocast = AtRandom(seed), seed % 2 == 1
+    wanted, exact = train(copy.deepcopy(model), scale=3.0)
+    _, eager = train(copy.deepcopy(model), autocast, scale=3.0)
+    loss, found, graph = run(model, CHUNKED, autocast=autocast, scale=3.0)
+    torch.testing.assert_close(loss, wanted, rtol=0.02 if autocast else 1e-4, atol=1e-4)
+    assert found.keys() == exact.keys()
+    for name, gradient in exact.items():
+        rounding = distance(eager[name], gradient)
+        assert distance(found[name], gradient) < 1e-9 + 8 * rounding, (name, model.steps, model.terms)
+    report = graph.partitions["ours"].report
+    assert report is not None and len(report.losses) == 1
 
 
 @pytest.mark.parametrize(("kind", "reason"), REFUSED)

@@ -30,6 +30,7 @@ from ..analyse.losses import (
     MEANS,
     REDUCTIONS,
     SAME_ORDER,
+    Result,
     WideLoss,
     find_wide_losses,
     is_transpose,
@@ -163,7 +164,7 @@ def _rewrite(
             if (place := loss.head.meta.get("nn_module_stack")) is not None:
                 part.meta["nn_module_stack"] = place
             value = editor.call(aten.permute.default, part, [1, 0]) if result.transposed else part
-            value = _shaped(editor, _mean(editor, value, result.node), result.node)
+            value = _shaped(editor, _mean(editor, value, result), result.node)
             if result.scaled:
                 (estimates if kinds[result.node] == "sampled" else stored).append(part)
                 value = editor.cast_like(editor.call(aten.mul.Tensor, value, loss.tangent), result.node)
@@ -214,9 +215,10 @@ def _flat(editor: Editor, node: fx.Node, rows: Any) -> fx.Node:
     return editor.call(aten.reshape.default, node, [-1, *shape[lead:]])
 
 
-def _mean(editor: Editor, total: fx.Node, node: fx.Node) -> fx.Node:
-    """Divide the sum that stands for a mean by the number of what is summed."""
-    if node.target not in MEANS:
+def _mean(editor: Editor, total: fx.Node, result: Result) -> fx.Node:
+    """Divide the sum that stands for a mean over the rows by the number of what is summed."""
+    node = result.node
+    if node.target not in MEANS or result.kind != "sum":
         return total
     for operand, sign in ((node, 1), (node.args[0], -1)):
         for dim in range(len(shape_of(operand) or ())):  # type: ignore[arg-type]
