@@ -152,7 +152,8 @@ class Masked(Words):
 
 
 LOSSES = (
-    Words, Biased, SoftCap, Sum, Smoothing, MeanOverWords, ZLoss, Weighted, Focal, Binary, OneHot, Distilled, Tied, Masked,
+    Words, Biased, SoftCap, Sum, Smoothing, MeanOverWords, ZLoss, Weighted, Focal, Binary, OneHot, Distilled, Tied,
+    Masked,
 )  # fmt: skip
 
 
