@@ -239,6 +239,19 @@ TABLES: dict[str, Table] = {
         _ratio,
         ("saved", "peak", "step time"),
     ),
+    "regime-precisions": Table(
+        "regime",
+        "",
+        lambda row: (
+            (row.device, row.model) == ("cpu", "llama-lm")
+            and row.dtype != "autocast"
+            and row.variant in _HEADLINE
+            and "words" not in row.shapes
+        ),
+        lambda row: _HEADLINE[row.variant],
+        lambda row: f"{row.dtype}: {row.metric}",
+        _ratio,
+    ),
     "without-head": Table(
         "frontier",
         "",
