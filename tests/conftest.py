@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import random
 import statistics
 from collections.abc import Callable
 
@@ -66,6 +67,13 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return F.cross_entropy(self.head(x).flatten(0, 1), tokens.roll(1, 1).flatten())
+
+
+def seed_of_run(variable: str) -> int:
+    """Return the seed that a variable of the environment gives, or one for all workers: they collect the same tests."""
+    if given := os.environ.get(variable):
+        return int(given)
+    return random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(2**32)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import pytest
 import torch
 from aot import REFERENCE, Variants, distance, small_tensors, wrong_bytes
-from conftest import is_unbiased
+from conftest import is_unbiased, seed_of_run
 from families import FAMILIES, Inputs, make
 from torch import Tensor, nn
 
@@ -44,13 +44,6 @@ POLICIES = {
 ROWS = {"rows": Policy(ratio=0.3, min_rows=8, residuals="exact")}
 
 SCALE = 2.0**10  # of the loss in float16; a scaler finds such a one within a few steps
-
-
-def _seed() -> int:
-    """Return the seed that was given, or one for all workers of a run."""
-    if given := os.environ.get("WTACRS_SEED"):
-        return int(given)
-    return random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(2**32)
 
 
 class Precision:
@@ -95,7 +88,7 @@ def _cases(names: Iterable[str], few: int) -> list[tuple[str, str]]:
 
 
 ASKED = os.environ.get("WTACRS_ARCHITECTURES", "")
-SEED = _seed()
+SEED = seed_of_run("WTACRS_SEED")
 CASES = _cases(FAMILIES, FEW)
 NAMES = list(dict.fromkeys(name for name, _ in CASES))
 

@@ -6,13 +6,12 @@ import copy
 import dataclasses
 import os
 from collections.abc import Iterator
-from datetime import date
 from random import Random
 
 import pytest
 import torch
 from aot import REFERENCE, Graph, Variants, distance, small_tensors, wrong_bytes
-from conftest import gradients, is_unbiased
+from conftest import gradients, is_unbiased, seed_of_run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -304,7 +303,7 @@ class AtRandom(Words):
         return losses.view(BATCH, TOKENS).sum(1).mean() if self.reduction == "batch" else losses.sum()
 
 
-FIRST = 1000 * date.today().timetuple().tm_yday  # the same in all workers, another every day
+FIRST = seed_of_run("WTACRS_LOSSES_SEED")
 COUNT = int(os.environ.get("WTACRS_LOSSES", "5"))
 
 

@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 pytest.importorskip("expecttest", reason="PyTorch's database of operators imports it")
 
 import torch._inductor.config
-from conftest import is_unbiased
+from conftest import is_unbiased, seed_of_run
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.compilers import nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -84,10 +84,7 @@ RUNS = 100  # of a program whose mean is tested
 
 SHARE = 0.1
 ALL = os.environ.get("WTACRS_OPERATORS") == "all"
-# All workers of one run must collect the same tests.
-_run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-_drawn = zlib.crc32(_run.encode()) if _run else random.SystemRandom().getrandbits(32)
-SEED = int(os.environ.get("WTACRS_OPERATORS_SEED", _drawn))
+SEED = seed_of_run("WTACRS_OPERATORS_SEED")
 
 
 class Rejected(Exception):

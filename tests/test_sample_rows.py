@@ -307,6 +307,17 @@ def test_norms_hold_where_squares_leave_float32(size: float) -> None:
     assert ops.row_norms([x[:0]]).shape == (0,)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_norms_in_loops_are_those_of_the_operation(size: float, dtype: torch.dtype) -> None:
+    x, y = (size * torch.randn(50, 8) for _ in range(2))
+    x[0], x[1, 0] = 0, torch.nan
+    operands = [x.to(dtype), y.to(dtype)]
+    for center in (None, operands[1][2:3]):
+        found = ops.norms_as_sums(operands, center, torch.float32)
+        torch.testing.assert_close(found, ops.row_norms(operands, center), rtol=0.02, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("largest", [1e-20, 1e-11, 1e-9, 1.0, 1e18])
 def test_norms_hold_for_every_row_that_counts_beside_the_largest(largest: float) -> None:
     """Neither the one pass over ordinary rows nor the two over others lose 1e-9 of the largest."""

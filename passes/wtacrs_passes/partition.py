@@ -94,9 +94,8 @@ def _partition_sites(
 def _saved_inputs(forward: fx.GraphModule, num_fwd_outputs: int) -> set[str]:
     """Return the names of the inputs that the backward pass reads."""
     values = [value for value, _ in outputs_with_descriptors(forward.graph)][num_fwd_outputs:]
-    return {content_of(v, VIEWS).name for v in values if isinstance(v, fx.Node)} & {
-        node.name for node in forward.graph.find_nodes(op="placeholder")
-    }
+    sources = [content_of(value, VIEWS) for value in values if isinstance(value, fx.Node)]
+    return {node.name for node in sources if node.op == "placeholder"}
 
 
 def _copy_inputs(graph: fx.Graph, names: Set[str]) -> None:

@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from ..graph.edit import Editor
 from ..graph.operations import VIEWS, aten, content_of, is_derivable
@@ -65,21 +66,15 @@ def _reads_memory(node: fx.Node, tangent: set[fx.Node]) -> bool:
 
 
 def _spell_row_norms(editor: Editor, operands: Sequence[fx.Node], center: fx.Node | None = None) -> fx.Node:
-    """Write norms as sums of squares; where those leave the range, the largest element stands in."""
-    squares, largest = None, None
-    for operand in operands:
-        wide = editor.widen(operand)
-        if center is not None:
-            wide = editor.call(aten.sub.Tensor, wide, editor.widen(center))
-        square = editor.call(aten.sum.dim_IntList, editor.call(aten.mul.Tensor, wide, wide), [-1])
-        peak = editor.call(aten.amax.default, editor.call(aten.abs.default, wide), [-1])
-        squares = square if squares is None else editor.call(aten.add.Tensor, squares, square)
-        largest = peak if largest is None else editor.call(aten.maximum.default, largest, peak)
-    assert squares is not None
-    small = editor.call(aten.lt.Scalar, squares, ops.SMALLEST_SQUARE)
-    large = editor.call(aten.gt.Scalar, squares, ops.LARGEST_SQUARE)
-    unsafe = editor.call(aten.logical_or.default, small, large)
-    return editor.call(aten.where.self, unsafe, largest, editor.call(aten.sqrt.default, squares))
+    nodes = operands if center is None else (*operands, center)
+    dtype = torch.promote_types(operands[0].meta["val"].dtype, torch.float32)
+    (norms,) = editor.trace(_norms, *nodes, has_center=center is not None, dtype=dtype)
+    return norms
+
+
+def _norms(*tensors: Tensor, has_center: bool, dtype: torch.dtype) -> Tensor:
+    operands, center = (tensors[:-1], tensors[-1]) if has_center else (tensors, None)
+    return ops.norms_as_sums(operands, center, dtype)
 
 
 def _spell_gather_rows(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache, partial, reduce
 from importlib.util import find_spec
 from typing import cast
 
@@ -70,6 +71,25 @@ def _row_norms(operands: list[Tensor], center: Tensor | None = None) -> Tensor:
     peaks = [_norms_of_rows(x, center, torch.inf) for x in operands]
     unsafe = (norm < SMALLEST_SQUARE**0.5) | (norm > LARGEST_SQUARE**0.5)
     return torch.where(unsafe, torch.stack(peaks).amax(0), norm)
+
+
+def norms_as_sums(operands: Sequence[Tensor], center: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return what ``row_norms`` does, written as loops that are fused with what computes the operands.
+
+    Args:
+        operands, center: as of `row_norms`.
+        dtype: of sums and norms, float32 or float64.
+    """
+    squares, largest = [], []
+    for operand in operands:
+        wide = operand.to(dtype)
+        if center is not None:
+            wide = wide - center.to(dtype)
+        squares.append((wide * wide).sum(-1))
+        largest.append(wide.abs().amax(-1))
+    square, peak = reduce(torch.add, squares), reduce(torch.maximum, largest)
+    unsafe = (square < SMALLEST_SQUARE) | (square > LARGEST_SQUARE)
+    return torch.where(unsafe, peak, square.sqrt())
 
 
 def _norms_of_rows(x: Tensor, center: Tensor | None, order: float) -> Tensor:

@@ -161,8 +161,8 @@ def _rewrite(
         for i, result in enumerate(loss.results):
             part = editor.call(operator.getitem, call, i)
             part.meta[IS_PRODUCT] = result.node.target in GEMMS
-            if (place := loss.head.meta.get("nn_module_stack")) is not None:
-                part.meta["nn_module_stack"] = place
+            if (stack := loss.head.meta.get("nn_module_stack")) is not None:
+                part.meta["nn_module_stack"] = stack
             value = editor.call(aten.permute.default, part, [1, 0]) if result.transposed else part
             value = _shaped(editor, _mean(editor, value, result), result.node)
             if result.scaled:
@@ -258,25 +258,16 @@ class _Body:
             if result.kind == "product":
                 outputs += [self.new[factor] for factor in result.factors]
                 if result.node in sampled:
-                    outputs.append(self._norms(outputs[-2], result.factors[0].meta["val"].dtype))
+                    dtype = torch.promote_types(result.factors[0].meta["val"].dtype, torch.float32)
+                    rows: Any = fx.Proxy(outputs[-2])
+                    norms: Any = ops.norms_as_sums([rows], None, dtype)
+                    outputs.append(norms.node)
             else:
                 outputs.append(self.new[result.node])
         self.graph.output(tuple(outputs))
         self.graph.eliminate_dead_code()
         code = self.graph.python_code("self")
         self.source = code.src.replace("def forward(self, ", "def body(")
-
-    def _norms(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        """Return what `ops.row_norms` does, written so that it is fused with what computes the rows."""
-        wide = self._call(prims.convert_element_type.default, node, torch.promote_types(dtype, torch.float32))
-        squares = self._call(aten.sum.dim_IntList, self._call(aten.mul.Tensor, wide, wide), [-1])
-        largest = self._call(aten.amax.default, self._call(aten.abs.default, wide), [-1])
-        unsafe = self._call(
-            aten.logical_or.default,
-            self._call(aten.lt.Scalar, squares, ops.SMALLEST_SQUARE),
-            self._call(aten.gt.Scalar, squares, ops.LARGEST_SQUARE),
-        )
-        return self._call(aten.where.self, unsafe, largest, self._call(aten.sqrt.default, squares))
 
     def _lead(self, node: fx.Node) -> int:
         lead = leading(shape_of(node) or (), self.loss.rows)
