@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 import torch
-from conftest import is_unbiased
+from conftest import ALPHA, is_unbiased
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -34,8 +35,8 @@ SHAPES = st.lists(st.integers(0, 5), max_size=2).flatmap(
 )
 
 
-def decoded(x: Tensor, bits: int, noise: Tensor | None = None) -> Tensor:
-    codes, peaks = quantise(x, noise, bits=bits)
+def decoded(x: Tensor, bits: int, *noises: Tensor) -> Tensor:
+    codes, peaks = quantise(x, *noises, bits=bits)
     assert codes.element_size() == 1 and codes.shape[-1] == math.ceil(x.shape[-1] * bits / 8)
     return dequantise(codes, peaks, bits=bits, features=x.shape[-1], dtype=x.dtype)
 
@@ -89,15 +90,29 @@ def test_what_is_not_finite_is_carried_through(bits: int, value: float) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_stochastic_rounding_is_unbiased(bits: int) -> None:
     x = torch.randn(4, 64)
-    runs = torch.stack([decoded(x, bits, torch.rand_like(x)).flatten() for _ in range(2000)])
+    runs = torch.stack([decoded(x, bits, torch.rand(4, 1), torch.rand(64)).flatten() for _ in range(2000)])
     assert is_unbiased(runs, x.flatten())
     step = bound(x, bits).flatten() * 2
     assert bool(((runs - x.flatten()).abs() <= step * (1 + 1e-5)).all())
 
 
+def test_stochastic_errors_of_two_elements_are_uncorrelated() -> None:
+    """Else a sum over rows or features, as of a product of matrices, would add up errors instead of variances."""
+    x = torch.randn(6, 32)
+    count = 4000
+    runs = torch.stack([decoded(x, 4, torch.rand(6, 1), torch.rand(32)).flatten() for _ in range(count)])
+    correlations = torch.corrcoef((runs - x.flatten()).double().T)
+    others = correlations[~torch.eye(len(correlations), dtype=torch.bool)]
+    others = others[others.isfinite()]  # the peak itself has no error
+    limit = statistics.NormalDist().inv_cdf(1 - ALPHA / len(others)) / count**0.5  # each pair is there twice
+    assert float(others.abs().max()) < limit
+
+
 def test_nearest_rounding_would_fail_the_test_of_unbiasedness() -> None:
     x = torch.randn(4, 64)
-    runs = torch.stack([decoded(x, 4, torch.full_like(x, 0.5)).flatten() for _ in range(100)])
+    runs = torch.stack(
+        [decoded(x, 4, torch.full((4, 1), 0.5), torch.zeros(64)).flatten() for _ in range(100)]
+    )
     assert not is_unbiased(runs + 1e-6 * torch.randn_like(runs), x.flatten())
 
 

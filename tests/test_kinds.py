@@ -78,6 +78,11 @@ def branches(m: Two, x: Tensor) -> Tensor:
     return m.b(h).square().sum()
 
 
+@torch.compiler.nested_compile_region
+def region(layer: nn.Linear, h: Tensor) -> Tensor:
+    return h + layer(F.gelu(layer(h)))
+
+
 PROGRAMS: dict[str, tuple[Callable[[Two, Tensor], Tensor], Tensor]] = {
     "division": (lambda m, x: (m.a(x) / (1 + (8 * m.b(x)).exp())).sum(), ROWS),
     "mixture of softmaxes": (mixture, ROWS),
@@ -91,6 +96,7 @@ PROGRAMS: dict[str, tuple[Callable[[Two, Tensor], Tensor], Tensor]] = {
     "pinv": (lambda m, x: torch.linalg.pinv(m.a(x[:64]) + 3 * torch.eye(64)).sum(), ROWS),
     "float_power": (lambda m, x: torch.float_power(m.a(x).abs() + 0.1, m.b(x)).sum(), ROWS),
     "cond": (branches, ROWS),
+    "nested region": (lambda m, x: region(m.b, region(m.b, m.a(x).tanh())).square().sum(), ROWS),
     "factor past a mask": (
         lambda m, x: torch.where(KEEP & SOME_ROWS, m.a(x) * m.b(x), 0).square().sum(1).sqrt().sum(),
         ROWS,

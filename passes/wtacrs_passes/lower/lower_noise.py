@@ -12,7 +12,6 @@ from ..graph.edit import Editor
 from ..graph.operations import NOISE_OF, aten
 from ..graph.torch_api import inductor_prims
 from ..joint import Joint
-from ..rewrite.encode_residuals import ROUNDING
 
 _SITES_PER_TENSOR = 32  # bounds how long the random numbers of a deep model are held
 
@@ -40,8 +39,7 @@ def lower_noise(joint: Joint) -> None:
         if NOISE_OF in node.meta:
             value = node.meta["val"]
             chunks = groups.setdefault((node.meta[NOISE_OF], value.device, str(value.shape)), [[]])
-            limit = 1 if node.meta[NOISE_OF] == ROUNDING else _SITES_PER_TENSOR
-            if len(chunks[-1]) == limit:
+            if len(chunks[-1]) == _SITES_PER_TENSOR:
                 chunks.append([])
             chunks[-1].append(node)
     by_device: dict[torch.device, list[list[fx.Node]]] = {}

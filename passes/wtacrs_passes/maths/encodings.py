@@ -13,8 +13,9 @@ name        stored                                  error of an element
 ==========  ======================================  =========================================
 
 A group is a run of elements along the last dimension, `peak` the largest magnitude in it. With stochastic
-rounding the integer encodings are unbiased and their error is below a step. A group that holds NaN or Inf
-decodes to NaN, so that neither is hidden; a group with a peak below 1e-36 decodes to zeros.
+rounding the integer encodings are unbiased and their error is below a step; the errors of any two elements are
+independent, so that in a sum their variances add up. A group that holds NaN or Inf decodes to NaN, so that
+neither is hidden; a group with a peak below 1e-36 decodes to zeros.
 """
 
 from __future__ import annotations
@@ -68,12 +69,15 @@ def encoded_bits(encoding: str, features: Any, itemsize: int, bits: int = 0) -> 
 INTEGER_BITS = {"int8": 8, "int4": 4}
 
 
-def quantise(x: Tensor, noise: Tensor | None = None, *, bits: int) -> tuple[Tensor, Tensor]:
+def quantise(
+    x: Tensor, of_rows: Tensor | None = None, of_features: Tensor | None = None, *, bits: int
+) -> tuple[Tensor, Tensor]:
     """Encode `x` as integers with one peak for each group.
 
     Args:
         x: [..., features], float.
-        noise: like `x`, uniform in [0, 1): round stochastically; to the nearest without it.
+        of_rows, of_features: [..., 1] and [features], independent and uniform in [0, 1): round stochastically, by
+            the fraction of their sum; to the nearest without them.
         bits: 8 or 4.
 
     Returns:
@@ -87,7 +91,10 @@ def quantise(x: Tensor, noise: Tensor | None = None, *, bits: int) -> tuple[Tens
     per_unit = largest / peaks
     usable = (per_unit > 0) & (per_unit < torch.inf)
     steps = torch.where(usable, wide * per_unit, 0.0)
-    steps = steps.round() if noise is None else (steps + _blocks(noise, -1, group)).floor()
+    if of_rows is None or of_features is None:
+        steps = steps.round()
+    else:
+        steps = (steps + _blocks((of_rows + of_features).frac(), -1, group)).floor()
     if x.device.type == "cpu":  # two flat loops are faster there; in groups, Triton has one kernel for both
         steps = steps.flatten(-2)
     steps = steps.clamp(-largest, largest)

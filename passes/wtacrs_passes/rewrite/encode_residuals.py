@@ -29,7 +29,7 @@ from ..joint import Joint
 from ..maths import encodings
 
 ROUNDING = "rounding"
-"""Placement in ``meta[NOISE_OF]`` of the random numbers of stochastic rounding."""
+"""Owner in ``meta[NOISE_OF]`` of the random numbers of stochastic rounding."""
 
 
 @dataclasses.dataclass
@@ -86,9 +86,11 @@ def _encode(editor: Editor, item: Stored, tangent: set[fx.Node]) -> tuple[fx.Nod
         bits = encodings.INTEGER_BITS[item.encoding]
         if not item.stochastic:
             return editor.trace(encodings.quantise, source, bits=bits)
-        size = [editor.size(source, dim) for dim in range(source.meta["val"].dim())]
-        noise = editor.noise(size, source.meta["val"].device, ROUNDING)
-        return editor.trace(encodings.quantise, source, noise, bits=bits)
+        *rows, features = (editor.size(source, dim) for dim in range(source.meta["val"].dim()))
+        noises = (
+            editor.noise(size, source.meta["val"].device, ROUNDING) for size in ([*rows, 1], [features])
+        )
+        return editor.trace(encodings.quantise, source, *noises, bits=bits)
 
 
 def _decode(editor: Editor, item: Stored, stored: tuple[fx.Node, ...]) -> fx.Node:
