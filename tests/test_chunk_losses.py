@@ -151,9 +151,31 @@ class Masked(Words):
         return F.cross_entropy(self.logits(x[:, ::2]).float().flatten(0, 1), labels[:, ::2].flatten())
 
 
+class Shifted(Words):
+    """Each token predicts the next: the last token's logits are thrown away."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits[..., :-1, :].contiguous().view(-1, WORDS), labels[..., 1:].reshape(-1))
+
+
+class ShiftedSoftCap(Biased):
+    """Of two functions of the logits before the slice, the gradient of one reads values of all rows."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        row_scales = torch.linspace(1, 2, BATCH * TOKENS).view(BATCH, TOKENS, 1)
+        logits = torch.tanh(logits / 3) * 3 * row_scales
+        logp = logits[:, 2:-3].log_softmax(-1)
+        return -logp.gather(-1, labels[:, 5:].clamp(min=0).unsqueeze(-1)).mean()
+
+
+class FlatSlice(Words):
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(x.flatten(0, 1)).float()[5:], labels.flatten()[5:])
+
+
 LOSSES = (
     Words, Biased, SoftCap, Sum, Smoothing, MeanOverWords, ZLoss, Weighted, Focal, Binary, OneHot, Distilled, Tied,
-    Masked,
+    Masked, Shifted, ShiftedSoftCap, FlatSlice,
 )  # fmt: skip
 
 
@@ -186,7 +208,21 @@ class Penalised(Words):
         return losses.mean().exp() + losses.std()
 
 
+class TwoSlices(Words):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return sum(
+            super(TwoSlices, self).loss(logits[:, at], labels[:, at]) for at in (slice(9), slice(7, None))
+        )
+
+
+class AllRowsBesideASlice(Words):
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(logits[:, :-1], labels[:, 1:]) + 1e-3 * logits.square().mean()
+
+
 REFUSED = (
+    (TwoSlices, "slice.Tensor does not treat each row by itself"),
+    (AllRowsBesideASlice, "slice.Tensor does not treat each row by itself"),
     (Logits, "the program returns the logits"),
     (TokenLosses, "more than one number comes in"),
     (OverRows, "does not treat each row by itself"),
@@ -261,9 +297,15 @@ class AtRandom(Words):
         self.reduction = random.choice(["mean", "sum", "tokens", "weighted", "batch"])
         self.shape = random.choice(["flat", "whole"])
         self.shift = nn.Parameter(torch.linspace(-1, 1, WORDS))
+        self.sliced = random.choice(["", "first", "last"])
         self.temperature = nn.Parameter(torch.linspace(0.5, 2, BATCH * TOKENS).view(BATCH, TOKENS, 1))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        labels = labels.where(labels % 7 != 3, -100)
+        if self.sliced:
+            labels = labels[:, 1:]
+        if self.sliced == "first":
+            logits = logits[:, :-1]
         for step in self.steps:
             if step == "scale":
                 logits = logits / 3
@@ -272,10 +314,11 @@ class AtRandom(Words):
             elif step == "shift":
                 logits = logits + self.shift
             elif step == "temperature":
-                logits = logits * self.temperature
+                logits = logits * self.temperature[:, : logits.shape[1]]
             else:
                 logits = logits.masked_fill(torch.arange(WORDS) % 7 == 3, -30.0)
-        labels = labels.where(labels % 7 != 3, -100)
+        if self.sliced == "last":
+            logits = logits[:, :-1]
         if self.shape == "flat":
             logits, labels = logits.flatten(0, 1), labels.flatten()
         known = labels >= 0
@@ -300,7 +343,7 @@ class AtRandom(Words):
             return losses.sum() / known.sum()
         if self.reduction == "weighted":
             return (losses * torch.linspace(0, 1, losses.numel()).view(losses.shape)).sum()
-        return losses.view(BATCH, TOKENS).sum(1).mean() if self.reduction == "batch" else losses.sum()
+        return losses.view(BATCH, -1).sum(1).mean() if self.reduction == "batch" else losses.sum()
 
 
 FIRST = seed_of_run("WTACRS_LOSSES_SEED")
@@ -540,10 +583,14 @@ def test_what_is_not_finite_reaches_the_gradients(scale: float) -> None:
     assert not any(gradient.isfinite().all() for gradient in found.values())
 
 
-@pytest.mark.parametrize("precision", ["float32", "autocast"])
-def test_generated_code_for_any_number_of_rows(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "precision"), [(Words, "float32"), (Words, "autocast"), (Shifted, "autocast")]
+)
+def test_generated_code_for_any_number_of_rows(
+    kind: type[Words], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()  # the function of a chunk is compiled
-    model, backend = Words(), wtacrs_fx.backend(CHUNKED)
+    model, backend = kind(), wtacrs_fx.backend(CHUNKED)
     compiled = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True, dynamic=True)
     for batch in (3, 5, 2):
         x, labels = torch.randn(batch, 30, D), torch.randint(WORDS, (batch, 30))

@@ -44,12 +44,14 @@ from .rewrite.encode_residuals import encode_residuals
 from .rewrite.merge_equal import merge_equal
 from .rewrite.reassociate import reassociate
 from .rewrite.sample_rows import sample_rows
+from .rewrite.slice_before_heads import slice_before_heads
 
 Pass = Callable[[Joint], None]
 
 PASSES: tuple[Pass, ...] = (
     merge_equal,
     take_annotations,
+    slice_before_heads,
     chunk_losses,
     find_products,
     plan_rows,

@@ -122,7 +122,7 @@ def find_wide_losses(graph: fx.Graph, smallest: int) -> tuple[list[WideLoss], di
     refused: dict[fx.Node, str] = {}
     tangent = tangent_cone(graph)
     for node in graph.nodes:
-        if node in tangent or not _is_head(node, smallest) or any(node in loss.body for loss in found):
+        if node in tangent or not is_head(node, smallest) or any(node in loss.body for loss in found):
             continue
         try:
             found.append(_Search(graph, node, tangent).result())
@@ -131,7 +131,8 @@ def find_wide_losses(graph: fx.Graph, smallest: int) -> tuple[list[WideLoss], di
     return found, refused
 
 
-def _is_head(node: fx.Node, smallest: int) -> bool:
+def is_head(node: fx.Node, smallest: int) -> bool:
+    """Tell whether a product makes rows far wider than those it reads, of more bytes than `smallest` in float32."""
     if node.target not in HEADS:
         return False
     rows, words = node.meta["val"].shape
@@ -154,6 +155,20 @@ def leading(shape: Sequence[Any], rows: Any) -> int | None:
         if same_size(math.prod(shape[:count]), rows):
             return count
     return None
+
+
+def broadcasts(arg: fx.Node, node: fx.Node, lead: int) -> bool:
+    """Tell whether an operand that is broadcast is the same for all rows of the result, its first `lead` dimensions."""
+    given, result = shape_of(arg) or (), shape_of(node) or ()
+    front = given[: max(lead - (len(result) - len(given)), 0)]
+    return all(isinstance(size, int) and size == 1 for size in front)
+
+
+def sums_rows(node: fx.Node, lead: int) -> bool:
+    """Tell whether a sum or mean is one over the first `lead` dimensions of its operand, at least."""
+    rank = len(shape_of(node.args[0]) or ())  # type: ignore[arg-type]
+    dims = {dim % rank for dim in (node.args[1:2] or [None])[0] or range(rank)}  # type: ignore
+    return dims >= set(range(lead))
 
 
 def is_transpose(node: fx.Node) -> bool:
@@ -314,9 +329,7 @@ class _Search:
         lead = self.lead(node)
         if lead is None or user.target not in SUMS | MEANS:
             return None
-        rank = len(shape_of(node) or ())
-        dims = {dim % rank for dim in (user.args[1:2] or [None])[0] or range(rank)}  # type: ignore
-        return "sum" if dims >= set(range(lead)) else None
+        return "sum" if sums_rows(user, lead) else None
 
     def _is_matrix_of_rows(self, *nodes: Any) -> bool:
         return all(isinstance(node, fx.Node) and self.lead(node) == 1 for node in nodes)
@@ -333,7 +346,7 @@ class _Search:
         first = node.args[0] if node.args else None
         if node.target in HEADS:
             bias = self._shared(node)[:-1]
-            return all(self._broadcasts(arg, node, lead) for arg in bias)
+            return all(broadcasts(arg, node, lead) for arg in bias)
         if node.target is aten.full.default:
             return True
         if len(_tensors(node)) < len(node.all_input_nodes) and node.target not in SAME_ORDER | {
@@ -341,7 +354,7 @@ class _Search:
         }:
             return False  # reads a symbolic number, or several results
         if is_pointwise(node) or node.target in CASTS | {aten.expand.default}:
-            return all(self._broadcasts(arg, node, lead) for arg in self._shared(node))
+            return all(broadcasts(arg, node, lead) for arg in self._shared(node))
         if not isinstance(first, fx.Node) or self.lead(first) is None:
             return False
         outer = self.lead(first)
@@ -356,12 +369,6 @@ class _Search:
         if node.target in INDEXED:
             return node.args[1] % rank >= outer and all(self.lead(arg) == outer for arg in _tensors(node))  # type: ignore
         return False
-
-    def _broadcasts(self, arg: fx.Node, node: fx.Node, lead: int) -> bool:
-        """Tell whether an operand that is broadcast is the same for all rows of the result."""
-        given, result = shape_of(arg) or (), shape_of(node) or ()
-        front = given[: max(lead - (len(result) - len(given)), 0)]
-        return all(isinstance(size, int) and size == 1 for size in front)
 
     def _linear(
         self, inputs: Sequence[fx.Node], results: Sequence[Result]

@@ -99,10 +99,10 @@ class ChunkedLoss:
 
 def chunk_losses(joint: Joint) -> None:
     """Rewrite each loss over a vocabulary whose logits are larger than the policy allows."""
-    size = joint.policy.chunk_bytes
-    if size == 0 or not MODES[joint.policy.residuals].lossy or makes_sparse(joint.graph):
-        return  # sums over chunks are rounded in another order; Inductor may use a sparse tensor's memory again
-    losses, joint.whole_losses = find_wide_losses(joint.graph, _CHUNK_BYTES if size is None else size)
+    smallest = logits_to_chunk(joint)
+    if smallest is None:
+        return
+    losses, joint.whole_losses = find_wide_losses(joint.graph, smallest)
     if not losses:
         return
     products = {
@@ -116,6 +116,14 @@ def chunk_losses(joint: Joint) -> None:
         places |= dict.fromkeys((node for node in joint.graph.nodes if node not in places), first)
     sort_by_place(joint.graph, places)
     joint.graph.eliminate_dead_code()
+
+
+def logits_to_chunk(joint: Joint) -> int | None:
+    """Return the bytes above which logits are computed in chunks; None where all are computed at once."""
+    size = joint.policy.chunk_bytes
+    if size == 0 or not MODES[joint.policy.residuals].lossy or makes_sparse(joint.graph):
+        return None  # sums over chunks are rounded in another order; Inductor may use a sparse tensor's memory again
+    return _CHUNK_BYTES if size is None else size
 
 
 def chunk_of(size: int | None, loss: WideLoss, sampled: bool) -> int:
