@@ -106,8 +106,8 @@ class _Search:
 
     def result(self) -> SlicedHead | None:
         """Return what was found; None if there is no such slice, or another reader of the rows."""
-        if not self._follow([self.head]) or not self.slices:
-            return None
+        if same_size(*shape_of(self.head) or ()) or not self._follow([self.head]) or not self.slices:
+            return None  # with as many rows as words, which dimension holds the rows is not known
         first = next(iter(self.slices))
         where, logits = _where(first), shape_of(cast(fx.Node, first.args[0]))
         assert where is not None and logits is not None
@@ -151,6 +151,7 @@ class _Search:
         return (
             all(node in scattered or is_linear(node, gradients) for node in gradients)
             and all(gradients.intersection(node.all_input_nodes) for node in readers)
+            and not any(node.args[1] in self.members for node in self.products)
             and all(
                 arg in gradients
                 for node in gradients - scattered
@@ -183,7 +184,7 @@ class _Search:
         return user.target in SUMS and lead is not None and sums_rows(user, lead)
 
     def _is_product(self, node: fx.Node, user: fx.Node) -> bool:
-        if user.target is not aten.mm.default or user.args[0] is not node or user.args[1] in self.members:
+        if user.target is not aten.mm.default or user.args[0] is not node:
             return False
         return lead_of(node, self.rows) == 1
 
