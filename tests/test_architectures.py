@@ -125,9 +125,8 @@ def test_gradients_and_bytes(name: str, precision: str) -> None:
     found = _all_gradients(variants, lambda: PRECISIONS[precision].gradients(model, call, inputs))
     reference = found[REFERENCE]
     rounding = distance(reference, full)
-    assert rounding < 1e-6 + 16 * distance(
-        eager, full
-    )  # squares: PyTorch's own rounds up to four times as much
+    own = distance(eager, full)
+    assert rounding < 1e-5 + 16 * own  # squares: PyTorch's compiled code rounds up to four times as much
     problems = _errors(found, ROUNDED + 4 * rounding)
     for index, graph in enumerate(variants.graphs):
         problems += [f"graph {index}, {problem}" for problem in wrong_bytes(graph)]
