@@ -157,6 +157,18 @@ def leading(shape: Sequence[Any], rows: Any) -> int | None:
     return None
 
 
+def lead_of(node: Any, rows: Any) -> int | None:
+    """Return how many leading dimensions of a value hold `rows` rows; None where others do, or none."""
+    shape = shape_of(node)
+    return None if shape is None else leading(shape, rows)
+
+
+def has_rows(arg: fx.Node, node: fx.Node, lead: int) -> bool:
+    """Tell whether an operand has the rows of the result, its first `lead` dimensions; others may be broadcast."""
+    given, result = shape_of(arg) or (), shape_of(node) or ()
+    return len(given) == len(result) and all(map(same_size, given[:lead], result[:lead]))
+
+
 def broadcasts(arg: fx.Node, node: fx.Node, lead: int) -> bool:
     """Tell whether an operand that is broadcast is the same for all rows of the result, its first `lead` dimensions."""
     given, result = shape_of(arg) or (), shape_of(node) or ()
@@ -176,6 +188,11 @@ def is_transpose(node: fx.Node) -> bool:
     if node.target not in TRANSPOSES or len(shape_of(node) or ()) != 2:
         return False
     return node.target is not aten.permute.default or [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore
+
+
+def is_sum_of_products(node: fx.Node) -> bool:
+    """Tell whether a product multiplies the transpose of a matrix with another: a sum over their rows."""
+    return node.target is aten.mm.default and is_transpose(node.args[0])  # type: ignore[arg-type]
 
 
 def matrix_of(node: fx.Node) -> fx.Node:
@@ -249,8 +266,7 @@ class _Search:
         return tuple(arg for arg in found if arg not in self.members)
 
     def lead(self, node: fx.Node) -> int | None:
-        shape = shape_of(node)
-        return None if shape is None else leading(shape, self.rows)
+        return lead_of(node, self.rows)
 
     def _is_wide(self, node: fx.Node) -> bool:
         shape = shape_of(node)
@@ -317,12 +333,11 @@ class _Search:
 
     def _has_rows(self, arg: fx.Node, node: fx.Node) -> bool:
         """Tell whether an operand that is broadcast has the rows of the result."""
-        given, result, lead = shape_of(arg) or (), shape_of(node) or (), self.lead(node) or 0
-        return len(given) == len(result) and all(map(same_size, given[:lead], result[:lead]))
+        return has_rows(arg, node, self.lead(node) or 0)
 
     def _kind(self, node: fx.Node, user: fx.Node) -> Kind | None:
         """Return how a reader of a row-wise value sums over the rows; None where it does not."""
-        if user.target is aten.mm.default and is_transpose(user.args[0]):  # type: ignore[arg-type]
+        if is_sum_of_products(user):
             left, right = user.args[0].args[0], user.args[1]  # type: ignore[union-attr]
             if node in (user.args[0], right) and self._is_matrix_of_rows(left, right):
                 return "product"

@@ -14,9 +14,12 @@ from ..graph.operations import CASTS, SUMS, aten, is_pointwise, is_zero, tensor_
 from .losses import (
     SAME_ORDER,
     broadcasts,
+    has_rows,
     is_head,
     is_linear,
+    is_sum_of_products,
     is_transpose,
+    lead_of,
     leading,
     matrix_of,
     same_size,
@@ -71,26 +74,10 @@ def find_sliced_heads(graph: fx.Graph, smallest: int) -> list[SlicedHead]:
     return [each for each in found if each is not None]
 
 
-def lead_of(node: Any, rows: Any) -> int | None:
-    """Return how many leading dimensions of a value hold `rows` rows; None where others do, or none."""
-    shape = shape_of(node)
-    return None if shape is None else leading(shape, rows)
-
-
 def operands_with_rows(node: fx.Node, rows: Any) -> list[fx.Node]:
     """Return the operands that have the rows in the same dimensions as the result."""
-    shape, lead = shape_of(node) or (), lead_of(node, rows) or 0
-    found = []
-    for arg in tensor_operands(node):
-        given = shape_of(arg)
-        if given is not None and len(given) == len(shape) and all(map(same_size, given[:lead], shape[:lead])):
-            found.append(arg)
-    return found
-
-
-def is_sum_of_products(node: fx.Node) -> bool:
-    """Tell whether a product multiplies the transpose of a matrix with another: a sum over their rows."""
-    return node.target is aten.mm.default and is_transpose(cast(fx.Node, node.args[0]))
+    lead = lead_of(node, rows) or 0
+    return [arg for arg in tensor_operands(node) if shape_of(arg) is not None and has_rows(arg, node, lead)]
 
 
 class _Search:

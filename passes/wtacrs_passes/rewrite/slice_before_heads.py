@@ -23,8 +23,8 @@ from typing import Any, cast
 
 from torch import fx
 
-from ..analyse.losses import HEADS, is_transpose, matrix_of, same_size, shape_of
-from ..analyse.slices import SlicedHead, find_sliced_heads, is_sum_of_products, operands_with_rows
+from ..analyse.losses import HEADS, is_sum_of_products, is_transpose, matrix_of, same_size, shape_of
+from ..analyse.slices import SlicedHead, find_sliced_heads, operands_with_rows
 from ..graph.edit import Editor
 from ..graph.operations import RESHAPES, aten, content_of
 from ..joint import Joint
@@ -35,6 +35,8 @@ def slice_before_heads(joint: Joint) -> None:
     """Move the slices of logits that are large enough for `chunk_losses`."""
     smallest = logits_to_chunk(joint)
     heads = [] if smallest is None else find_sliced_heads(joint.graph, smallest)
+    if not heads:
+        return
     editor = Editor(joint.graph)
     for head in heads:
         _Rewrite(editor, head).run()
