@@ -215,6 +215,13 @@ class TwoSlices(Words):
         )
 
 
+class SumOfAllRowsBesideASlice(Words):
+    """Its sum, and the sum of the gradients, are over the rows as those of the slice are."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(logits[:, :-1], labels[:, 1:]) + 1e-3 * logits.square().sum()
+
+
 class AllRowsBesideASlice(Words):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return super().loss(logits[:, :-1], labels[:, 1:]) + 1e-3 * logits.square().mean()
@@ -222,6 +229,7 @@ class AllRowsBesideASlice(Words):
 
 REFUSED = (
     (TwoSlices, "slice.Tensor does not treat each row by itself"),
+    (SumOfAllRowsBesideASlice, "slice.Tensor does not treat each row by itself"),
     (AllRowsBesideASlice, "slice.Tensor does not treat each row by itself"),
     (Logits, "the program returns the logits"),
     (TokenLosses, "more than one number comes in"),
