@@ -95,6 +95,10 @@ PROGRAMS: dict[str, tuple[Callable[[Two, Tensor], Tensor], Tensor]] = {
     "svd": (lambda m, x: torch.linalg.svdvals(m.a(x[:64])).sum(), ROWS),
     "pinv": (lambda m, x: torch.linalg.pinv(m.a(x[:64]) + 3 * torch.eye(64)).sum(), ROWS),
     "float_power": (lambda m, x: torch.float_power(m.a(x).abs() + 0.1, m.b(x)).sum(), ROWS),
+    "numbered rows": (
+        lambda m, x: m.a(x).tanh()[torch.arange(64)[:, None], torch.arange(32)].square().sum(),
+        ROWS,
+    ),
     "cond": (branches, ROWS),
     "nested region": (lambda m, x: region(m.b, region(m.b, m.a(x).tanh())).square().sum(), ROWS),
     "factor past a mask": (

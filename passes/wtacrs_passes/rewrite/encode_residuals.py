@@ -150,7 +150,8 @@ class _Rebuild:
         if item is not None:
             return _decode(self.editor, item, self.encoded[node])
         rebuilt = {operand: self.built[operand] for operand in self._operands(node)}
-        if all(new is old for old, new in rebuilt.items()) and not (rebuilt and node in self.of_inputs):
+        is_made = node.op == "call_function" and node in self.of_inputs
+        if not is_made and all(new is old for old, new in rebuilt.items()):
             return node
         copy = self.editor.graph.node_copy(node, rebuilt.__getitem__)
         copy.meta = {**node.meta, "partitioner_tag": self.editor.tag}
