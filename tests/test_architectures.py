@@ -214,6 +214,7 @@ def test_generated_code(name: str, precision: str) -> None:
     for policy in (None, POLICIES["exact"], POLICIES["balanced"]):
         backend = "inductor" if policy is None else wtacrs_fx.backend(policy)
         torch._dynamo.reset()
+        torch.manual_seed(0)
         call = torch.compile(model, backend=backend, dynamic=False)
         found[policy] = PRECISIONS[precision].gradients(model, call, inputs)
     reference, exact, balanced = found.values()
