@@ -20,6 +20,7 @@ from torch import fx
 from wtacrs_passes.analyse.annotations import MASK_NAMES
 from wtacrs_passes.graph import torch_api
 from wtacrs_passes.graph.names import NamedInput, last_name, path_from_source
+from wtacrs_passes.lower.fusion import without_waiting
 from wtacrs_passes.pipeline import WtacrsPartitioner, source_hash
 from wtacrs_passes.policy import Policy, PolicyError, nearest
 from wtacrs_passes.report import Report
@@ -85,7 +86,7 @@ class Backend:
         received: list[Report] = []
         partitioner = WtacrsPartitioner(self.policy, table, received.append)
         config = {**self.config, "custom_partitioner_fn": partitioner}
-        compiled = torch_api.compile_fx(gm, example_inputs, config, name)
+        compiled = torch_api.compile_fx(gm, example_inputs, config, name, without_waiting)
         if not received and not path.exists() and _is_training(example_inputs):
             # The code came from a cache and its report is gone, or was of an equal graph with other names. The passes
             # say it again; no code is generated.

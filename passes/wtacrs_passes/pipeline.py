@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import hashlib
 import itertools
 import os
@@ -26,6 +25,7 @@ from .graph.names import NamedInput
 from .graph.operations import VIEWS, content_of
 from .graph.torch_api import (
     CustomPartitionerFn,
+    collector_at_rest,
     min_cut_rematerialization_partition,
     trace_structured,
     without_code,
@@ -158,7 +158,7 @@ def rewrite_and_partition(
     partitioner: Partitioner,
 ) -> tuple[Partitioned, Report]:
     """Rewrite a copy of a joint graph and partition it; report the bytes beside those without the rewrite."""
-    with without_code(), _collector_at_rest():
+    with without_code(), collector_at_rest():
         plain = copy_joint(gm)
         erase_markers(plain.graph)
         before = partitioner(plain, num_fwd_outputs)
@@ -169,18 +169,6 @@ def rewrite_and_partition(
         for forward, _ in (before, after)
     ]
     return after, make_report(joint, *saved)
-
-
-@contextlib.contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """Keep Python's garbage collector from visiting the whole process again and again as graphs grow."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _is_view_of_input(node: fx.Node) -> bool:

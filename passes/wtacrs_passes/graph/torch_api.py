@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "CustomPartitionerFn",
     "FakeTensorMode",
     "cache_dir",
+    "collector_at_rest",
     "compile_fx",
     "default_partition",
     "detect_fake_mode",
@@ -52,6 +54,7 @@ __all__ = [
     "trace_joint",
     "trace_operations",
     "trace_structured",
+    "widen_caches",
     "without_code",
 ]
 
@@ -108,16 +111,68 @@ def real_tensors() -> Iterator[None]:
 
 
 def compile_fx(
-    gm: fx.GraphModule, inputs: Any, config_patches: dict[str, Any], name: str | None
+    gm: fx.GraphModule,
+    inputs: Any,
+    config_patches: dict[str, Any],
+    name: str | None,
+    choose: Callable[[Any], Any],
 ) -> Callable[..., Any]:
-    """Compile with Inductor; `name` (a region name, torch >= 2.13) is dropped where unknown."""
-    from torch._inductor import compile_fx as inductor
+    """Compile with Inductor.
 
+    Args:
+        name: of a region, torch >= 2.13; dropped where unknown.
+        choose: changes Inductor's choices, an :class:`torch._inductor.choices.InductorChoices`.
+    """
+    from torch._inductor import compile_fx as inductor
+    from torch._inductor.virtualized import V
+
+    widen_caches()
     options: dict[str, Any] = {"config_patches": config_patches}
     if name is not None and _takes_region_name():
         options["compile_region_name"] = name
-    compiled: Any = inductor.compile_fx(gm, inputs, **options)
+
+    @functools.wraps(inductor.compile_fx_inner)
+    def inner(*args: Any, **kwargs: Any) -> Any:  # of the backward graph: when it is first needed
+        with collector_at_rest(), V.set_choices_handler(choose(V.choices)):
+            return inductor.compile_fx_inner(*args, **kwargs)
+
+    with collector_at_rest():
+        compiled: Any = inductor.compile_fx(gm, inputs, inner_compile=inner, **options)
     return compiled  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def collector_at_rest() -> Iterator[None]:
+    """Keep Python's garbage collector from visiting the whole process again and again as graphs grow."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+_INDICES = 2**14
+
+
+@functools.cache
+def widen_caches() -> None:
+    """Let Inductor's code for CPUs remember the strides of more indices than the 128 that it does.
+
+    A layer whose residuals are encoded has about 200, so that each was forgotten before the next layer asked for it:
+    4 of 10 seconds of code generation for 4 layers of a Llama. What is remembered is the same for all programs.
+    """
+    from torch._inductor import sizevars
+    from torch._inductor.codegen import cpp
+
+    for name in ("stride_at", "simplify_index_in_vec_range", "stride_at_vec_range"):
+        small = getattr(sizevars, name, None)
+        if hasattr(small, "cache_parameters"):
+            wide = functools.lru_cache(_INDICES)(small.__wrapped__)
+            for module in (sizevars, cpp):
+                if getattr(module, name, None) is small:
+                    setattr(module, name, wide)
 
 
 @functools.cache
