@@ -58,8 +58,9 @@ def tabulate(function: Callable[[Tensor], Tensor], bits: int) -> Table | None:
     ends, error = _best_pieces(tuple(values.tolist()), 2**bits)
     starts = [0, *ends[:-1]]
     means = tuple(float(values[a:b].mean()) for a, b in zip(starts, ends, strict=True))
-    boundaries = tuple(_boundary(function, float(grid[end - 1]), float(grid[end])) for end in ends[:-1])
-    return Table(boundaries, means, even, error * step * (1 + even))
+    edges = torch.tensor(ends[:-1], dtype=torch.int64)
+    boundaries = _boundaries(function, grid[edges - 1], grid[edges])
+    return Table(tuple(boundaries.tolist()), means, even, error * step * (1 + even))
 
 
 def serves(function: Callable[[Tensor], Tensor], table: Table) -> bool:
@@ -81,19 +82,27 @@ def _is_even(function: Callable[[Tensor], Tensor]) -> bool:
     return torch.allclose(function(points), function(-points), rtol=1e-6, atol=1e-9)
 
 
-def _boundary(function: Callable[[Tensor], Tensor], left: float, right: float) -> float:
-    """Return where the function crosses the mean of its values at two points: the last point before that."""
+def _boundaries(function: Callable[[Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
+    """Return where the function crosses the mean of its values at pairs of points: the last points before that.
 
-    def after(point: float) -> bool:
-        return bool(function(torch.tensor([point], dtype=torch.float64))[0] > middle) == rises
+    Args:
+        left, right: float64 [n].
 
-    ends = function(torch.tensor([left, right], dtype=torch.float64))
-    middle, rises = float(ends.mean()), bool(ends[1] > ends[0])
+    Returns:
+        float64 [n], in 12 digits after the point where that is not beyond.
+    """
+    low, high = function(left), function(right)
+    middle, rises = (low + high) / 2, high > low
+
+    def after(points: Tensor) -> Tensor:
+        return (function(points) > middle) == rises
+
     for _ in range(60):
-        point = (left + right) / 2
-        left, right = (left, point) if after(point) else (point, right)
-    rounded = round(left, 12) + 0.0
-    return left if after(rounded) else rounded
+        points = (left + right) / 2
+        beyond = after(points)
+        left, right = torch.where(beyond, left, points), torch.where(beyond, points, right)
+    rounded = torch.tensor([round(point, 12) + 0.0 for point in left.tolist()], dtype=torch.float64)
+    return torch.where(after(rounded), left, rounded)
 
 
 @functools.cache
