@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -227,7 +228,29 @@ class AllRowsBesideASlice(Words):
         return super().loss(logits[:, :-1], labels[:, 1:]) + 1e-3 * logits.square().mean()
 
 
+class Pulled(torch.autograd.Function):
+    """Logits whose gradient pulls them to zero, in all rows, as losses that balance experts are added."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (logits,) = ctx.saved_tensors
+        return gradient + 1e-3 * logits
+
+
+class PulledBeforeASlice(Words):
+    """The gradients of the rows that no slice reads are not zeros."""
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(Pulled.apply(logits)[:, :-1], labels[:, 1:])
+
+
 REFUSED = (
+    (PulledBeforeASlice, "slice.Tensor does not treat each row by itself"),
     (TwoSlices, "slice.Tensor does not treat each row by itself"),
     (SumOfAllRowsBesideASlice, "slice.Tensor does not treat each row by itself"),
     (AllRowsBesideASlice, "slice.Tensor does not treat each row by itself"),

@@ -167,7 +167,7 @@ def widen_caches() -> None:
     from torch._inductor.codegen import cpp
 
     for name in ("stride_at", "simplify_index_in_vec_range", "stride_at_vec_range"):
-        small = getattr(sizevars, name, None)
+        small: Any = getattr(sizevars, name, None)
         if hasattr(small, "cache_parameters"):
             wide = functools.lru_cache(_INDICES)(small.__wrapped__)
             for module in (sizevars, cpp):
