@@ -6,7 +6,6 @@ import contextlib
 import copy
 import heapq
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import sympy
@@ -129,15 +128,26 @@ class Editor:
         noise.meta[NOISE_OF] = owner
         return noise
 
-    def trace(self, function: Callable[..., Any], *nodes: fx.Node, **constants: Any) -> tuple[fx.Node, ...]:
-        """Insert the operations of ``function(*nodes, **constants)``, plain torch; return its results."""
-        key = function, repr((list(map(_kind, nodes)), constants))
+    def trace(self, function: Callable[..., Any], *nodes: fx.Node, **named: Any) -> tuple[fx.Node, ...]:
+        """Insert the operations of ``function(*nodes, **named)``, plain torch; return its results.
+
+        Args:
+            named: constants, or nodes as `nodes`.
+        """
+        more = {name: value for name, value in named.items() if isinstance(value, fx.Node)}
+        constants = {name: value for name, value in named.items() if name not in more}
+        inputs = (*nodes, *more.values())
+        key = function, repr((list(map(_kind, inputs)), list(more), constants))
         if key not in self._traces:
+
+            def of_values(*values: Any) -> Any:
+                rest = dict(zip(more, values[len(nodes) :], strict=True))
+                return function(*values[: len(nodes)], **rest, **constants)
+
             with self.mode or contextlib.nullcontext():
-                values = [node.meta["val"] for node in nodes]
-                self._traces[key] = trace_operations(partial(function, **constants), values)
+                self._traces[key] = trace_operations(of_values, [node.meta["val"] for node in inputs])
         traced = self._traces[key]
-        new = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
+        new = dict(zip(traced.find_nodes(op="placeholder"), inputs, strict=True))
         for node in traced.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, node.kwargs), new.__getitem__)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Set
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -59,7 +60,8 @@ def encode_residuals(joint: Joint) -> None:
     as_they_are = {item.node for item in joint.plan.residuals if item.encoding == "exact"}
     as_they_are.update(node for site in joint.sites for node in site.stored)
     again = {item.node for item in changed if item.encoding == "recompute"}
-    rebuild = _Rebuild(editor, encoded, items, as_they_are, again, joint.plan.made_of_inputs)
+    features = {node: _features(editor, node) for node in items}
+    rebuild = _Rebuild(editor, encoded, features, items, as_they_are, again, joint.plan.made_of_inputs)
     editor.tag = "must_be_in_backward"  # what is decoded is no residual
     for node in list(graph.nodes):
         if node in tangent and node.op == "call_function":
@@ -93,9 +95,14 @@ def _encode(editor: Editor, item: Stored, tangent: set[fx.Node]) -> tuple[fx.Nod
         return editor.trace(encodings.quantise, source, *noises, bits=bits)
 
 
-def _decode(editor: Editor, item: Stored, stored: tuple[fx.Node, ...]) -> fx.Node:
-    value = item.node.meta["val"]
-    features, dtype = value.shape[-1], value.dtype
+def _features(editor: Editor, node: fx.Node) -> Any:
+    """Return the size of the last dimension: an int, or a node of the forward pass where it is symbolic."""
+    with editor.after(node):
+        return editor.size(node, node.meta["val"].dim() - 1)
+
+
+def _decode(editor: Editor, item: Stored, stored: tuple[fx.Node, ...], features: Any) -> fx.Node:
+    dtype = item.node.meta["val"].dtype
     if item.encoding == "bits":
         [decoded] = editor.trace(encodings.unpack_mask, *stored, n=features)
     elif item.table is not None:
@@ -116,12 +123,13 @@ class _Rebuild:
         self,
         editor: Editor,
         encoded: dict[fx.Node, tuple[fx.Node, ...]],
+        features: dict[fx.Node, Any],
         stored: dict[fx.Node, Stored],
         as_they_are: set[fx.Node],
         again: set[fx.Node],
         of_inputs: Set[fx.Node],
     ) -> None:
-        self.editor, self.encoded, self.stored = editor, encoded, stored
+        self.editor, self.encoded, self.features, self.stored = editor, encoded, features, stored
         self.built = {node: node for node in as_they_are}
         several = {node for node in again if node.target is operator.getitem}
         self.again = several.union(*(node.all_input_nodes for node in several))
@@ -148,12 +156,12 @@ class _Rebuild:
     def _build(self, node: fx.Node) -> fx.Node:
         item = self.stored.get(node)
         if item is not None:
-            return _decode(self.editor, item, self.encoded[node])
+            return _decode(self.editor, item, self.encoded[node], self.features[node])
         rebuilt = {operand: self.built[operand] for operand in self._operands(node)}
         is_made = node.op == "call_function" and node in self.of_inputs
         if not is_made and all(new is old for old, new in rebuilt.items()):
             return node
-        copy = self.editor.graph.node_copy(node, rebuilt.__getitem__)
+        copy = self.editor.graph.node_copy(node, lambda operand: rebuilt.get(operand, operand))
         copy.meta = {**node.meta, "partitioner_tag": self.editor.tag}
         if copy.target is aten.view.default:
             copy.target = aten.reshape.default  # what is computed again may have other strides
