@@ -7,18 +7,24 @@ import dataclasses
 import importlib
 import warnings
 from collections.abc import Callable
+from types import MethodType
 
 import pytest
 import torch
 from conftest import RowsOnly, Transformer, is_unbiased, step
 from torch import Tensor, fx, nn
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.compilers import nop
+from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import wtacrs_fx
 from wtacrs_fx import PartitionError, Policy
+from wtacrs_fx.backend import lifted_inputs
 from wtacrs_fx.tools.measure import saved_bytes
 from wtacrs_passes.maths.encodings import group_size
+from wtacrs_passes.pipeline import WtacrsPartitioner
 from wtacrs_passes.rewrite import encode_residuals
 
 ALL = {residuals: Policy(residuals=residuals, ratio=1.0) for residuals in ("lossless", "balanced", "small")}
@@ -222,6 +228,34 @@ def test_dynamic_shapes_compile_once() -> None:
         x = torch.randn(rows, 64)
         assert relative_error(step(model, call, x), step(model, model, x)) < 0.15
     assert len(compiled) == 1
+
+
+def transposed(model: Mlp, x: Tensor) -> Tensor:
+    """Features before rows: the last dimension is the batch. Functions, masks and numbers of rows are stored."""
+    sums = F.gelu(model.up(x)).T.contiguous().cumsum(0)
+    kept = torch.where(sums > 0.1, sums, 0)
+    few = sums.tanh().T[torch.arange(x.shape[0])[:, None], torch.arange(32)]
+    return (few * model.down(sums.cos().T)).square().mean() + kept.cumsum(0).mean()
+
+
+@pytest.mark.parametrize("residuals", ["balanced", "small"])
+def test_a_last_dimension_of_any_size(residuals: str) -> None:
+    def compiler(gm: fx.GraphModule, inputs: list) -> Callable:
+        partitioner = WtacrsPartitioner(ALL[residuals], lifted_inputs(gm), reports.append)
+        return aot_module_simplified(
+            gm, inputs, nop, partition_fn=partitioner, decompositions=select_decomp_table()
+        )
+
+    reports: list[wtacrs_fx.Report] = []
+    model = Mlp()
+    model.forward = MethodType(transposed, model)  # type: ignore[method-assign]
+    call = torch.compile(model, backend=compiler, dynamic=True)
+    for rows in (73, 96, 201):
+        x = torch.randn(rows, 64)
+        assert relative_error(step(model, call, x), step(model, model, x)) < 0.15
+    assert len(reports) <= 2  # one more where the size fills the bytes
+    for report in reports:
+        assert "bits" in {each.encoding for each in report.residuals}, report
 
 
 def test_under_autocast() -> None:
