@@ -234,7 +234,8 @@ def transposed(model: Mlp, x: Tensor) -> Tensor:
     """Features before rows: the last dimension is the batch. Functions, masks and numbers of rows are stored."""
     sums = F.gelu(model.up(x)).T.contiguous().cumsum(0)
     kept = torch.where(sums > 0.1, sums, 0)
-    few = sums.tanh().T[torch.arange(x.shape[0])[:, None], torch.arange(32)]
+    numbers = torch.arange(x.shape[0]) + 0
+    few = sums.tanh().T[numbers[:, None], torch.arange(32)]
     return (few * model.down(sums.cos().T)).square().mean() + kept.cumsum(0).mean()
 
 
