@@ -68,7 +68,7 @@ class Facts:
 
     def is_at_hand(self, node: fx.Node) -> bool:
         """Tell whether a node needs no storage: an input, a constant, or stored for a site."""
-        constant = not node.all_input_nodes and not is_random(node)
+        constant = not any(tensor_operands(node)) and not is_random(node)
         return constant or node in self.pinned or self.roots[node] is None
 
     def mode(self, module: str | None) -> Mode:

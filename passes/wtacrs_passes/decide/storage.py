@@ -65,11 +65,11 @@ def choose_storage(joint: Joint, made: Set[fx.Node]) -> tuple[Stored, ...]:
     derivations = Derivations(facts, exactness)
     choices = Choices(facts, exactness, derivations)
     cut, near = minimum_cut(derivations.operands, facts.residuals, choices.capacity, facts.order)
-    in_cut = set(cut)
-    chosen = [_stored(node, facts, exactness, choices) for node in cut if node not in made]
+    chosen = [_stored(node, facts, exactness, choices) for node in cut]
     encoded = {item.node for item in chosen if item.encoding != "exact"}
+    stored = set(cut)
     for node in near:  # in graph order
-        if node not in in_cut and any(operand in encoded for operand in derivations.operands[node] or ()):
+        if node not in stored and any(operand in encoded for operand in derivations.operands[node] or ()):
             encoded.add(node)
             if choices(node)[0] != "exact" or node in facts.attention:
                 chosen.append(Stored(node, "recompute", node, module=module_path(node) or ""))

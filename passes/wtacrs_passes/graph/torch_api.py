@@ -160,8 +160,8 @@ _INDICES = 2**14
 def widen_caches() -> None:
     """Let Inductor's code for CPUs remember the strides of more indices than the 128 that it does.
 
-    A layer whose residuals are encoded has about 200, so that each was forgotten before the next layer asked for it:
-    4 of 10 seconds of code generation for 4 layers of a Llama. What is remembered is the same for all programs.
+    A layer whose residuals are encoded may have more, and each is then forgotten before the next layer asks for it.
+    What is remembered is the same for all programs.
     """
     from torch._inductor import sizevars
     from torch._inductor.codegen import cpp

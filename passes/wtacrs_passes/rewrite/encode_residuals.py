@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Set
+from collections.abc import Callable, Mapping, Set
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx
@@ -60,8 +61,11 @@ def encode_residuals(joint: Joint) -> None:
     as_they_are = {item.node for item in joint.plan.residuals if item.encoding == "exact"}
     as_they_are.update(node for site in joint.sites for node in site.stored)
     again = {item.node for item in changed if item.encoding == "recompute"}
-    features = {node: _features(editor, node) for node in items}
-    rebuild = _Rebuild(editor, encoded, features, items, as_they_are, again, joint.plan.made_of_inputs)
+    decoders = {
+        node: partial(_decode, editor, items[node], codes, _features(editor, node))
+        for node, codes in encoded.items()
+    }
+    rebuild = _Rebuild(editor, decoders, as_they_are, again, joint.plan.made_of_inputs)
     editor.tag = "must_be_in_backward"  # what is decoded is no residual
     for node in list(graph.nodes):
         if node in tangent and node.op == "call_function":
@@ -122,14 +126,12 @@ class _Rebuild:
     def __init__(
         self,
         editor: Editor,
-        encoded: dict[fx.Node, tuple[fx.Node, ...]],
-        features: dict[fx.Node, Any],
-        stored: dict[fx.Node, Stored],
+        decoders: Mapping[fx.Node, Callable[[], fx.Node]],
         as_they_are: set[fx.Node],
         again: set[fx.Node],
         of_inputs: Set[fx.Node],
     ) -> None:
-        self.editor, self.encoded, self.features, self.stored = editor, encoded, features, stored
+        self.editor, self.decoders = editor, decoders
         self.built = {node: node for node in as_they_are}
         several = {node for node in again if node.target is operator.getitem}
         self.again = several.union(*(node.all_input_nodes for node in several))
@@ -151,12 +153,11 @@ class _Rebuild:
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """Return what a node is computed from again; nothing where it is stored or cannot be."""
         again = node in self.again or (is_derivable(node) and isinstance(node.meta.get("val"), Tensor))
-        return node.all_input_nodes if again and node not in self.stored else []
+        return node.all_input_nodes if again and node not in self.decoders else []
 
     def _build(self, node: fx.Node) -> fx.Node:
-        item = self.stored.get(node)
-        if item is not None:
-            return _decode(self.editor, item, self.encoded[node], self.features[node])
+        if node in self.decoders:
+            return self.decoders[node]()
         rebuilt = {operand: self.built[operand] for operand in self._operands(node)}
         is_made = node.op == "call_function" and node in self.of_inputs
         if not is_made and all(new is old for old, new in rebuilt.items()):
