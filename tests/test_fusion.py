@@ -1,4 +1,4 @@
-"""Loops that free memory do not wait for products; what Inductor remembers and when memory is collected meanwhile."""
+"""What Inductor is told beside the graph: which loops to fuse, what inputs take, what to remember, when to collect."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch._inductor import config, metrics, sizevars
+from torch import Tensor, fx
+from torch._inductor import config, memory, metrics, sizevars
 from torch._inductor.codegen import cpp
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -85,3 +85,31 @@ def test_indices_of_a_whole_layer_are_remembered() -> None:
         assert isinstance(function, functools._lru_cache_wrapper)
         assert function.cache_parameters()["maxsize"] > 4096
     assert cpp.stride_at_vec_range is sizevars.stride_at_vec_range
+
+
+def test_an_input_counts_by_its_own_size() -> None:
+    groups = 4
+    sizes = {}
+
+    def choose(choices: Any) -> Any:
+        plan = memory.get_freeable_input_buf
+
+        def record(*args: Any) -> Any:
+            found = plan(*args)
+            sizes.update({name: buffer.mpi_buffer.size_free for name, buffer in found.items()})
+            return found
+
+        memory.get_freeable_input_buf = record
+        return choices
+
+    def scale(x: Tensor, w: Tensor, v: Tensor, u: Tensor) -> tuple[Tensor]:
+        return (((x @ w).unflatten(-1, (groups, -1)) * (x @ v).unsqueeze(-1)).flatten(-2) * u,)
+
+    plan = memory.get_freeable_input_buf
+    x, w, v, u = torch.randn(ROWS, FEATURES), torch.eye(FEATURES), torch.ones(FEATURES, groups), torch.ones(FEATURES)
+    inputs = [x, w, v, u.requires_grad_()]
+    with config.patch(force_disable_caches=True):
+        [y] = torch_api.compile_fx(fx.symbolic_trace(scale), inputs, {}, None, choose)(*inputs)
+        y.sum().backward()
+    assert sizes == {"mm": (x @ w).nbytes, "mm_1": (x @ v).nbytes}
+    assert memory.get_freeable_input_buf is plan

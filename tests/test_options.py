@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from wtacrs_fx.options import inductor_config, policy_from_options
+from wtacrs_fx.options import DEFAULTS, inductor_config, policy_from_options
 from wtacrs_passes.policy import Policy, PolicyError
 
 
@@ -24,6 +24,7 @@ def test_bad_options() -> None:
 
 
 def test_options_override_what_the_mode_sets() -> None:
-    assert inductor_config(None, {"max-autotune": True}) == {"max_autotune": True}
+    assert inductor_config(None, {"max-autotune": True}) == {**DEFAULTS, "max_autotune": True}
+    assert inductor_config(None, {"allow_buffer_reuse": True})["allow_buffer_reuse"]
     assert inductor_config("reduce-overhead", {})["triton.cudagraphs"]
     assert not inductor_config("reduce-overhead", {"triton.cudagraphs": False})["triton.cudagraphs"]

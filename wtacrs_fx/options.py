@@ -11,6 +11,14 @@ import torch._inductor.config
 
 from wtacrs_passes.policy import Policy, PolicyError, nearest
 
+DEFAULTS = {"allow_buffer_reuse": False}
+"""Configuration of Inductor that this backend chooses otherwise, unless an option says it.
+
+Inductor keeps memory for the next buffer of the same size where its estimate of the peak allows that. The estimate
+counts what a loop passes on to another that it is fused with, which takes no memory: so the largest buffers of a layer
+would stay until the next layer. Allocators keep freed memory anyway.
+"""
+
 
 def policy_from_options(options: Mapping[str, Any]) -> tuple[Policy, dict[str, Any]]:
     """Split ``torch.compile`` options into a policy and the options that belong to Inductor.
@@ -38,11 +46,11 @@ def policy_from_options(options: Mapping[str, Any]) -> tuple[Policy, dict[str, A
 
 
 def inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration of Inductor that a mode of ``torch.compile`` and options ask for.
+    """Return the configuration of Inductor that a mode of ``torch.compile`` and options ask for, and `DEFAULTS`.
 
     Args:
         mode: such as ``"max-autotune"``; None is the default.
-        options: override what the mode sets.
+        options: override what the mode and `DEFAULTS` set.
 
     Raises:
         PolicyError: an unknown mode, an option that Inductor does not know, or one that the backend sets itself.
@@ -63,4 +71,4 @@ def inductor_config(mode: str | None, options: Mapping[str, Any]) -> dict[str, A
                 f"option {name!r} is unknown to Inductor{nearest(name, [*known, *fields])}; "
                 f"Policy fields are written 'wtacrs.<field>'"
             )
-    return config
+    return {**DEFAULTS, **config}

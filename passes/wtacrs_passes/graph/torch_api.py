@@ -42,6 +42,7 @@ __all__ = [
     "fx_graph_cse",
     "hint",
     "inductor_prims",
+    "inputs_of_their_own_size",
     "is_unbacked",
     "lower_in_place",
     "make_graph_module",
@@ -133,12 +134,42 @@ def compile_fx(
 
     @functools.wraps(inductor.compile_fx_inner)
     def inner(*args: Any, **kwargs: Any) -> Any:  # of the backward graph: when it is first needed
-        with collector_at_rest(), V.set_choices_handler(choose(V.choices)):
+        with collector_at_rest(), inputs_of_their_own_size(), V.set_choices_handler(choose(V.choices)):
             return inductor.compile_fx_inner(*args, **kwargs)
 
     with collector_at_rest():
         compiled: Any = inductor.compile_fx(gm, inputs, inner_compile=inner, **options)
     return compiled  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def inputs_of_their_own_size() -> Iterator[None]:
+    """Let Inductor plan with the memory that an input takes, not with the number of times that a loop reads it.
+
+    A scale that is read for each element of its group seems as large as what it scales. So the order of least memory
+    decodes all layers at once, to be rid of their scales.
+    """
+    from torch._inductor import ir, memory
+    from torch._inductor.virtualized import V
+
+    plan = memory.get_freeable_input_buf
+
+    @functools.wraps(plan)
+    def get_freeable_input_buf(*args: Any, **kwargs: Any) -> Any:
+        found = plan(*args, **kwargs)
+        sizes = V.graph.sizevars
+        known = getattr(sizes, "optimization_hint", None) or sizes.size_hint  # torch < 2.12
+        for name, buffer in found.items():
+            value = V.graph.graph_inputs[name]
+            if isinstance(value, ir.TensorBox):
+                buffer.mpi_buffer.size_free = known(value.get_numel(), fallback=0) * value.get_dtype().itemsize
+        return found
+
+    memory.get_freeable_input_buf = get_freeable_input_buf
+    try:
+        yield
+    finally:
+        memory.get_freeable_input_buf = plan
 
 
 @contextlib.contextmanager
