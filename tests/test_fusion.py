@@ -106,7 +106,12 @@ def test_an_input_counts_by_its_own_size() -> None:
         return (((x @ w).unflatten(-1, (groups, -1)) * (x @ v).unsqueeze(-1)).flatten(-2) * u,)
 
     plan = memory.get_freeable_input_buf
-    x, w, v, u = torch.randn(ROWS, FEATURES), torch.eye(FEATURES), torch.ones(FEATURES, groups), torch.ones(FEATURES)
+    x, w, v, u = (
+        torch.randn(ROWS, FEATURES),
+        torch.eye(FEATURES),
+        torch.ones(FEATURES, groups),
+        torch.ones(FEATURES),
+    )
     inputs = [x, w, v, u.requires_grad_()]
     with config.patch(force_disable_caches=True):
         [y] = torch_api.compile_fx(fx.symbolic_trace(scale), inputs, {}, None, choose)(*inputs)

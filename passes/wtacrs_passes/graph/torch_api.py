@@ -162,7 +162,9 @@ def inputs_of_their_own_size() -> Iterator[None]:
         for name, buffer in found.items():
             value = V.graph.graph_inputs[name]
             if isinstance(value, ir.TensorBox):
-                buffer.mpi_buffer.size_free = known(value.get_numel(), fallback=0) * value.get_dtype().itemsize
+                buffer.mpi_buffer.size_free = (
+                    known(value.get_numel(), fallback=0) * value.get_dtype().itemsize
+                )
         return found
 
     memory.get_freeable_input_buf = get_freeable_input_buf
