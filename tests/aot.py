@@ -23,6 +23,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from wtacrs_fx import Policy, Report
 from wtacrs_fx.backend import lifted_inputs
+from wtacrs_passes.graph.names import outputs_with_descriptors
 from wtacrs_passes.pipeline import WtacrsPartitioner
 
 aten = torch.ops.aten
@@ -39,19 +40,27 @@ class Partitioned:
         forward, backward: the two graphs.
         report: of the rewrite; None for the reference.
         saved_bytes: that the last forward pass kept, without its inputs and views of them.
+        sizes: what else the last forward pass left for the backward pass.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     report: Report | None = None
     saved_bytes: int = -1
+    sizes: Sequence[Any] = ()
 
 
 @dataclasses.dataclass
 class Graph:
-    """A training graph: each of its partitions, or why there is none."""
+    """A training graph: each of its partitions, or why there is none.
+
+    Attributes:
+        outputs: number of values that the forward graph returns to the program.
+        sizes: number of symbolic sizes that the reference saves.
+    """
 
     outputs: int = 0
+    sizes: int = 0
     partitions: dict[str, Partitioned] = dataclasses.field(default_factory=dict)
     errors: dict[str, Exception] = dataclasses.field(default_factory=dict)
 
@@ -89,16 +98,20 @@ class Variants:
                 graph.partitions[name] = Partitioned(*map(_as_inductor_views, parts), *reports)
             parts = min_cut_rematerialization_partition(joint, joint_inputs, **options)
             graph.partitions[REFERENCE] = Partitioned(*parts)
+            saved = [value for value, _ in outputs_with_descriptors(parts[0].graph)][graph.outputs :]
+            graph.sizes = sum(not isinstance(value.meta["val"], Tensor) for value in saved)
             self.graphs.append(graph)
             return parts
+
+        def forward(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            torch._guards.TracingContext.get().fw_metadata.dynamic_saved_tensors_idxs.clear()  # the reference's
+            return make_boxed_func(lambda *args: self._forward(graph, args))
 
         return aot_module_simplified(
             gm,
             inputs,
-            fw_compiler=lambda _, inputs: make_boxed_func(lambda *args: self._forward(graph, args)),
-            bw_compiler=lambda _, inputs: make_boxed_func(
-                lambda *args: graph.partitions[self.active].backward(*args)
-            ),
+            fw_compiler=forward,
+            bw_compiler=lambda _, inputs: make_boxed_func(lambda *args: self._backward(graph, args)),
             inference_compiler=nop,
             partition_fn=partition,
             decompositions=select_decomp_table(),
@@ -110,8 +123,15 @@ class Variants:
             raise graph.errors[self.active]
         chosen = graph.partitions[self.active]
         results = chosen.forward(*args)
-        chosen.saved_bytes = _bytes_beside(results[graph.outputs :], args)
-        return results
+        outputs, saved = results[: graph.outputs], results[graph.outputs :]
+        chosen.saved_bytes = _bytes_beside(saved, args)
+        chosen.sizes = [value for value in saved if not isinstance(value, Tensor)]
+        tensors = [value for value in saved if isinstance(value, Tensor)]
+        return [*outputs, *tensors, *[0] * graph.sizes]  # as many sizes as AOTAutograd saw
+
+    def _backward(self, graph: Graph, args: Sequence[Any]) -> Sequence[Any]:
+        chosen = graph.partitions[self.active]
+        return chosen.backward(*chosen.sizes, *args[graph.sizes :])
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

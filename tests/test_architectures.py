@@ -133,6 +133,27 @@ def test_gradients_and_bytes(name: str, precision: str) -> None:
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.parametrize(("name", "precision"), _cases(FAMILIES if ASKED else GENERATED, 1))
+def test_symbolic_sizes(name: str, precision: str) -> None:
+    model, inputs, eager = _eager(name, PRECISIONS[precision])
+    own = distance(eager, _eager(name, PRECISIONS["float32"])[2])
+    variants = Variants(POLICIES)
+    call = torch.compile(model, backend=variants, dynamic=True)
+    twice = {key: torch.cat([value, value]) if value.dim() else value for key, value in inputs.items()}
+    for batch in (inputs, twice):
+        variants.active = REFERENCE
+        try:
+            torch.manual_seed(0)
+            PRECISIONS[precision].gradients(model, call, batch)
+        except Exception as error:  # eager has no such batch, or PyTorch's own partition fails
+            pytest.skip(f"without a policy: {error}")
+        found = _all_gradients(
+            variants, lambda batch=batch: PRECISIONS[precision].gradients(model, call, batch)
+        )
+        problems = _errors(found, ROUNDED + 4 * own)
+        assert not problems, "\n".join(problems)
+
+
 def _all_gradients(variants: Variants, step: Callable[[], Tensor]) -> dict[str, Tensor | Exception]:
     """Return the gradients of each variant, or why there are none."""
     found: dict[str, Tensor | Exception] = {}

@@ -157,7 +157,7 @@ def inputs_of_their_own_size() -> Iterator[None]:
     @functools.wraps(plan)
     def get_freeable_input_buf(*args: Any, **kwargs: Any) -> Any:
         found = plan(*args, **kwargs)
-        sizes = V.graph.sizevars
+        sizes: Any = V.graph.sizevars
         known = getattr(sizes, "optimization_hint", None) or sizes.size_hint  # torch < 2.12
         for name, buffer in found.items():
             value = V.graph.graph_inputs[name]
