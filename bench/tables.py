@@ -171,8 +171,8 @@ _ON_GPU = ("saved", "peak", "step time", "kernel time")
 TABLES: dict[str, Table] = {
     "memory": _of_models("saved units a layer", "bfloat16", _one_digit),
     "memory-float32": _of_models("saved units a layer", "float32", _one_digit),
-    "peak": _of_models("peak", "float32", _both),
-    "time": _of_models("step time", "float32", _ratio),
+    "peak": _of_models("peak", "bfloat16", _both),
+    "time": _of_models("step time", "bfloat16", _ratio),
     "gradient-variance": Table(
         "gradient_variance",
         "stage, estimator",
