@@ -74,6 +74,7 @@ def measure(case: Case, variants: list[str], rounds: int) -> list[Row]:
     unit = case.unit_bytes()
     units = {variant: (kept[variant] - saved_bytes(step)) / unit for variant, step in one_less.items()}
 
+    measured_peak = next(figure["value"] for metric, _, figure in figures[BASELINE] if metric == "peak") * MIB
     rows = []
     for variant, step in steps.items():
         ratio = units[variant] / units[BASELINE]
@@ -82,12 +83,12 @@ def measure(case: Case, variants: list[str], rounds: int) -> list[Row]:
         )
         rows += [case.row(variant, metric, unit, **figure) for metric, unit, figure in figures[variant]]
         for report in step.reports:
-            value = float(report.saved_bytes_after)
-            rows.append(
-                case.row(
-                    variant, "saved, as reported", "MiB", value=value / MIB, ratio=value / kept[BASELINE]
-                )
-            )
+            for metric, size, whole in (
+                ("saved, as reported", report.saved_bytes_after, kept[BASELINE]),
+                ("peak, as predicted", report.peak_after and report.peak_after.size, measured_peak),
+            ):
+                value = float(size or 0)
+                rows.append(case.row(variant, metric, "MiB", value=value / MIB, ratio=value / whole))
     return rows
 
 

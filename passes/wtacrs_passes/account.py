@@ -14,16 +14,23 @@ from .graph.names import module_path
 from .joint import Joint
 from .maths.encodings import INTEGER_BITS, levels
 from .partition import rows_names
-from .report import LossReport, Report, ResidualReport, SiteReport, simplify
+from .report import LossReport, Peak, Report, ResidualReport, SiteReport, simplify
 from .rewrite.chunk_losses import ChunkedLoss
 from .rewrite.encode_residuals import EncodedResidual
 
 
-def make_report(joint: Joint, before: Sequence[fx.Node], after: Sequence[fx.Node]) -> Report:
+def make_report(
+    joint: Joint,
+    before: Sequence[fx.Node],
+    after: Sequence[fx.Node],
+    peak_before: Peak | None = None,
+    peak_after: Peak | None = None,
+) -> Report:
     """Gather what became of each weight gradient and of each stored tensor.
 
     Args:
         before: the tensors saved without the rewrite; `after`: with it.
+        peak_before, peak_after: predicted without and with it.
     """
     analysis, plan, sites, residuals = joint.analysis, joint.plan, joint.sites, joint.residuals
     ledger = _Ledger(before, after)
@@ -68,7 +75,10 @@ def make_report(joint: Joint, before: Sequence[fx.Node], after: Sequence[fx.Node
     others = tuple(_residual_reports(residuals, ledger))
     total_before, total_after = (simplify(sum(nbytes(n.meta["val"]) for n in s)) for s in (before, after))
     losses = tuple(_loss_reports(joint))
-    return Report(tuple(reports), total_before, total_after, residuals=others, losses=losses)
+    return Report(
+        tuple(reports), total_before, total_after, residuals=others, losses=losses,
+        peak_before=peak_before, peak_after=peak_after,
+    )  # fmt: skip
 
 
 def _made_with(loss: ChunkedLoss, ledger: _Ledger) -> Iterator[SiteReport]:

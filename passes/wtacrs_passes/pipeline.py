@@ -15,6 +15,7 @@ from torch import fx
 
 from .account import make_report
 from .analyse.annotations import Annotations, erase_markers, take_annotations
+from .analyse.peaks import predict_peak
 from .analyse.products import Analysis, find_products
 from .decide.plan import Plan
 from .decide.rows import plan_rows
@@ -168,7 +169,8 @@ def rewrite_and_partition(
         [node for node in saved_tensors(forward, num_fwd_outputs) if not _is_view_of_input(node)]
         for forward, _ in (before, after)
     ]
-    return after, make_report(joint, *saved)
+    peak_before, peak_after = (predict_peak(*parts, num_fwd_outputs) for parts in (before, after))
+    return after, make_report(joint, saved[0], saved[1], peak_before, peak_after)
 
 
 def _is_view_of_input(node: fx.Node) -> bool:

@@ -100,6 +100,26 @@ class LossReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class Peak:
+    """The most that a step holds at once beside parameters, buffers and inputs, as predicted from its graphs.
+
+    Attributes:
+        size: bytes, with the sizes of the example inputs where those are symbolic.
+        part: ``forward`` or ``backward``.
+        module, operation: what is computed then.
+    """
+
+    size: int
+    part: str
+    module: str
+    operation: str
+
+    def __str__(self) -> str:
+        place = f" of {self.module}" if self.module else ""
+        return f"in the {self.part} pass at {self.operation}{place}"
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """What one compiled graph became.
 
@@ -111,6 +131,7 @@ class Report:
         from_cache: the code came from a cache of compiled code.
         residuals: one entry for each stored tensor that belongs to no site.
         losses: one entry for each loss over a vocabulary whose logits are larger than `Policy.chunk_bytes`.
+        peak_before, peak_after: predicted without and with the rewrite, see `analyse.peaks`.
     """
 
     sites: tuple[SiteReport, ...]
@@ -119,6 +140,8 @@ class Report:
     from_cache: bool = False
     residuals: tuple[ResidualReport, ...] = ()
     losses: tuple[LossReport, ...] = ()
+    peak_before: Peak | None = None
+    peak_after: Peak | None = None
 
     @property
     def sampled(self) -> tuple[SiteReport, ...]:
@@ -138,6 +161,8 @@ class Report:
             "saved_bytes_before": _plain(self.saved_bytes_before),
             "saved_bytes_after": _plain(self.saved_bytes_after),
             "from_cache": self.from_cache,
+            "peak_before": self.peak_before and dataclasses.asdict(self.peak_before),
+            "peak_after": self.peak_after and dataclasses.asdict(self.peak_after),
         }
 
     @classmethod
@@ -155,6 +180,7 @@ class Report:
             data["from_cache"],
             tuple(ResidualReport(**entry) for entry in parse(data["residuals"])),
             tuple(LossReport(**entry) for entry in parse(data["losses"])),
+            *(data[key] and Peak(**data[key]) for key in ("peak_before", "peak_after")),
         )
 
     def to_json(self) -> str:
@@ -207,12 +233,21 @@ class Report:
         total = f"saved for backward: {format_bytes(before)} -> {format_bytes(after)}"
         if isinstance(before, int) and isinstance(after, int) and before:
             total += f" ({after / before:.2f} of Inductor's)"
+        lines_of_peak = [] if self.peak_after is None else [_compared(self.peak_before, self.peak_after)]
         cached = "; code from the cache" if self.from_cache else ""
         count = f"{len(self.sampled)} of {len(self.sites)} weight gradients sampled{cached}"
         tables = [*align([header, *lines])]
         if residual_lines:
             tables += ["", *align([residual_header, *residual_lines])]
-        return "\n".join([*tables, "", *map(str, self.losses), total, count])
+        return "\n".join([*tables, "", *map(str, self.losses), total, *lines_of_peak, count])
+
+
+def _compared(before: Peak | None, after: Peak) -> str:
+    """Return a line with both peaks and what is computed at the second."""
+    if before is None:
+        return f"predicted peak: {format_bytes(after.size)}, {after}"
+    ratio = f"{after.size / before.size:.2f} of Inductor's" if before.size else "Inductor's"
+    return f"predicted peak: {format_bytes(before.size)} -> {format_bytes(after.size)} ({ratio}), {after}"
 
 
 def format_bytes(size: Size) -> str:

@@ -199,8 +199,12 @@ def is_recomputable(node: fx.Node) -> bool:
 
 def is_loop(node: fx.Node) -> bool:
     """Tell whether Inductor writes the loop that computes the node, and so may fuse it with others."""
-    reduces = getattr(torch.Tag, "reduction", None) in getattr(node.target, "tags", ())
-    return reduces or is_recomputable(node) or node.target in _LOOPS
+    return reduces(node) or is_recomputable(node) or node.target in _LOOPS
+
+
+def reduces(node: fx.Node) -> bool:
+    """Tell whether a node computes each element from many elements of its operand."""
+    return getattr(torch.Tag, "reduction", None) in getattr(node.target, "tags", ())
 
 
 def is_derivable(node: fx.Node) -> bool:
