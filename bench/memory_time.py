@@ -83,11 +83,11 @@ def measure(case: Case, variants: list[str], rounds: int) -> list[Row]:
         )
         rows += [case.row(variant, metric, unit, **figure) for metric, unit, figure in figures[variant]]
         for report in step.reports:
-            for metric, size, whole in (
-                ("saved, as reported", report.saved_bytes_after, kept[BASELINE]),
-                ("peak, as predicted", report.peak_after and report.peak_after.size, measured_peak),
-            ):
-                value = float(size or 0)
+            figures_of_report = [("saved, as reported", report.saved_bytes_after, kept[BASELINE])]
+            if report.peak_after is not None:
+                figures_of_report.append(("peak, as predicted", report.peak_after.size, measured_peak))
+            for metric, size, whole in figures_of_report:
+                value = float(size)
                 rows.append(case.row(variant, metric, "MiB", value=value / MIB, ratio=value / whole))
     return rows
 

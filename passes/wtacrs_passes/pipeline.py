@@ -169,7 +169,9 @@ def rewrite_and_partition(
         [node for node in saved_tensors(forward, num_fwd_outputs) if not _is_view_of_input(node)]
         for forward, _ in (before, after)
     ]
-    peak_before, peak_after = (predict_peak(*parts, num_fwd_outputs) for parts in (before, after))
+    peak_before = peak_after = predict_peak(*before, num_fwd_outputs)
+    if after is not before:
+        peak_after = predict_peak(*after, num_fwd_outputs)
     return after, make_report(joint, saved[0], saved[1], peak_before, peak_after)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from ..graph.cones import is_tangent
 from ..graph.edit import output_of
-from ..graph.names import module_path
+from ..graph.names import module_path, outputs_with_descriptors
 from ..graph.operations import VIEWS, is_loop, is_view, reduces
 from ..graph.torch_api import hint, trace_operations
 from ..maths import ops
@@ -32,9 +32,8 @@ _READS = 4
 def predict_peak(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int) -> Peak:
     """Return the larger of the peaks of the forward and of the backward pass."""
     memory = _Memory(forward.graph)
-    values = output_of(forward.graph).args[0]
-    assert isinstance(values, list | tuple)
-    saved = {v.name: memory.buffer(v) for v in values[num_fwd_outputs:] if isinstance(v, fx.Node)}
+    values = [value for value, _ in outputs_with_descriptors(forward.graph)][num_fwd_outputs:]
+    saved = {value.name: memory.buffer(value) for value in values if isinstance(value, fx.Node)}
     held: dict[fx.Node, int] = {}
     seen: set[fx.Node] = set()
     for node in backward.graph.find_nodes(op="placeholder"):
@@ -102,9 +101,11 @@ class _Memory:
         """Return the peak in the better of two orders, where `held` is there at the start."""
         results = {step: _results(step) for step in self.reads}
         sizes = {buffer: _bytes(buffer) for buffers in results.values() for buffer in buffers} | dict(held)
+        workspace = {step: _workspace(step) for step in self.reads}
         orders = (list(self.reads), self._greedy_order(held, results, sizes))
         return min(
-            (self._peak(order, held, part, results, sizes) for order in orders), key=lambda peak: peak.size
+            (self._peak(order, held, part, results, sizes, workspace) for order in orders),
+            key=lambda peak: peak.size,
         )
 
     def _peak(
@@ -114,6 +115,7 @@ class _Memory:
         part: str,
         results: Mapping[fx.Node, Sequence[fx.Node]],
         sizes: Mapping[fx.Node, int],
+        workspace: Mapping[fx.Node, int],
     ) -> Peak:
         left = self._readers_left(sizes)
         live = sum(held.values())
@@ -125,7 +127,7 @@ class _Memory:
                 left[buffer] -= 1
             freed = [buffer for buffer in read if not left[buffer]]
             in_place = is_loop(step) and any(sizes[buffer] == size for buffer in freed)
-            during = live + (0 if in_place else size) + _workspace(step)
+            during = live + (0 if in_place else size) + workspace[step]
             if during > peak.size:
                 peak = Peak(during, part, module_path(step) or "", str(step.target))
             unread = [buffer for buffer in results[step] if not left[buffer]]
