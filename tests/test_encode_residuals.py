@@ -168,9 +168,9 @@ def backward_graph(model: nn.Module, policy: Policy, *inputs: Tensor) -> fx.Grap
     rewrite_and_partition = capture.rewrite_and_partition
 
     def spy(*args: object) -> object:
-        parts, report = rewrite_and_partition(*args)
-        graphs.append(parts[1].graph)
-        return parts, report
+        rewritten = rewrite_and_partition(*args)
+        graphs.append(rewritten.parts[1].graph)
+        return rewritten
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capture, "rewrite_and_partition", spy)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import wtacrs_fx
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.measure import peak_bytes
-from wtacrs_passes.report import Peak
+from wtacrs_passes.policy import Rule
+from wtacrs_passes.report import Peak, Report
 
 ROWS, FEATURES = 256, 16
 UNIT = ROWS * FEATURES * 4
@@ -73,3 +74,49 @@ def test_what_is_predicted_is_near_what_is_measured(policy: Policy) -> None:
     step()
     measured = peak_bytes(step, torch.device("cpu"))
     assert abs(after.size / measured - 1) < 0.25
+
+
+MANY = 32_768
+"""Rows of a graph large enough for its peak to count."""
+
+
+def test_what_would_raise_the_peak_is_not_done() -> None:
+    x = torch.randn(MANY, 4 * FEATURES)
+    model = nn.Linear(4 * FEATURES, 4 * FEATURES)
+    report = wtacrs_fx.explain(model, x)  # x lives anyway; gathered rows of it are beside it
+    assert not report.sampled
+    assert report.peak_after == report.peak_before
+    assert [each.partition(":")[0] for each in report.refused] == ["residuals 'balanced'", "sampled rows"]
+    assert "1.31 of Inductor's), in the backward pass" in report.refused[0]
+    assert f"not done, as it raises the predicted peak: {report.refused[0]}" in str(report)
+    assert Report.from_dict(report.to_dict()) == report
+
+    transformed = wtacrs_fx.transform(wtacrs_fx.capture(model, x))
+    assert transformed.report == report
+    assert not [node for node in transformed.graph.nodes if "wtacrs" in str(node.target)]
+
+
+def test_a_peak_that_allocators_do_not_see_is_not_raised() -> None:
+    assert wtacrs_fx.explain(
+        nn.Linear(4 * FEATURES, 4 * FEATURES), torch.randn(MANY // 8, 4 * FEATURES)
+    ).sampled
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+def test_a_part_of_a_step_may_exchange_its_peak_for_what_it_saves(is_part: bool) -> None:
+    model = nn.Sequential(nn.LayerNorm(4 * FEATURES), nn.Linear(4 * FEATURES, 4 * FEATURES))
+    x = torch.randn(MANY, 4 * FEATURES, requires_grad=is_part)  # another graph reads its gradient
+    report = wtacrs_fx.explain(model, x, policy=Policy(ratio=0.9))
+    assert bool(report.refused) is not is_part
+    if is_part:
+        saved = report.saved_bytes_before - report.saved_bytes_after
+        assert 0 < report.peak_after.size - report.peak_before.size < saved
+
+
+def test_rules_do_not_bring_back_what_raises_the_peak() -> None:
+    rules = (Rule("*", ratio=0.5, residuals="small"),)
+    report = wtacrs_fx.explain(
+        nn.Linear(4 * FEATURES, 4 * FEATURES), torch.randn(MANY, 4 * FEATURES), policy=Policy(rules=rules)
+    )
+    assert report.refused
+    assert not report.sampled

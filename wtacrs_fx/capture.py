@@ -16,7 +16,7 @@ from wtacrs_passes.graph.cones import is_tangent
 from wtacrs_passes.graph.edit import copy_joint
 from wtacrs_passes.graph.names import NamedInput, outputs_with_descriptors, static_inputs
 from wtacrs_passes.joint import Partitioned, Partitioner
-from wtacrs_passes.pipeline import REWRITES, NoTangentsError, rewrite_and_partition, run
+from wtacrs_passes.pipeline import REWRITES, NoTangentsError, Rewritten, rewrite_and_partition, run
 from wtacrs_passes.policy import Policy
 from wtacrs_passes.report import Report
 
@@ -124,10 +124,12 @@ def transform(graph_module: fx.GraphModule, policy: Policy | None = None) -> fx.
         NoTangentsError: the graph has no backward part.
     """
     policy = Policy() if policy is None else policy
+    done = _rewrite(graph_module, policy)
     rewritten = copy_joint(graph_module)
     table = graph_module.meta.get(STATIC_INPUTS, ())
-    run(REWRITES, rewritten, policy, table, _forward_outputs(rewritten.graph), _partitioner(rewritten, table))
-    rewritten.report = _report(graph_module, policy)  # type: ignore[assignment]
+    partitioner = _partitioner(rewritten, table)
+    run(REWRITES, rewritten, done.policy, table, _forward_outputs(rewritten.graph), partitioner)
+    rewritten.report = done.report  # type: ignore[assignment]
     return rewritten
 
 
@@ -141,14 +143,14 @@ def explain(model: nn.Module, *args: Any, policy: Policy | None = None, **kwargs
         NoTangentsError: no output of the model requires grad.
     """
     graph_module = capture(model, *args, **kwargs)
-    return _report(graph_module, Policy() if policy is None else policy)
+    return _rewrite(graph_module, Policy() if policy is None else policy).report
 
 
-def _report(graph_module: fx.GraphModule, policy: Policy) -> Report:
+def _rewrite(graph_module: fx.GraphModule, policy: Policy) -> Rewritten:
     gm = torch_api.run_joint_graph_passes(copy_joint(graph_module))
     table = graph_module.meta.get(STATIC_INPUTS, ())
     partitioner = _partitioner(gm, table)
-    return rewrite_and_partition(gm, policy, table, _forward_outputs(gm.graph), partitioner)[1]
+    return rewrite_and_partition(gm, policy, table, _forward_outputs(gm.graph), partitioner)
 
 
 def _partitioner(gm: fx.GraphModule, table: Sequence[NamedInput]) -> Partitioner:

@@ -25,12 +25,14 @@ def make_report(
     after: Sequence[fx.Node],
     peak_before: Peak | None = None,
     peak_after: Peak | None = None,
+    refused: Sequence[str] = (),
 ) -> Report:
     """Gather what became of each weight gradient and of each stored tensor.
 
     Args:
         before: the tensors saved without the rewrite; `after`: with it.
         peak_before, peak_after: predicted without and with it.
+        refused: what of the policy is not done, with the reason.
     """
     analysis, plan, sites, residuals = joint.analysis, joint.plan, joint.sites, joint.residuals
     ledger = _Ledger(before, after)
@@ -77,7 +79,7 @@ def make_report(
     losses = tuple(_loss_reports(joint))
     return Report(
         tuple(reports), total_before, total_after, residuals=others, losses=losses,
-        peak_before=peak_before, peak_after=peak_after,
+        peak_before=peak_before, peak_after=peak_after, refused=tuple(refused),
     )  # fmt: skip
 
 

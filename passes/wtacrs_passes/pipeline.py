@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -21,12 +22,13 @@ from .decide.plan import Plan
 from .decide.rows import plan_rows
 from .decide.storage import plan_storage
 from .graph.cones import has_tangents
-from .graph.edit import copy_joint
-from .graph.names import NamedInput
+from .graph.edit import copy_joint, nbytes
+from .graph.names import NamedInput, hands_on_gradients
 from .graph.operations import VIEWS, content_of
 from .graph.torch_api import (
     CustomPartitionerFn,
     collector_at_rest,
+    hint,
     min_cut_rematerialization_partition,
     trace_structured,
     without_code,
@@ -39,7 +41,7 @@ from .lower.spell_operations import spell_operations
 from .lower.write_once import write_once
 from .partition import partition, saved_tensors
 from .policy import Policy
-from .report import Report
+from .report import MIB, Peak, Report, compared_peaks
 from .rewrite.chunk_losses import chunk_losses
 from .rewrite.encode_residuals import encode_residuals
 from .rewrite.merge_equal import merge_equal
@@ -89,11 +91,7 @@ def run(
     Each pass leaves a graph that is linted, shown to ``TORCH_TRACE`` and, where the environment names a folder
     in ``WTACRS_DUMP``, written there.
     """
-    if not has_tangents(gm.graph):
-        raise NoTangentsError(
-            "a joint forward-backward graph is needed, got one without tangents; capture it from a model "
-            "whose output requires grad, outside torch.no_grad() and torch.inference_mode()"
-        )
+    _refuse_inference(gm)
     names = {known.index: known for known in table}
     empty = Annotations(), Analysis((), (), {}, set()), Plan()
     joint = Joint(gm, policy, names, num_fwd_outputs, partitioner, *empty)
@@ -105,6 +103,14 @@ def run(
         dump(step.__name__, joint)
     gm.recompile()
     return joint
+
+
+def _refuse_inference(gm: fx.GraphModule) -> None:
+    if not has_tangents(gm.graph):
+        raise NoTangentsError(
+            "a joint forward-backward graph is needed, got one without tangents; capture it from a model "
+            "whose output requires grad, outside torch.no_grad() and torch.inference_mode()"
+        )
 
 
 class _Dump:
@@ -157,22 +163,74 @@ def rewrite_and_partition(
     table: Sequence[NamedInput],
     num_fwd_outputs: int,
     partitioner: Partitioner,
-) -> tuple[Partitioned, Report]:
-    """Rewrite a copy of a joint graph and partition it; report the bytes beside those without the rewrite."""
+) -> Rewritten:
+    """Rewrite a copy of a joint graph and partition it; report the bytes beside those without the rewrite.
+
+    Where the policy would raise the peak, less of it is done: see `_milder`.
+    """
+    _refuse_inference(gm)
     with without_code(), collector_at_rest():
         plain = copy_joint(gm)
         erase_markers(plain.graph)
-        before = partitioner(plain, num_fwd_outputs)
-        joint = run(PASSES, copy_joint(gm), policy, table, num_fwd_outputs, partitioner)
-        after = before if joint.parts is None else joint.parts
-    saved = [
-        [node for node in saved_tensors(forward, num_fwd_outputs) if not _is_view_of_input(node)]
-        for forward, _ in (before, after)
-    ]
-    peak_before = peak_after = predict_peak(*before, num_fwd_outputs)
-    if after is not before:
-        peak_after = predict_peak(*after, num_fwd_outputs)
-    return after, make_report(joint, saved[0], saved[1], peak_before, peak_after)
+        before = _measure(partitioner(plain, num_fwd_outputs), num_fwd_outputs)
+        is_part = hands_on_gradients(gm.graph, {known.index: known for known in table})
+        refused: list[str] = []
+        for name, attempt in _milder(policy):
+            joint = run(PASSES, copy_joint(gm), attempt, table, num_fwd_outputs, partitioner)
+            after = before if joint.parts is None else _measure(joint.parts, num_fwd_outputs)
+            if not _raises_peak(before, after, is_part) or not name:
+                break
+            refused.append(f"{name}: {compared_peaks(before.peak, after.peak)}")
+    report = make_report(joint, before.saved, after.saved, before.peak, after.peak, refused)
+    return Rewritten(after.parts, report, attempt)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritten:
+    """A partitioned graph, what became of it, and what of the policy was done."""
+
+    parts: Partitioned
+    report: Report
+    policy: Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """A partition with the tensors that it saves and its predicted peak."""
+
+    parts: Partitioned
+    saved: list[fx.Node]
+    peak: Peak
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(hint(nbytes(node.meta["val"])) for node in self.saved)
+
+
+def _measure(parts: Partitioned, num_fwd_outputs: int) -> _Measured:
+    saved = [node for node in saved_tensors(parts[0], num_fwd_outputs) if not _is_view_of_input(node)]
+    return _Measured(parts, saved, predict_peak(*parts, num_fwd_outputs))
+
+
+def _milder(policy: Policy) -> Iterator[tuple[str, Policy]]:
+    """Yield the policy and what is left of it when less and less is done, with the name of what is given up next."""
+    yield f"residuals {policy.residuals!r}", policy
+    yield "sampled rows", policy.everywhere(residuals="exact")
+    yield "", policy.everywhere(residuals="exact", ratio=1.0)
+
+
+_ALLOCATION = 2 * MIB
+"""Bytes that allocators take at once: a peak that is higher by less is not."""
+
+
+def _raises_peak(before: _Measured, after: _Measured, is_part: bool) -> bool:
+    """Tell whether a step would need more memory than without the rewrite.
+
+    Where a graph is one of several of a step, what another one saves waits meanwhile, and that is taken to shrink as
+    much as what this one saves.
+    """
+    shrunk = before.saved_bytes - after.saved_bytes if is_part else 0
+    return after.peak.size - max(shrunk, 0) > before.peak.size + _ALLOCATION
 
 
 def _is_view_of_input(node: fx.Node) -> bool:
@@ -208,9 +266,9 @@ class WtacrsPartitioner(CustomPartitionerFn):
         if not has_tangents(gm.graph):
             erase_markers(gm.graph)
             return partitioner(gm, num_fwd_outputs)  # nothing is trained here
-        after, report = rewrite_and_partition(gm, self.policy, self.table, num_fwd_outputs, partitioner)
-        self.receive(report)
-        return after
+        rewritten = rewrite_and_partition(gm, self.policy, self.table, num_fwd_outputs, partitioner)
+        self.receive(rewritten.report)
+        return rewritten.parts
 
     def uuid(self) -> Any:
         """Identify the source of the passes, the whole policy and the parameters: the key of the caches."""

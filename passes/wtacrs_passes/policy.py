@@ -196,6 +196,13 @@ class Policy(Sampling):
                 return Sampling(**{**fields, **dict(rule.overrides)})
         return Sampling(**fields)
 
+    def everywhere(self, **fields: Any) -> Policy:
+        """Return the policy with these fields of a :class:`Sampling` for all modules, whatever its rules say."""
+        rules = [
+            Rule(rule.pattern, **{k: v for k, v in rule.overrides if k not in fields}) for rule in self.rules
+        ]
+        return dataclasses.replace(self, rules=tuple(rules), **fields)
+
     def samples_attention(self, module: str) -> bool:
         """Tell whether products of two activations of `module` (a path) are sampled."""
         sampling = self.sampling(module)

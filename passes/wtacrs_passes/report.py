@@ -132,6 +132,7 @@ class Report:
         residuals: one entry for each stored tensor that belongs to no site.
         losses: one entry for each loss over a vocabulary whose logits are larger than `Policy.chunk_bytes`.
         peak_before, peak_after: predicted without and with the rewrite, see `analyse.peaks`.
+        refused: what of the policy is not done because it would raise the peak, with the peak.
     """
 
     sites: tuple[SiteReport, ...]
@@ -142,6 +143,7 @@ class Report:
     losses: tuple[LossReport, ...] = ()
     peak_before: Peak | None = None
     peak_after: Peak | None = None
+    refused: tuple[str, ...] = ()
 
     @property
     def sampled(self) -> tuple[SiteReport, ...]:
@@ -163,6 +165,7 @@ class Report:
             "from_cache": self.from_cache,
             "peak_before": self.peak_before and dataclasses.asdict(self.peak_before),
             "peak_after": self.peak_after and dataclasses.asdict(self.peak_after),
+            "refused": list(self.refused),
         }
 
     @classmethod
@@ -173,6 +176,7 @@ class Report:
         def parse(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             return [{k: _parse(v) if k in sizes else v for k, v in entry.items()} for entry in entries]
 
+        before, after = (data[key] and Peak(**data[key]) for key in ("peak_before", "peak_after"))
         return cls(
             tuple(SiteReport(**entry) for entry in parse(data["sites"])),
             _parse(data["saved_bytes_before"]),
@@ -180,7 +184,9 @@ class Report:
             data["from_cache"],
             tuple(ResidualReport(**entry) for entry in parse(data["residuals"])),
             tuple(LossReport(**entry) for entry in parse(data["losses"])),
-            *(data[key] and Peak(**data[key]) for key in ("peak_before", "peak_after")),
+            before,
+            after,
+            tuple(data["refused"]),
         )
 
     def to_json(self) -> str:
@@ -233,21 +239,26 @@ class Report:
         total = f"saved for backward: {format_bytes(before)} -> {format_bytes(after)}"
         if isinstance(before, int) and isinstance(after, int) and before:
             total += f" ({after / before:.2f} of Inductor's)"
-        lines_of_peak = [] if self.peak_after is None else [_compared(self.peak_before, self.peak_after)]
+        refused = [f"not done, as it raises the predicted peak: {each}" for each in self.refused]
+        lines_of_peak = (
+            []
+            if self.peak_after is None
+            else [f"predicted peak: {compared_peaks(self.peak_before, self.peak_after)}"]
+        )
         cached = "; code from the cache" if self.from_cache else ""
         count = f"{len(self.sampled)} of {len(self.sites)} weight gradients sampled{cached}"
         tables = [*align([header, *lines])]
         if residual_lines:
             tables += ["", *align([residual_header, *residual_lines])]
-        return "\n".join([*tables, "", *map(str, self.losses), total, *lines_of_peak, count])
+        return "\n".join([*tables, "", *map(str, self.losses), *refused, total, *lines_of_peak, count])
 
 
-def _compared(before: Peak | None, after: Peak) -> str:
-    """Return a line with both peaks and what is computed at the second."""
+def compared_peaks(before: Peak | None, after: Peak) -> str:
+    """Return both peaks, and what is computed at the second."""
     if before is None:
-        return f"predicted peak: {format_bytes(after.size)}, {after}"
+        return f"{format_bytes(after.size)}, {after}"
     ratio = f"{after.size / before.size:.2f} of Inductor's" if before.size else "Inductor's"
-    return f"predicted peak: {format_bytes(before.size)} -> {format_bytes(after.size)} ({ratio}), {after}"
+    return f"{format_bytes(before.size)} -> {format_bytes(after.size)} ({ratio}), {after}"
 
 
 def format_bytes(size: Size) -> str:

@@ -97,6 +97,17 @@ def parameter_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> dic
     return {value: name for value, name in gradients.items() if value not in others}
 
 
+def hands_on_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> bool:
+    """Tell whether a gradient is of an input that is no parameter: the graph is one of several of a step."""
+    for value, descriptor in outputs_with_descriptors(graph):
+        while hasattr(descriptor, "base"):
+            descriptor = descriptor.base
+        source = getattr(descriptor, "grad_of", None)
+        if isinstance(value, fx.Node) and source is not None and _named_input(source, table) is None:
+            return True
+    return False
+
+
 def module_path(node: fx.Node) -> str | None:
     """Return the path of the module whose forward or backward the node belongs to."""
     stack = node.meta.get("fwd_nn_module_stack") or node.meta.get("nn_module_stack")
