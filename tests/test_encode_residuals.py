@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import warnings
 from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ import wtacrs_fx
 from wtacrs_fx import PartitionError, Policy
 from wtacrs_fx.backend import lifted_inputs
 from wtacrs_fx.tools.measure import saved_bytes
+from wtacrs_passes import pipeline
 from wtacrs_passes.maths.encodings import group_size
 from wtacrs_passes.pipeline import WtacrsPartitioner
 from wtacrs_passes.rewrite import encode_residuals
@@ -164,16 +165,15 @@ def test_integer_rows_of_the_forward_pass_leave_gradients_unbiased() -> None:
 
 def backward_graph(model: nn.Module, policy: Policy, *inputs: Tensor) -> fx.Graph:
     graphs = []
-    capture = importlib.import_module("wtacrs_fx.capture")  # its name in the package is the function's
-    rewrite_and_partition = capture.rewrite_and_partition
+    rewrite_and_partition = pipeline.rewrite_and_partition
 
-    def spy(*args: object) -> object:
+    def spy(*args: Any) -> pipeline.Rewritten:
         rewritten = rewrite_and_partition(*args)
         graphs.append(rewritten.parts[1].graph)
         return rewritten
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(capture, "rewrite_and_partition", spy)
+        patch.setattr(pipeline, "rewrite_and_partition", spy)
         wtacrs_fx.explain(model, *inputs, policy=policy)
     return graphs[0]
 

@@ -11,6 +11,7 @@ from .backend import Backend, PatternWarning, backend, reports
 from .capture import capture, explain, transform
 from .diagnose import Diagnosis, DiagnosisError, diagnose
 from .gradient_norms import GradientNormError, GradientNorms, token_mask, track_gradient_norms
+from .layers import mark_layers
 
 __all__ = [
     "Backend",
@@ -30,6 +31,7 @@ __all__ = [
     "capture",
     "diagnose",
     "explain",
+    "mark_layers",
     "reports",
     "token_mask",
     "track_gradient_norms",

@@ -23,6 +23,7 @@ from wtacrs_passes.graph.names import NamedInput, last_name, path_from_source
 from wtacrs_passes.lower.fusion import without_waiting
 from wtacrs_passes.pipeline import WtacrsPartitioner, source_hash
 from wtacrs_passes.policy import Policy, PolicyError, nearest
+from wtacrs_passes.regions import calls_regions, describe_regions
 from wtacrs_passes.report import Report
 
 from .options import inductor_config, policy_from_options
@@ -86,11 +87,15 @@ class Backend:
         received: list[Report] = []
         partitioner = WtacrsPartitioner(self.policy, table, received.append)
         config = {**self.config, "custom_partitioner_fn": partitioner}
-        compiled = torch_api.compile_fx(gm, example_inputs, config, name, without_waiting)
+        if calls_regions(gm):
+            config["allow_buffer_reuse"] = False  # Inductor would reuse what a region has returned as well
+        with describe_regions():
+            compiled = torch_api.compile_fx(gm, example_inputs, config, name, without_waiting)
         if not received and not path.exists() and _is_training(example_inputs):
             # The code came from a cache and its report is gone, or was of an equal graph with other names. The passes
             # say it again; no code is generated.
-            torch_api.trace_joint(gm, example_inputs, partitioner)
+            with describe_regions():
+                torch_api.trace_joint(gm, example_inputs, partitioner.after_inductor)
             received = [dataclasses.replace(report, from_cache=True) for report in received]
         report = _keep(path, received) if _is_training(example_inputs) else None
         if report is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,16 @@ from wtacrs_passes.graph.cones import is_tangent
 from wtacrs_passes.graph.edit import copy_joint
 from wtacrs_passes.graph.names import NamedInput, outputs_with_descriptors, static_inputs
 from wtacrs_passes.joint import Partitioned, Partitioner
-from wtacrs_passes.pipeline import REWRITES, NoTangentsError, Rewritten, rewrite_and_partition, run
+from wtacrs_passes.pipeline import (
+    REWRITES,
+    NoTangentsError,
+    Rewritten,
+    WtacrsPartitioner,
+    rewrite_and_partition,
+    run,
+)
 from wtacrs_passes.policy import Policy
+from wtacrs_passes.regions import describe_regions, region_of
 from wtacrs_passes.report import Report
 
 from .backend import lifted_inputs
@@ -26,7 +35,7 @@ STATIC_INPUTS = "wtacrs_static_inputs"
 """Key of ``graph_module.meta``: the primals that have a name, by position."""
 
 
-class _Captured(Exception):
+class _Traced(Exception):
     """Leaves Dynamo once the joint graph is there, before anything is computed."""
 
 
@@ -44,16 +53,33 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     """
     captured: list[fx.GraphModule] = []
 
-    def keep_joint(gm: fx.GraphModule, inputs: Any, **options: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    def keep_joint(
+        table: tuple[NamedInput, ...], gm: fx.GraphModule, inputs: Any, **options: Any
+    ) -> Partitioned:
+        if region_of(gm) is not None:
+            raise ValueError(
+                "the model has regions that are compiled once (mark_layers, torch.compiler.nested_compile_region) and "
+                "so no joint graph of its own; capture it without, or ask explain, which knows them"
+            )
         captured.append(copy_joint(gm))
+        captured[0].meta[STATIC_INPUTS] = table
         return torch_api.default_partition(gm, inputs, **options)
 
+    _trace(keep_joint, model, args, kwargs)
+    if not captured:
+        raise _no_gradient(model)
+    return captured[0]
+
+
+def _trace(
+    partition: Callable[..., Partitioned], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Trace a model as ``torch.compile`` does and hand its joint graph to `partition`, with its named inputs."""
+
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
-        table = lifted_inputs(gm)
-        torch_api.trace_joint(gm, inputs, keep_joint)
-        for joint in captured:
-            joint.meta[STATIC_INPUTS] = table
-        raise _Captured
+        with describe_regions():
+            torch_api.trace_joint(gm, inputs, functools.partial(partition, lifted_inputs(gm)))
+        raise _Traced
 
     model, args, kwargs = _without_memory(model, *_by_name(model, args, kwargs))
 
@@ -64,14 +90,15 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     try:
         torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
     except torch._dynamo.exc.BackendCompilerFailed as error:
-        if not isinstance(error.inner_exception, _Captured):
-            raise
-    if not captured:
-        raise NoTangentsError(
-            f"no output of {type(model).__name__} requires grad, so there is no backward graph to capture; "
-            f"call it outside torch.no_grad() with trainable parameters"
-        )
-    return captured[0]
+        if not isinstance(error.inner_exception, _Traced):
+            raise error.inner_exception from error
+
+
+def _no_gradient(model: nn.Module) -> NoTangentsError:
+    return NoTangentsError(
+        f"no output of {type(model).__name__} requires grad, so there is no backward graph to capture; "
+        f"call it outside torch.no_grad() with trainable parameters"
+    )
 
 
 def _by_name(
@@ -142,8 +169,19 @@ def explain(model: nn.Module, *args: Any, policy: Policy | None = None, **kwargs
     Raises:
         NoTangentsError: no output of the model requires grad.
     """
-    graph_module = capture(model, *args, **kwargs)
-    return _rewrite(graph_module, Policy() if policy is None else policy).report
+    found: list[Report] = []
+    chosen = Policy() if policy is None else policy
+
+    def rewrite(
+        table: tuple[NamedInput, ...], gm: fx.GraphModule, inputs: Any, **options: Any
+    ) -> Partitioned:
+        partitioner = WtacrsPartitioner(chosen, table, found.append)
+        return partitioner.after_inductor(gm, inputs, **options)
+
+    _trace(rewrite, model, args, kwargs)
+    if not found:
+        raise _no_gradient(model)
+    return found[0]
 
 
 def _rewrite(graph_module: fx.GraphModule, policy: Policy) -> Rewritten:

@@ -30,6 +30,7 @@ from .graph.torch_api import (
     collector_at_rest,
     hint,
     min_cut_rematerialization_partition,
+    run_joint_graph_passes,
     trace_structured,
     without_code,
 )
@@ -41,6 +42,17 @@ from .lower.spell_operations import spell_operations
 from .lower.write_once import write_once
 from .partition import partition, saved_tensors
 from .policy import Policy
+from .regions import (
+    counted_in_region,
+    counted_outside,
+    enter_region,
+    leave_region,
+    region_of,
+    saved_in_region,
+    see_through_regions,
+    verify_calls,
+    with_regions,
+)
 from .report import MIB, Peak, Report, compared_peaks
 from .rewrite.chunk_losses import chunk_losses
 from .rewrite.encode_residuals import encode_residuals
@@ -173,7 +185,8 @@ def rewrite_and_partition(
         plain = copy_joint(gm)
         erase_markers(plain.graph)
         before = _measure(partitioner(plain, num_fwd_outputs), num_fwd_outputs)
-        is_part = hands_on_gradients(gm.graph, {known.index: known for known in table})
+        names = {known.index: known for known in table}
+        is_part = region_of(gm) is not None or hands_on_gradients(gm.graph, names)
         refused: list[str] = []
         for name, attempt in _milder(policy):
             joint = run(PASSES, copy_joint(gm), attempt, table, num_fwd_outputs, partitioner)
@@ -181,7 +194,9 @@ def rewrite_and_partition(
             if not _raises_peak(before, after, is_part) or not name:
                 break
             refused.append(f"{name}: {compared_peaks(before.peak, after.peak)}")
-    report = make_report(joint, before.saved, after.saved, before.peak, after.peak, refused)
+    saved_before = [node for node in before.saved if not counted_in_region(node)]
+    saved_after = [node for node in after.saved if not counted_outside(node)]
+    report = make_report(joint, saved_before, saved_after, before.peak, after.peak, refused)
     return Rewritten(after.parts, report, attempt)
 
 
@@ -208,7 +223,8 @@ class _Measured:
 
 
 def _measure(parts: Partitioned, num_fwd_outputs: int) -> _Measured:
-    saved = [node for node in saved_tensors(parts[0], num_fwd_outputs) if not _is_view_of_input(node)]
+    crossing = saved_tensors(parts[0], num_fwd_outputs)
+    saved = [node for node in crossing if not _is_view_of_input(node) and not saved_in_region(node)]
     return _Measured(parts, saved, predict_peak(*parts, num_fwd_outputs))
 
 
@@ -266,9 +282,25 @@ class WtacrsPartitioner(CustomPartitionerFn):
         if not has_tangents(gm.graph):
             erase_markers(gm.graph)
             return partitioner(gm, num_fwd_outputs)  # nothing is trained here
+        names = {known.index: known for known in self.table}
+        region = region_of(gm)
+        if region is not None:
+            kwargs["static_lifetime_input_indices"] = enter_region(gm, region, self.policy, names)
+        see_through_regions(gm)
         rewritten = rewrite_and_partition(gm, self.policy, self.table, num_fwd_outputs, partitioner)
-        self.receive(rewritten.report)
+        verify_calls(gm, rewritten.parts)
+        report = with_regions(rewritten.report, gm, names)
+        if region is not None:
+            leave_region(rewritten.parts, region, report)
+        else:
+            self.receive(report)
         return rewritten.parts
+
+    def after_inductor(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Return what Inductor would: the graph goes through its own passes first."""
+        return self(run_joint_graph_passes(gm), joint_inputs, **kwargs)
 
     def uuid(self) -> Any:
         """Identify the source of the passes, the whole policy and the parameters: the key of the caches."""

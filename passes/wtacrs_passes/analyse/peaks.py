@@ -20,7 +20,7 @@ from ..graph.cones import is_tangent
 from ..graph.edit import output_of
 from ..graph.names import module_path, outputs_with_descriptors
 from ..graph.operations import VIEWS, is_loop, is_view, reduces
-from ..graph.torch_api import hint, trace_operations
+from ..graph.torch_api import hint, invoke_subgraph, trace_operations
 from ..maths import ops
 from ..maths.chunks import function_of
 from ..report import Peak
@@ -204,7 +204,10 @@ def _readers(node: fx.Node) -> Iterable[fx.Node]:
 
 
 def _workspace(node: fx.Node) -> int:
-    """Return the bytes that an operation needs beside its results: those of one chunk, and of sums in float32."""
+    """Return the bytes that an operation needs beside its results: of a region; of one chunk, and sums in float32."""
+    if node.target is invoke_subgraph:
+        body = getattr(node.graph.owning_module, str(node.args[0].target))  # type: ignore[union-attr]
+        return max(0, _Memory(body.graph).least_peak({}, "").size - sum(map(_bytes, _results(node))))
     if node.target is not ops.in_chunks:
         return 0
     arguments: tuple[Any, ...] = node.args

@@ -32,6 +32,7 @@ from ..graph.operations import (
     FORMS,
     GATHERS,
     IS_PRODUCT,
+    IS_TAME,
     MIXING,
     MULTIPLICATIONS,
     SELECTIONS,
@@ -73,7 +74,7 @@ _TAME = _SAME | SUMS | ADDITIONS | MULTIPLICATIONS | {
     aten.relu.default, aten.clamp.default, aten.clamp_min.default,
     aten.clamp_max.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default,
     aten.cumsum.default, aten.flip.default, aten.var.correction, aten.sqrt.default, ops.row_norms, ops.append_row,
-    ops.combine_rows, ops.choose_rows, ops.gradient_weights, ops.in_chunks,
+    ops.combine_rows, ops.choose_rows, ops.gradient_weights, ops.in_chunks, ops.receive,
 }  # fmt: skip
 """Operations that return nothing of another order of size than their operands."""
 
@@ -206,7 +207,7 @@ class Ranges:
                 whole = node.all_input_nodes[0]
                 if whole.target is ops.in_chunks:
                     return not node.meta.get(IS_PRODUCT, False)
-                if packet(whole.target) in SELECTIONS:
+                if packet(whole.target) in SELECTIONS or whole.meta.get(IS_TAME, False):
                     return any(arg in self.wild for arg in _operands(whole))
                 return packet(whole.target) not in MIXING
             return node.op == "call_function" and not is_random(node) and packet(node.target) not in MIXING
@@ -271,6 +272,8 @@ def _given(graph: fx.Graph, statics: Container[fx.Node]) -> tuple[set[fx.Node], 
 def is_opaque(node: fx.Node) -> bool:
     """Tell whether nobody here knows what an operation does to sizes: inverses, factorisations, scans, bodies."""
     if node.op != "call_function" or is_pointwise(node) or is_random(node) or node.target is operator.getitem:
+        return False
+    if node.meta.get(IS_TAME, False):
         return False
     if not any(is_float(arg) for arg in node.all_input_nodes):
         return False

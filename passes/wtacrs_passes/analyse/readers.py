@@ -23,6 +23,10 @@ from ..graph.operations import (
     FORMS,
     GATHERS,
     GEMMS,
+    IS_AMPLIFIED,
+    IS_FROM_DATA,
+    IS_MASKED,
+    IS_TAME,
     MULTIPLICATIONS,
     SUMS,
     VIEWS,
@@ -82,8 +86,9 @@ class Readers:
         self._tangent, self._ranges, self._statics = tangent, ranges, statics
         self._delicate = self._around_inverses(graph)
         self.of: dict[fx.Node, list[fx.Node]] = {}
-        self._amplified: set[fx.Node] = set()
-        self._masked: set[fx.Node] = set()
+        incoming = [node for node in graph.find_nodes(op="placeholder") if node in tangent]
+        self._amplified = {node for node in incoming if node.meta.get(IS_AMPLIFIED)}
+        self._masked = {node for node in incoming if node.meta.get(IS_MASKED)}
         self._solved: set[fx.Node] = set()
         self._data = _from_data(graph)
         nodes = [node for node in graph.nodes if node in tangent and node.op == "call_function"]
@@ -108,6 +113,26 @@ class Readers:
                 self._to_be_masked.add(node)
             if any(self._solves(user) for user in node.users if user in tangent):
                 self._to_be_solved.add(node)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Tell whether nothing in the graph makes a small share of a gradient a large one, or takes it out again."""
+        return not (self._amplified or self._solved or self._delicate)
+
+    def is_amplified(self, gradient: fx.Node) -> bool:
+        """Tell whether a gradient is multiplied with values of any size, before or later, or is one of an inverse."""
+        return any(
+            gradient in marked
+            for marked in (self._amplified, self._solved, self._to_be_amplified, self._to_be_solved)
+        )
+
+    def is_from_data(self, node: fx.Node) -> bool:
+        """Tell whether a value depends on floating-point values."""
+        return node in self._data
+
+    def is_masked(self, gradient: fx.Node) -> bool:
+        """Tell whether a gradient is, or will be, zero but for few elements that the data choose."""
+        return gradient in self._masked or gradient in self._to_be_masked
 
     def refusal(self, residual: fx.Node) -> str:
         """Return why a residual must be stored exactly; an empty string where every reader is tolerant."""
@@ -187,7 +212,8 @@ class Readers:
         return self._is_unknown(node)
 
     def _is_unknown(self, node: fx.Node) -> bool:
-        return node.target not in _KNOWN and packet(node.target) not in _SPREADING | _SHIFTING
+        known = node.target in _KNOWN or packet(node.target) in _SPREADING | _SHIFTING
+        return not known and not node.meta.get(IS_TAME, False)
 
     def _masks(self, node: fx.Node) -> bool:
         """Tell whether an operation sets gradients to zero where the data say so."""
@@ -227,7 +253,7 @@ def _from_data(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         value = node.meta.get("val")
         if node.op == "placeholder":
-            if isinstance(value, Tensor) and value.is_floating_point():
+            if isinstance(value, Tensor) and (value.is_floating_point() or node.meta.get(IS_FROM_DATA)):
                 found.add(node)
         elif not is_random(node) and any(arg in found for arg in node.all_input_nodes):
             found.add(node)

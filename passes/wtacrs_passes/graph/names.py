@@ -47,7 +47,7 @@ def named_inputs(
     """
     found = {}
     for node in graph.find_nodes(op="placeholder"):
-        known = _named_input(node.meta.get("desc"), table)
+        known = named_input(node.meta.get("desc"), table)
         if known is not None and known.kind in kinds:
             found[node] = known
     return found
@@ -58,7 +58,8 @@ def static_inputs(graph: fx.Graph, table: Mapping[int, NamedInput]) -> dict[fx.N
     return named_inputs(graph, table, ("parameter", "buffer"))
 
 
-def _named_input(descriptor: Any, table: Mapping[int, NamedInput]) -> NamedInput | None:
+def named_input(descriptor: Any, table: Mapping[int, NamedInput]) -> NamedInput | None:
+    """Return the name of the input that a descriptor of AOTAutograd is about."""
     while hasattr(descriptor, "base"):  # inner tensor of a subclass, e.g. a DTensor's local shard
         descriptor = descriptor.base
     if hasattr(descriptor, "idx"):
@@ -89,7 +90,7 @@ def parameter_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> dic
             continue  # an inner value of a subclass that is no tensor, such as the mesh of a DTensor
         while hasattr(descriptor, "base"):
             descriptor = descriptor.base
-        known = _named_input(getattr(descriptor, "grad_of", None), table)
+        known = named_input(getattr(descriptor, "grad_of", None), table)
         if known is not None and known.kind == "parameter":
             gradients[value] = known.name
         else:
@@ -103,7 +104,7 @@ def hands_on_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> bool
         while hasattr(descriptor, "base"):
             descriptor = descriptor.base
         source = getattr(descriptor, "grad_of", None)
-        if isinstance(value, fx.Node) and source is not None and _named_input(source, table) is None:
+        if isinstance(value, fx.Node) and source is not None and named_input(source, table) is None:
             return True
     return False
 
@@ -127,12 +128,16 @@ def path_from_source(source: str) -> str:
     >>> path_from_source("L['self'].__dict__['_modules']['inner']._modules['0']")
     'inner.0'
 
+    >>> path_from_source("L['self']._modules['layers']._modules['0'].forward.__self__._modules['up']")
+    'layers.0.up'
+
     What leads to the model is left out: a wrapper's argument, a bound method, a closure.
 
     >>> path_from_source("L['args'][0].layers.0"), path_from_source("L['forward'].__self__.layers.0")
     ('layers.0', 'layers.0')
     """
-    path = re.sub(r"^[LG]\['(args'\]\[\d+\]|[^']*'\])\.?", "", source)
+    path = source.replace(".forward.__self__", "")
+    path = re.sub(r"^[LG]\['(args'\]\[\d+\]|[^']*'\])\.?", "", path)
     path = re.sub(r"^.*\b(__self__|cell_contents|__wrapped__|__func__)\b\.?", "", path)
     path = re.sub(r"__dict__\['(_modules|_parameters|_buffers)'\]", r"\1", path)
     path = re.sub(r"_(modules|parameters|buffers)\['([^']*)'\]", r"\2", path)

@@ -153,6 +153,11 @@ SELECTIONS = {
 
 IS_PRODUCT = "wtacrs_product"
 """Key of ``node.meta`` on results in chunks that are products of matrices: of no other size than what they multiply."""
+IS_TAME = "wtacrs_tame"
+"""Key of ``node.meta`` on calls of a region that return nothing of another order of size than what they read."""
+
+IS_AMPLIFIED, IS_MASKED, IS_FROM_DATA = "wtacrs_amplified", "wtacrs_masked", "wtacrs_from_data"
+"""Keys of ``node.meta`` on inputs of a region: what `Readers` knows of them, or of gradients, where it is called."""
 
 NOISE_OF = "wtacrs_noise"
 """Key of ``node.meta`` on random numbers that a rewrite draws: whose they are, see `lower_noise`."""

@@ -12,11 +12,13 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._functorch._aot_autograd.descriptors import GradAOTOutput
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.compilers import nop
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch._guards import detect_fake_mode
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -33,16 +35,20 @@ __all__ = [
     "CheckpointPolicy",
     "CustomPartitionerFn",
     "FakeTensorMode",
+    "GradAOTOutput",
     "cache_dir",
     "collector_at_rest",
     "compile_fx",
     "default_partition",
+    "describes_regions",
     "detect_fake_mode",
+    "each_region_called",
     "fake_like",
     "fx_graph_cse",
     "hint",
     "inductor_prims",
     "inputs_of_their_own_size",
+    "invoke_subgraph",
     "is_unbacked",
     "lower_in_place",
     "make_graph_module",
@@ -213,6 +219,44 @@ def _takes_region_name() -> bool:
     from torch._inductor import compile_fx as inductor
 
     return "compile_region_name" in inspect.signature(inductor.compile_fx).parameters
+
+
+def describes_regions() -> bool:
+    """Tell whether torch lets a partitioner know where a region is called."""
+    from torch._functorch._aot_autograd import graph_compile
+
+    return hasattr(graph_compile, "_get_partition_fn")
+
+
+@contextlib.contextmanager
+def each_region_called(describe: Callable[[fx.GraphModule, fx.Node, int], None]) -> Iterator[None]:
+    """Call ``describe(joint graph of a region, node that calls its forward pass, outputs)`` before each partition.
+
+    Nothing is called before torch 2.13.
+    """
+    from torch._functorch._aot_autograd import graph_compile
+
+    if not describes_regions():
+        yield
+        return
+    get: Any = graph_compile._get_partition_fn
+
+    @functools.wraps(get)
+    def get_partition_fn(call: fx.Node, *args: Any, **kwargs: Any) -> Any:
+        is_own, partition = get(call, *args, **kwargs)
+
+        def partition_described(gm: fx.GraphModule, inputs: Any, **options: Any) -> Any:
+            describe(gm, call, options["num_fwd_outputs"])
+            return partition(gm, inputs, **options)
+
+        return is_own, partition_described
+
+    patched: Any = graph_compile
+    patched._get_partition_fn = get_partition_fn
+    try:
+        yield
+    finally:
+        patched._get_partition_fn = get
 
 
 def trace_joint(gm: fx.GraphModule, inputs: Any, partition: Callable[..., Any]) -> None:

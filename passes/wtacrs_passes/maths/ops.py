@@ -19,6 +19,7 @@ for _schema in (
     "gather_rows(Tensor x, Tensor indices, Tensor? scales=None, Tensor? center=None) -> Tensor",
     "append_row(Tensor rows, Tensor row) -> Tensor",
     "write(Tensor x) -> Tensor",
+    "receive(Tensor x) -> Tensor",
     "combine_rows(Tensor x, Tensor seed, SymInt kept, str estimator) -> Tensor",
     "gradient_weights(Tensor norms, Tensor? known, Tensor? mask, float masked, SymInt positions) -> Tensor",
     "record_norms(Tensor(a!) fresh, Tensor norms, SymInt positions) -> ()",
@@ -196,6 +197,7 @@ for _name, _kernel, _fake in (
     ("gather_rows", _gather_rows, _gather_rows_fake),
     ("append_row", _append_row, _append_row),
     ("write", torch.clone, torch.empty_like),
+    ("receive", torch.clone, torch.empty_like),
     ("combine_rows", estimators.combine_rows, _combine_rows_fake),
     ("gradient_weights", _gradient_weights, _gradient_weights_fake),
     ("record_norms", _record_norms, lambda fresh, norms, positions: None),
@@ -233,6 +235,9 @@ append_row = torch.ops.wtacrs.append_row.default
 
 write = torch.ops.wtacrs.write.default
 """``x -> x``; Inductor writes `x` to memory, it is not computed again by each of its readers."""
+
+receive = torch.ops.wtacrs.receive.default
+"""``x -> x``, what a region gets from its caller, which keeps it no longer than it needs it; gone once partitioned."""
 
 combine_rows = torch.ops.wtacrs.combine_rows.default
 """As :func:`estimators.combine_rows`."""
