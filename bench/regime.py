@@ -23,7 +23,8 @@ from wtacrs_fx import Policy
 from wtacrs_fx.tools.steps import Compiler, Step, inductor
 
 CHUNKER = "inductor, auto_chunker"
-POLICIES = {"wtacrs": Policy(), "wtacrs, all rows": Policy(ratio=1.0)}
+ONCE = "wtacrs, layers once"
+POLICIES = {"wtacrs": Policy(), "wtacrs, all rows": Policy(ratio=1.0), ONCE: Policy()}
 VARIANTS = ("inductor", "inductor budget 0.9", "inductor budget 0.5", CHECKPOINTING, CHUNKER, *POLICIES)
 
 
@@ -53,6 +54,8 @@ def measure(
         model, inputs = build(name, shape, precision, device)
         if variant == CHECKPOINTING:
             checkpoint(model)
+        if variant == ONCE:
+            wtacrs_fx.mark_layers(model)
         steps[variant] = Step(model, inputs, compiler(variant))
         print(f"{name}, {variant}: compiled in {steps[variant].first_call_seconds:.0f} s", flush=True)
     return [

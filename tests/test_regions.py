@@ -76,10 +76,15 @@ EXACT, BALANCED = Policy(ratio=1.0, residuals="exact"), Policy(ratio=1.0)
 SAMPLED = Policy(ratio=0.3, min_rows=8)
 
 
-@pytest.mark.parametrize("policy", [EXACT, BALANCED], ids=["exact", "balanced"])
+@pytest.mark.parametrize(
+    ("policy", "dtype"),
+    [(EXACT, torch.float32), (BALANCED, torch.float32), (BALANCED, torch.bfloat16)],
+    ids=["exact", "balanced", "balanced, bfloat16"],
+)
 def test_bytes_and_gradients_are_those_of_the_whole(
-    model: Model, inputs: tuple[Tensor, Tensor], policy: Policy
+    model: Model, inputs: tuple[Tensor, Tensor], policy: Policy, dtype: torch.dtype
 ) -> None:
+    model, inputs = model.to(dtype), tuple(x.to(dtype) for x in inputs)
     twin, eager = marked(model), gradients(model, model, inputs)
     found = []
     for each in (model, twin):

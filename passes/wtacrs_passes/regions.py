@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -84,9 +85,9 @@ def _describe(gm: fx.GraphModule, call: fx.Node, num_fwd_outputs: int) -> None:
     for forward, backward in _pairs(graph):
         if backward is None or forward not in calls:
             continue
-        given = [arg for arg in backward.args[-len(incoming) :] if isinstance(arg, fx.Node)]
-        around = (*given, backward, *backward.users)
-        for own, gradient in zip(incoming, given, strict=True):
+        tangents = [arg for arg in backward.args[-len(incoming) :] if isinstance(arg, fx.Node)]
+        around = (*tangents, backward, *backward.users)
+        for own, gradient in zip(incoming, tangents, strict=True):
             own.meta[IS_AMPLIFIED] = own.meta.get(IS_AMPLIFIED) or any(
                 readers.is_amplified(n) for n in around
             )
@@ -182,7 +183,7 @@ def enter_region(
         if isinstance(primal.meta.get("val"), Tensor):
             with editor.before(first):
                 received = editor.call(ops.receive, primal)
-            primal.replace_all_uses_with(received, lambda user, received=received: user is not received)
+            primal.replace_all_uses_with(received, functools.partial(operator.is_not, received))
     return statics
 
 
@@ -220,8 +221,12 @@ def _renaming(first: Sequence[str], other: Sequence[str]) -> Callable[[str], str
         )
         if place is not None:
             before, after = ".".join(parts[: place + 1]), ".".join(others[: place + 1])
-            return lambda path: after + path[len(before) :] if f"{path}.".startswith(f"{before}.") else path
-    return lambda path: path
+            return functools.partial(_moved, before=before, after=after)
+    return str
+
+
+def _moved(path: str, before: str, after: str) -> str:
+    return after + path[len(before) :] if f"{path}.".startswith(f"{before}.") else path
 
 
 def leave_region(parts: Partitioned, region: Region, report: Report) -> None:
