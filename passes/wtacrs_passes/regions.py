@@ -82,16 +82,18 @@ def _describe(gm: fx.GraphModule, call: fx.Node, num_fwd_outputs: int) -> None:
     for primal, given in zip(_primals(gm), zip(*operands, strict=True), strict=True):
         primal.meta[IS_FROM_DATA] = any(map(readers.is_from_data, given))
     incoming = [node for node in gm.graph.find_nodes(op="placeholder") if is_tangent(node)]
+    amplified, masked = set[int](), set[int]()
     for forward, backward in _pairs(graph):
         if backward is None or forward not in calls:
             continue
         tangents = [arg for arg in backward.args[-len(incoming) :] if isinstance(arg, fx.Node)]
-        around = (*tangents, backward, *backward.users)
         for own, gradient in zip(incoming, tangents, strict=True):
-            own.meta[IS_AMPLIFIED] = own.meta.get(IS_AMPLIFIED) or any(
-                readers.is_amplified(n) for n in around
-            )
+            own.meta[IS_AMPLIFIED] = own.meta.get(IS_AMPLIFIED) or readers.is_amplified(gradient)
             own.meta[IS_MASKED] = own.meta.get(IS_MASKED) or readers.is_masked(gradient)
+        items = {num_fwd_outputs + _index(item): item for item in backward.users}
+        amplified.update(position for position, item in items.items() if readers.is_amplified_later(item))
+        masked.update(position for position, item in items.items() if readers.is_masked_later(item))
+    output_of(gm.graph).meta.update({IS_AMPLIFIED: frozenset(amplified), IS_MASKED: frozenset(masked)})
 
 
 def _primals(gm: fx.GraphModule) -> list[fx.Node]:

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from ..graph.edit import output_of
+from ..graph.names import outputs_with_descriptors
 from ..graph.operations import (
     ADDITIONS,
     ATTENTION_BACKWARD,
@@ -105,11 +107,14 @@ class Readers:
         self._to_be_amplified: set[fx.Node] = set()
         self._to_be_masked: set[fx.Node] = set()
         self._to_be_solved: set[fx.Node] = set()
+        amplified, masked = (_outputs_marked(graph, key) for key in (IS_AMPLIFIED, IS_MASKED))
         for node in reversed(nodes):
             users = [user for user in node.users if user in tangent and user.target not in _MATRIX_PRODUCTS]
-            if any(user in self._to_be_amplified or self._amplifies(user) for user in users):
+            if node in amplified or any(
+                user in self._to_be_amplified or self._amplifies(user) for user in users
+            ):
                 self._to_be_amplified.add(node)
-            if any(user in self._to_be_masked or self._masks(user) for user in users):
+            if node in masked or any(user in self._to_be_masked or self._masks(user) for user in users):
                 self._to_be_masked.add(node)
             if any(self._solves(user) for user in node.users if user in tangent):
                 self._to_be_solved.add(node)
@@ -120,19 +125,24 @@ class Readers:
         return not (self._amplified or self._solved or self._delicate)
 
     def is_amplified(self, gradient: fx.Node) -> bool:
-        """Tell whether a gradient is multiplied with values of any size, before or later, or is one of an inverse."""
-        return any(
-            gradient in marked
-            for marked in (self._amplified, self._solved, self._to_be_amplified, self._to_be_solved)
-        )
+        """Tell whether a gradient has been multiplied with values of any size, or is one of an inverse."""
+        return gradient in self._amplified or gradient in self._solved
+
+    def is_amplified_later(self, gradient: fx.Node) -> bool:
+        """Tell whether it will be."""
+        return gradient in self._to_be_amplified or gradient in self._to_be_solved
+
+    def is_masked(self, gradient: fx.Node) -> bool:
+        """Tell whether a gradient is zero but for few elements that the data choose."""
+        return gradient in self._masked
+
+    def is_masked_later(self, gradient: fx.Node) -> bool:
+        """Tell whether it will be."""
+        return gradient in self._to_be_masked
 
     def is_from_data(self, node: fx.Node) -> bool:
         """Tell whether a value depends on floating-point values."""
         return node in self._data
-
-    def is_masked(self, gradient: fx.Node) -> bool:
-        """Tell whether a gradient is, or will be, zero but for few elements that the data choose."""
-        return gradient in self._masked or gradient in self._to_be_masked
 
     def refusal(self, residual: fx.Node) -> str:
         """Return why a residual must be stored exactly; an empty string where every reader is tolerant."""
@@ -245,6 +255,12 @@ _SPREADING = {
     aten.upsample_bilinear2d_backward,
 }
 """Operations that put gradients elsewhere, at their own size."""
+
+
+def _outputs_marked(graph: fx.Graph, key: str) -> set[Any]:
+    """Return the outputs at the positions that the `meta` of the output node holds."""
+    values = [value for value, _ in outputs_with_descriptors(graph)]
+    return {values[position] for position in output_of(graph).meta.get(key, ())}
 
 
 def _from_data(graph: fx.Graph) -> set[fx.Node]:

@@ -43,8 +43,9 @@ class Exactness:
             reason = self._refusal(node)
             if reason:
                 self._refuse(node, reason)
-        for node in self._wide():
-            self._refuse(node, _WIDE)
+        if not facts.is_region:  # beside a region lies what those of other layers have stored
+            for node in self._wide():
+                self._refuse(node, _WIDE)
         self.known = self._known()
 
     def reason(self, node: fx.Node) -> str:

@@ -49,6 +49,7 @@ class Facts:
         residuals: what the backward pass reads and does not have at hand.
         attention: outputs and log-sum-exps that the backward pass computes again, with the attention.
         statistics: what is small beside what it summarises.
+        is_region: the graph is called for each layer.
     """
 
     def __init__(self, joint: Joint) -> None:
@@ -65,6 +66,7 @@ class Facts:
         self.residuals = [node for node in self.readers.of if not self.is_at_hand(node)]
         self.attention = self._attention(graph)
         self.statistics = _statistics(graph)
+        self.is_region = bool(graph.find_nodes(op="call_function", target=ops.receive))
 
     def is_at_hand(self, node: fx.Node) -> bool:
         """Tell whether a node needs no storage: an input, a constant, or stored for a site."""

@@ -157,7 +157,10 @@ IS_TAME = "wtacrs_tame"
 """Key of ``node.meta`` on calls of a region that return nothing of another order of size than what they read."""
 
 IS_AMPLIFIED, IS_MASKED, IS_FROM_DATA = "wtacrs_amplified", "wtacrs_masked", "wtacrs_from_data"
-"""Keys of ``node.meta`` on inputs of a region: what `Readers` knows of them, or of gradients, where it is called."""
+"""Keys of ``node.meta`` on inputs of a region: what `Readers` knows of them where it is called.
+
+On its output node: the positions of the gradients that are amplified or masked there.
+"""
 
 NOISE_OF = "wtacrs_noise"
 """Key of ``node.meta`` on random numbers that a rewrite draws: whose they are, see `lower_noise`."""
