@@ -167,7 +167,7 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
 
 
 def _kernel(node: Any) -> Kernel:
-    dtypes = [x.get_dtype() for x in node.node.inputs if hasattr(x, "get_dtype")] if node.is_extern() else []
+    dtypes = [x.maybe_get_dtype() for x in node.node.inputs] if node.is_extern() else []
     dtype = next((d for d in dtypes if d in (torch.bfloat16, torch.float16)), torch.float32)
     operations = node.estimate_flops() if node.is_extern() else 0
     return Kernel(float(operations or 0), dtype, float(node.get_read_write_buffers_sizes()))

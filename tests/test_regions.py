@@ -177,6 +177,16 @@ def test_one_policy_for_layers_that_are_compiled_as_one(model: Model, inputs: tu
     assert {s.module for s in report.sampled} == {"head", "embed", *(f"layers.{i}.down" for i in range(3))}
 
 
+def test_another_batch_size_compiles_once_more(model: Model) -> None:
+    twin, backend = marked(model), wtacrs_fx.backend(BALANCED)
+    compiled = torch.compile(twin, backend=backend, fullgraph=True)
+    for tokens in (64, 96, 48):
+        batch = torch.randn(2, tokens, FEATURES), torch.ones(2, tokens)
+        found, eager = gradients(twin, compiled, batch), gradients(model, model, batch)
+        assert max(float((found[n] - eager[n]).norm() / eager[n].norm()) for n in eager) < 0.02
+    assert len(backend.reports) == 2
+
+
 class Wild(Layer):
     """Its result has elements of any size beside each other, so the next layer may not round what it gets."""
 

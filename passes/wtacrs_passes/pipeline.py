@@ -22,7 +22,7 @@ from .decide.plan import Plan
 from .decide.rows import plan_rows
 from .decide.storage import plan_storage
 from .graph.cones import has_tangents
-from .graph.edit import copy_joint, nbytes
+from .graph.edit import copy_joint
 from .graph.names import NamedInput, hands_on_gradients
 from .graph.operations import VIEWS, content_of
 from .graph.torch_api import (
@@ -219,7 +219,9 @@ class _Measured:
 
     @property
     def saved_bytes(self) -> int:
-        return sum(hint(nbytes(node.meta["val"])) for node in self.saved)
+        """Their bytes, with the sizes of the example inputs where those are symbolic."""
+        values = [node.meta["val"] for node in self.saved]
+        return sum(hint(value.numel()) * value.element_size() for value in values)
 
 
 def _measure(parts: Partitioned, num_fwd_outputs: int) -> _Measured:
