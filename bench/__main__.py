@@ -10,6 +10,7 @@ DEEP = (
     "--model bert --layers 12 --d 512 --heads 8 --seq 256 --rounds 0 "
     "--variant 'inductor budget 0.9' --variant 'wtacrs 0.3 balanced'"
 )
+SMOLLM2 = "--layers 30 --d 576 --heads 9 --batch 2 --seq 512"
 BENCHMARKS = (
     ["synthetic_variance"],
     ["gradient_variance"],
@@ -17,10 +18,14 @@ BENCHMARKS = (
     ["gradient_norms"],
     ["paper_tables", "--check"],
     ["compile_time"],
+    ["compile_time", *shlex.split(SMOLLM2), "--model", "llama-lm", "--no-warm"],
     ["memory_time"],
     ["memory_time", "--precision", "bfloat16", "--rounds", "0"],
     ["memory_time", *shlex.split(DEEP)],
     ["regime"],
+    ["regime", *shlex.split(SMOLLM2)],
+    ["regime", *shlex.split(SMOLLM2), "--precision", "float32"],
+    ["roofline"],
     ["frontier"],
     ["scaling"],
     ["gpu"],

@@ -76,6 +76,9 @@ def _origin(rows: Sequence[Row]) -> str:
     return f"{shapes}. {machine}; {software}; commit {commit}; {max(row.date for row in rows)[:10]}."
 
 
+REGIME, SMOLLM2 = str(Shape(4, 576, 9, 8, 512)), str(Shape(30, 576, 9, 2, 512))
+_COMPILED = {str(Shape()): "3 layers", SMOLLM2: "30 layers"}
+
 SHOWN = (
     "eager",
     "inductor",
@@ -236,8 +239,8 @@ TABLES: dict[str, Table] = {
         "regime",
         "",
         lambda row: (
-            (row.device, row.model, row.dtype) == ("cpu", "llama-lm", "autocast")
-            and "words" not in row.shapes
+            (row.device, row.model, row.dtype, row.shapes) == ("cpu", "llama-lm", "autocast", REGIME)
+            and row.variant in _HEADLINE
         ),
         lambda row: _HEADLINE[row.variant],
         lambda row: row.metric,
@@ -248,14 +251,29 @@ TABLES: dict[str, Table] = {
         "regime",
         "",
         lambda row: (
-            (row.device, row.model) == ("cpu", "llama-lm")
+            (row.device, row.model, row.shapes) == ("cpu", "llama-lm", REGIME)
             and row.dtype != "autocast"
             and row.variant in _HEADLINE
-            and "words" not in row.shapes
         ),
         lambda row: _HEADLINE[row.variant],
         lambda row: f"{row.dtype}: {row.metric}",
         _ratio,
+    ),
+    "smollm2": Table(
+        "regime",
+        "",
+        lambda row: (row.device, row.model, row.shapes) == ("cpu", "llama-lm", SMOLLM2),
+        lambda row: _HEADLINE.get(row.variant, row.variant),
+        lambda row: f"{row.dtype}: {row.metric}",
+        _ratio,
+    ),
+    "roofline": Table(
+        "roofline",
+        "",
+        lambda row: row.dtype == "autocast" and row.shapes == REGIME,
+        lambda row: row.metric,
+        _variant,
+        _beside,
     ),
     "without-head": Table(
         "frontier",
@@ -317,8 +335,8 @@ TABLES: dict[str, Table] = {
     "compile-time": Table(
         "compile_time",
         "model",
-        lambda row: row.shapes == str(Shape()),
-        lambda row: row.model + row.metric.removeprefix("compile time"),
+        lambda row: row.dtype == "autocast" and row.shapes in _COMPILED,
+        lambda row: f"{row.model}, {_COMPILED[row.shapes]}{row.metric.removeprefix('compile time')}",
         _variant,
         _both,
     ),

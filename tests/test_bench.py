@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import wtacrs_fx
-from bench import frontier, gpu, scaling
+from bench import frontier, gpu, roofline, scaling
 from bench.harness import BASELINE, Row, append, circumstances, read, summarise
 from bench.models import LANGUAGE_MODELS, MODELS, PRECISIONS, TINY, Shape, build, make
 from bench.tables import TABLES, render, rewrite
@@ -437,3 +437,36 @@ def test_the_input_factor_of_an_adapter_is_sampled(
     report = wtacrs_fx.explain(model.train(), **batch)
     sampled = [site.parameter for site in report.sampled]
     assert len(sampled) == 6 and {path.rpartition(".")[2] for path in sampled} == {"a"}
+
+
+def test_a_roofline_counts_what_is_compiled(mlp: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    recorder = roofline.Recorder()
+    with recorder.recording():
+        Step(*mlp, inductor())
+    kernels = recorder.kernels()
+    products = 2 * ROWS * (2 * 8 * 16 + 3 * 16 * 4)  # x needs no gradient
+    assert sum(kernel.operations for kernel in kernels) == products
+    weights = FLOAT * (8 * 16 + 16 * 4)
+    assert all(kernel.size >= 0 for kernel in kernels)
+    assert sum(kernel.size for kernel in kernels) > 3 * weights  # read forward, read or written backward
+
+
+def test_a_kernel_takes_the_longer_of_its_work_and_its_bytes() -> None:
+    device = roofline.Device({torch.float32: 10.0, torch.bfloat16: 20.0}, bandwidth=5.0, launch=0.5)
+    kernels = [
+        roofline.Kernel(40.0, torch.float32, 5.0),  # 4 s of work
+        roofline.Kernel(40.0, torch.bfloat16, 15.0),  # 3 s of bytes
+        roofline.Kernel(0.0, torch.float32, 1.0),  # a launch
+    ]
+    assert device.seconds(kernels) == 4.0 + 3.0 + 0.5
+
+
+def test_a_loss_in_chunks_counts_once_a_chunk() -> None:
+    model, inputs = build("head", replace(TINY, words=512), "float32", "cpu")
+    rows, policy = TINY.batch * TINY.seq, Policy(ratio=1.0, chunk_bytes=4 * 512 * 32)
+    recorder = roofline.Recorder()
+    with recorder.recording():
+        step = Step(model, inputs, wtacrs_fx.backend(policy))
+    assert step.reports[0].losses[0].chunk == 32
+    operations = sum(kernel.operations for kernel in recorder.kernels())
+    assert operations == 3 * 2 * rows * TINY.d * 512  # logits, and both gradients, of all rows
