@@ -125,6 +125,29 @@ def test_sampled_gradients_are_unbiased(model: Model, inputs: tuple[Tensor, Tens
         assert draws.var(0).sum() > 0, name
 
 
+class Beside(nn.Module):
+    """Layers whose gradient other linear layers read as well, before or after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.others = nn.ModuleList(nn.Linear(FEATURES, FEATURES) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for layer, other in zip(self.layers, self.others, strict=True):
+            x = layer(x, mask) + other(x)
+        return x.square().mean()
+
+
+def test_a_gradient_that_others_read_is_left_as_it_is(inputs: tuple[Tensor, Tensor]) -> None:
+    torch.manual_seed(0)
+    model, batch = Beside(), (inputs[0], inputs[1][..., None])
+    eager = gradients(model, model, batch)
+    wtacrs_fx.mark_layers(model, model.layers)
+    found = gradients(model, torch.compile(model, backend=wtacrs_fx.backend(EXACT)), batch)
+    assert max(float((found[n] - eager[n]).norm() / eager[n].norm()) for n in eager) < 1e-5
+
+
 class Twice(nn.Module):
     """Two layers of equal weights that read one input."""
 

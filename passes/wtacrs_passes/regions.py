@@ -73,6 +73,7 @@ def _describe(gm: fx.GraphModule, call: fx.Node, num_fwd_outputs: int) -> None:
         position
         for position, (gradient, given) in enumerate(zip(gradients, zip(*operands, strict=True), strict=True))
         if gradient is not None and (len(set(given)) > 1 or len(given) == 1)
+        and all(isinstance(operand, fx.Node) for operand in given)
         and any(operand.op != "placeholder" for operand in given)
         and not any(operand in ranges.wild or operand in ranges.outlying for operand in given)
     }  # fmt: skip
@@ -86,8 +87,9 @@ def _describe(gm: fx.GraphModule, call: fx.Node, num_fwd_outputs: int) -> None:
     for forward, backward in _pairs(graph):
         if backward is None or forward not in calls:
             continue
-        tangents = [arg for arg in backward.args[-len(incoming) :] if isinstance(arg, fx.Node)]
-        for own, gradient in zip(incoming, tangents, strict=True):
+        for own, gradient in zip(incoming, backward.args[-len(incoming) :], strict=True):
+            if not isinstance(gradient, fx.Node):
+                continue
             own.meta[IS_AMPLIFIED] = own.meta.get(IS_AMPLIFIED) or readers.is_amplified(gradient)
             own.meta[IS_MASKED] = own.meta.get(IS_MASKED) or readers.is_masked(gradient)
         items = {num_fwd_outputs + _index(item): item for item in backward.users}
