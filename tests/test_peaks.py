@@ -120,3 +120,24 @@ def test_rules_do_not_bring_back_what_raises_the_peak() -> None:
     )
     assert report.refused
     assert not report.sampled
+
+
+class Head(nn.Module):
+    """A loss whose gradient of the weight, summed in float32, is larger than its logits in 16 bits."""
+
+    def __init__(self, features: int, words: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(features, words, bias=False)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return nn.functional.cross_entropy(self.head(x).float(), labels)
+
+
+def test_a_loss_in_chunks_is_not_given_up() -> None:
+    with torch.device("meta"):
+        model, x, labels = Head(512, 32_768), torch.randn(512, 512), torch.zeros(512, dtype=torch.int64)
+    report = wtacrs_fx.explain(model, x, labels, policy=Policy(chunk_bytes=2**22))
+    assert report.losses[0].chunk < 512
+    assert report.peak_after.size > report.peak_before.size + 2**21
+    assert report.refused == ()

@@ -191,7 +191,7 @@ def rewrite_and_partition(
         for name, attempt in _milder(policy):
             joint = run(PASSES, copy_joint(gm), attempt, table, num_fwd_outputs, partitioner)
             after = before if joint.parts is None else _measure(joint.parts, num_fwd_outputs)
-            if not _raises_peak(before, after, is_part) or not name:
+            if joint.losses or not name or not _raises_peak(before, after, is_part):
                 break
             refused.append(f"{name}: {compared_peaks(before.peak, after.peak)}")
     saved_before = [node for node in before.saved if not counted_in_region(node)]
@@ -231,7 +231,10 @@ def _measure(parts: Partitioned, num_fwd_outputs: int) -> _Measured:
 
 
 def _milder(policy: Policy) -> Iterator[tuple[str, Policy]]:
-    """Yield the policy and what is left of it when less and less is done, with the name of what is given up next."""
+    """Yield the policy and what is left of it when less and less is done, with the name of what is given up next.
+
+    Nothing is given up where a loss is computed in chunks: all logits at once would be back.
+    """
     yield f"residuals {policy.residuals!r}", policy
     yield "sampled rows", policy.everywhere(residuals="exact")
     yield "", policy.everywhere(residuals="exact", ratio=1.0)
