@@ -273,7 +273,7 @@ TABLES: dict[str, Table] = {
         lambda row: row.dtype == "autocast" and row.shapes == REGIME,
         lambda row: row.metric,
         _variant,
-        _beside,
+        lambda row: _beside(row) if row.ratio else _value(row),
     ),
     "without-head": Table(
         "frontier",
