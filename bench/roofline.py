@@ -13,7 +13,6 @@ same prediction for this CPU, from rates measured here, stands beside the measur
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch._inductor.virtualized import V
 from bench.harness import BASELINE, Figure, Row, circumstances, compare, record
 from bench.models import MODELS, PRECISIONS, TINY, WORDS, Shape, build
 from bench.regime import compiler
+from wtacrs_fx.tools.measure import step_seconds
 from wtacrs_fx.tools.steps import Step
 from wtacrs_passes.maths import chunks
 
@@ -91,12 +91,7 @@ def this_cpu() -> Device:
 
 
 def _least_seconds(call: Callable[[], object], rounds: int = 7) -> float:
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return min(step_seconds(call, torch.device("cpu")) for _ in range(rounds))
 
 
 class Recorder:

@@ -91,12 +91,11 @@ class Backend:
             config["allow_buffer_reuse"] = False  # Inductor would reuse what a region has returned as well
         with describe_regions():
             compiled = torch_api.compile_fx(gm, example_inputs, config, name, without_waiting)
-        if not received and not path.exists() and _is_training(example_inputs):
-            # The code came from a cache and its report is gone, or was of an equal graph with other names. The passes
-            # say it again; no code is generated.
-            with describe_regions():
+            if not received and not path.exists() and _is_training(example_inputs):
+                # The code came from a cache and its report is gone, or was of an equal graph with other names. The
+                # passes say it again; no code is generated.
                 torch_api.trace_joint(gm, example_inputs, partitioner.after_inductor)
-            received = [dataclasses.replace(report, from_cache=True) for report in received]
+                received = [dataclasses.replace(report, from_cache=True) for report in received]
         report = _keep(path, received) if _is_training(example_inputs) else None
         if report is not None:
             _REPORTS.append(report)

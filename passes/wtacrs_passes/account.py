@@ -23,9 +23,9 @@ def make_report(
     joint: Joint,
     before: Sequence[fx.Node],
     after: Sequence[fx.Node],
-    peak_before: Peak | None = None,
-    peak_after: Peak | None = None,
-    refused: Sequence[str] = (),
+    peak_before: Peak,
+    peak_after: Peak,
+    refused: Sequence[str],
 ) -> Report:
     """Gather what became of each weight gradient and of each stored tensor.
 

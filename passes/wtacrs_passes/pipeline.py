@@ -22,13 +22,12 @@ from .decide.plan import Plan
 from .decide.rows import plan_rows
 from .decide.storage import plan_storage
 from .graph.cones import has_tangents
-from .graph.edit import copy_joint
+from .graph.edit import bytes_of_example, copy_joint
 from .graph.names import NamedInput, hands_on_gradients
 from .graph.operations import VIEWS, content_of
 from .graph.torch_api import (
     CustomPartitionerFn,
     collector_at_rest,
-    hint,
     min_cut_rematerialization_partition,
     run_joint_graph_passes,
     trace_structured,
@@ -220,8 +219,7 @@ class _Measured:
     @property
     def saved_bytes(self) -> int:
         """Their bytes, with the sizes of the example inputs where those are symbolic."""
-        values = [node.meta["val"] for node in self.saved]
-        return sum(hint(value.numel()) * value.element_size() for value in values)
+        return sum(map(bytes_of_example, self.saved))
 
 
 def _measure(parts: Partitioned, num_fwd_outputs: int) -> _Measured:

@@ -195,7 +195,8 @@ def _check_policy(
     gm: fx.GraphModule, region: Region, policy: Policy, table: Mapping[int, NamedInput]
 ) -> None:
     modules = {module_path(node) for node in gm.graph.nodes} - {None}
-    for rename in _renamings(region, table):
+    for number in range(1, len(region.calls)):
+        rename = _renaming_of_call(region, number, table)
         for module in modules:
             assert module is not None
             if policy.sampling(module) != policy.sampling(rename(module)):
@@ -206,10 +207,9 @@ def _check_policy(
                 )
 
 
-def _renamings(region: Region, table: Mapping[int, NamedInput]) -> Iterator[Callable[[str], str]]:
-    """Yield for each call what turns a path in the first one into that of this one."""
-    for number in range(len(region.calls)):
-        yield _renaming(_names(region, 0, table), _names(region, number, table))
+def _renaming_of_call(region: Region, number: int, table: Mapping[int, NamedInput]) -> Callable[[str], str]:
+    """Return what turns a path in the first call of a region into that of another."""
+    return _renaming(_names(region, 0, table), _names(region, number, table))
 
 
 def _names(region: Region, number: int, table: Mapping[int, NamedInput]) -> list[str]:
@@ -350,7 +350,7 @@ def with_regions(report: Report, gm: fx.GraphModule, table: Mapping[int, NamedIn
     for _, body, region in _calls(gm):
         assert region.report is not None
         number = seen[id(body)] = seen.get(id(body), -1) + 1
-        rename = list(_renamings(region, table))[number]
+        rename = _renaming_of_call(region, number, table)
         sites += [
             dataclasses.replace(site, module=rename(site.module), parameter=rename(site.parameter))
             for site in region.report.sites

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..graph.cones import is_tangent
-from ..graph.edit import output_of
+from ..graph.edit import bytes_of_example, output_of
 from ..graph.names import module_path, outputs_with_descriptors
 from ..graph.operations import VIEWS, is_loop, is_view, reduces
 from ..graph.torch_api import hint, invoke_subgraph, trace_operations
@@ -40,7 +40,7 @@ def predict_peak(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outp
         source = saved.get(node.name)
         is_held = source is not None and source.op != "placeholder" and source not in seen
         if is_held or is_tangent(node):
-            held[node] = _bytes(node)
+            held[node] = bytes_of_example(node)
         if source is not None:
             seen.add(source)
     peaks = [
@@ -48,11 +48,6 @@ def predict_peak(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outp
         _Memory(backward.graph).least_peak(held, "backward"),
     ]
     return max(peaks, key=lambda peak: peak.size)
-
-
-def _bytes(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return hint(value.numel()) * value.element_size() if isinstance(value, Tensor) else 0
 
 
 def _is_alias(node: fx.Node) -> bool:
@@ -100,7 +95,9 @@ class _Memory:
     def least_peak(self, held: Mapping[fx.Node, int], part: str) -> Peak:
         """Return the peak in the better of two orders, where `held` is there at the start."""
         results = {step: _results(step) for step in self.reads}
-        sizes = {buffer: _bytes(buffer) for buffers in results.values() for buffer in buffers} | dict(held)
+        sizes = {
+            buffer: bytes_of_example(buffer) for buffers in results.values() for buffer in buffers
+        } | dict(held)
         workspace = {step: _workspace(step) for step in self.reads}
         orders = (list(self.reads), self._greedy_order(held, results, sizes))
         return min(
@@ -207,7 +204,9 @@ def _workspace(node: fx.Node) -> int:
     """Return the bytes that an operation needs beside its results: of a region; of one chunk, and sums in float32."""
     if node.target is invoke_subgraph:
         body = getattr(node.graph.owning_module, str(node.args[0].target))  # type: ignore[union-attr]
-        return max(0, _Memory(body.graph).least_peak({}, "").size - sum(map(_bytes, _results(node))))
+        return max(
+            0, _Memory(body.graph).least_peak({}, "").size - sum(map(bytes_of_example, _results(node)))
+        )
     if node.target is not ops.in_chunks:
         return 0
     arguments: tuple[Any, ...] = node.args

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor, fx
+from torch import fx
 
 from ..analyse.functions import is_float
 from ..analyse.ranges import is_opaque
+from ..graph.edit import bytes_of_example
 from ..graph.names import module_path
 from ..graph.operations import (
     ATTENTION_BACKWARD,
@@ -20,7 +21,6 @@ from ..graph.operations import (
     same_content,
     tensor_operands,
 )
-from ..graph.torch_api import hint
 from .facts import Facts
 
 _EXCLUDED = "excluded by the policy"
@@ -100,13 +100,13 @@ class Exactness:
         would store of those, of which encodings leave a fifth.
         """
         leaves = self._leaves(self.facts.residuals)
-        total = sum(map(_size, leaves))
+        total = sum(map(bytes_of_example, leaves))
         return [
             node
             for node in self.facts.residuals
             if is_float(node)
             and node.meta["val"].element_size() == 4
-            and _size(node) > 2 * (total - _size(node) // 2)
+            and bytes_of_example(node) > 2 * (total - bytes_of_example(node) // 2)
             and self._is_made_of_halves(node)
         ]
 
@@ -127,7 +127,7 @@ class Exactness:
 
     def _is_made_of_halves(self, node: fx.Node) -> bool:
         """Tell whether what a value is made of, if it is not much smaller, has 16 bits."""
-        large = [leaf for leaf in self._leaves([node]) if 8 * _size(leaf) > _size(node)]
+        large = [leaf for leaf in self._leaves([node]) if 8 * bytes_of_example(leaf) > bytes_of_example(node)]
         return bool(large) and all(leaf.meta["val"].element_size() == 2 for leaf in large)
 
     def _known(self) -> set[fx.Node]:
@@ -143,9 +143,3 @@ class Exactness:
             ):
                 known.add(node)
         return known
-
-
-def _size(node: fx.Node) -> int:
-    """Return the bytes of a tensor; zero for several."""
-    value = node.meta.get("val")
-    return hint(value.numel()) * value.element_size() if isinstance(value, Tensor) else 0

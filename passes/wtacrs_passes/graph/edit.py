@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from .operations import NOISE_OF, aten, is_view, mutates, prims
-from .torch_api import detect_fake_mode, fake_like, make_graph_module, trace_operations
+from .torch_api import detect_fake_mode, fake_like, hint, make_graph_module, trace_operations
 
 
 def sort_by_place(graph: fx.Graph, places: Mapping[fx.Node, int]) -> None:
@@ -62,6 +62,12 @@ def nbytes(value: Any) -> sympy.Expr:
     if not isinstance(value, torch.Tensor):
         return sympy.Integer(0)
     return sympy_size(value.numel()) * value.element_size()
+
+
+def bytes_of_example(node: fx.Node) -> int:
+    """Return the bytes of a node's tensor with the sizes of the example inputs; zero where it is none, or several."""
+    value = node.meta.get("val")
+    return hint(value.numel()) * value.element_size() if isinstance(value, torch.Tensor) else 0
 
 
 def sympy_size(size: Any) -> sympy.Expr:

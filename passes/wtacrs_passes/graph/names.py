@@ -88,9 +88,7 @@ def parameter_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> dic
     for value, descriptor in outputs_with_descriptors(graph):
         if not isinstance(value, fx.Node) or not isinstance(value.meta.get("val"), torch.Tensor):
             continue  # an inner value of a subclass that is no tensor, such as the mesh of a DTensor
-        while hasattr(descriptor, "base"):
-            descriptor = descriptor.base
-        known = named_input(getattr(descriptor, "grad_of", None), table)
+        known = named_input(_differentiated(descriptor), table)
         if known is not None and known.kind == "parameter":
             gradients[value] = known.name
         else:
@@ -98,12 +96,17 @@ def parameter_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> dic
     return {value: name for value, name in gradients.items() if value not in others}
 
 
+def _differentiated(descriptor: Any) -> Any:
+    """Return the descriptor of the input that an output is the gradient of; None of others."""
+    while hasattr(descriptor, "base"):  # inner tensor of a subclass
+        descriptor = descriptor.base
+    return getattr(descriptor, "grad_of", None)
+
+
 def hands_on_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> bool:
     """Tell whether a gradient is of an input that is no parameter: the graph is one of several of a step."""
     for value, descriptor in outputs_with_descriptors(graph):
-        while hasattr(descriptor, "base"):
-            descriptor = descriptor.base
-        source = getattr(descriptor, "grad_of", None)
+        source = _differentiated(descriptor)
         if isinstance(value, fx.Node) and source is not None and named_input(source, table) is None:
             return True
     return False
