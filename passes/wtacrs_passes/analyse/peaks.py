@@ -20,7 +20,7 @@ from ..graph.cones import is_tangent
 from ..graph.edit import bytes_of_example, output_of
 from ..graph.names import module_path, outputs_with_descriptors
 from ..graph.operations import VIEWS, is_loop, is_view, reduces
-from ..graph.torch_api import hint, invoke_subgraph, trace_operations
+from ..graph.torch_api import invoke_subgraph, trace_operations
 from ..maths import ops
 from ..maths.chunks import function_of
 from ..report import Peak
@@ -201,7 +201,7 @@ def _readers(node: fx.Node) -> Iterable[fx.Node]:
 
 
 def _workspace(node: fx.Node) -> int:
-    """Return the bytes that an operation needs beside its results: of a region; of one chunk, and sums in float32."""
+    """Return the bytes that an operation needs beside its results: of a region; of one chunk."""
     if node.target is invoke_subgraph:
         body = getattr(node.graph.owning_module, str(node.args[0].target))  # type: ignore[union-attr]
         return max(
@@ -210,12 +210,7 @@ def _workspace(node: fx.Node) -> int:
     if node.target is not ops.in_chunks:
         return 0
     arguments: tuple[Any, ...] = node.args
-    body, kinds, rowwise, shared, chunk = arguments[:5]
+    body, _, rowwise, shared, chunk = arguments[:5]
     values = [x.meta["val"][:chunk] for x in rowwise] + [x.meta["val"] for x in shared]
     graph = trace_operations(lambda *xs: tuple(function_of(body)(chunk, *xs)), values)
-    results = [
-        value for value, kind in zip(node.meta["val"], kinds, strict=True) if kind in ("product", "sampled")
-    ]
-    sums: int = sum(4 * hint(result.numel()) for result in results)
-    rounded: int = sum(result.element_size() * hint(result.numel()) for result in results)
-    return max(sums, sums + _Memory(graph).least_peak({}, "").size - rounded)
+    return _Memory(graph).least_peak({}, "").size

@@ -46,7 +46,7 @@ def in_chunks(
         center: the mean row of b in a chunk is subtracted and its product added.
         compiled: `body` is compiled by Inductor when it is called first.
 
-    Sums of floating-point numbers are in float32 at least, and rounded once to the dtype of what is summed.
+    Sums of floating-point numbers are in float32 at least, and left so: who reads them rounds them.
     """
     function = compiled_function_of(body) if compiled else function_of(body)
     total = rowwise[0].shape[0]
@@ -128,7 +128,6 @@ class _Part:
     def __init__(self, total: int, chunk: int, sampling: _Sampling) -> None:
         self.total, self.chunk, self.sampling = total, chunk, sampling
         self.value: Tensor | None = None
-        self.dtype: torch.dtype | None = None
 
     def add(self, start: int, values: Any) -> None:
         """Take the values of the chunk that begins with row `start`."""
@@ -140,16 +139,14 @@ class _Part:
     def result(self) -> Tensor:
         """Return what all chunks come to."""
         self.multiply(at_last=True)
-        assert self.value is not None and self.dtype is not None
-        return self.value.to(self.dtype)
+        assert self.value is not None
+        return self.value
 
     def _sum_like(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
         """Return the sum and how to add to it: what comes first is copied."""
         if self.value is not None:
             return self.value, Tensor.add_
-        self.dtype = x.dtype
-        wide = torch.promote_types(x.dtype, torch.float32) if x.is_floating_point() else x.dtype
-        self.value = x.new_empty(shape, dtype=wide)
+        self.value = x.new_empty(shape, dtype=_wide(x.dtype))
         return self.value, Tensor.copy_
 
 
@@ -157,7 +154,7 @@ class _Rows(_Part):
     def add(self, start: int, values: Any) -> None:
         x = next(values)
         if self.value is None:
-            self.value, self.dtype = x.new_empty((self.total, *x.shape[1:])), x.dtype
+            self.value = x.new_empty((self.total, *x.shape[1:]))
         self.value[start : start + x.shape[0]] = x
 
 
@@ -205,6 +202,11 @@ class _SampledProduct(_Product):
         return self.sampling(number, next(values), next(values), next(values))
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums of a dtype."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
     """Add ``a @ b`` to a sum where it lies, or write it there, in one call of CUDA's library."""
     if a.dtype == total.dtype:
@@ -234,5 +236,5 @@ def in_chunks_fake(
         shape = (x.shape[1], next(values).shape[1]) if kind in ("product", "sampled") else x.shape
         if kind == "sampled":
             next(values)  # norms
-        results.append(x.new_empty(shape))
+        results.append(x.new_empty(shape, dtype=x.dtype if kind == "rows" else _wide(x.dtype)))
     return results

@@ -10,8 +10,8 @@ After::
     losses, dh, dW = in_chunks("h, labels, W -> losses, dh, dW for t = 1", [h, labels], [W])   # forward pass
     dh = dh * t; dW = dW * t                                              # backward pass
 
-Nothing is computed twice. dW waits for the backward pass in the dtype that it has there; an estimate of it, which has
-noise of its own, in 8 bits, rounded at random so that it stays unbiased.
+Nothing is computed twice. dW is summed in float32; it waits for the backward pass in the dtype that it has there; an
+estimate of it, which has noise of its own, in 8 bits, rounded at random so that it stays unbiased.
 """
 
 from __future__ import annotations
@@ -171,11 +171,14 @@ def _rewrite(
             part.meta[IS_PRODUCT] = result.node.target in GEMMS
             if (stack := loss.head.meta.get("nn_module_stack")) is not None:
                 part.meta["nn_module_stack"] = stack
+            if kinds[result.node] != "sampled":
+                part = editor.cast_like(part, result.node)
             value = editor.call(aten.permute.default, part, [1, 0]) if result.transposed else part
             value = _shaped(editor, _mean(editor, value, result), result.node)
             if result.scaled:
                 (estimates if kinds[result.node] == "sampled" else stored).append(part)
-                value = editor.cast_like(editor.call(aten.mul.Tensor, value, loss.tangent), result.node)
+                value = editor.call(aten.mul.Tensor, value, loss.tangent)
+            value = editor.cast_like(value, result.node)
             value.meta = {**result.node.meta, "val": value.meta["val"]}
             result.node.replace_all_uses_with(value)
             if result.node in products:
