@@ -26,6 +26,7 @@ BENCHMARKS = (
     ["regime", *shlex.split(SMOLLM2)],
     ["regime", *shlex.split(SMOLLM2), "--precision", "float32"],
     ["roofline"],
+    ["encodings"],
     ["frontier"],
     ["scaling"],
     ["gpu"],

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -28,16 +28,18 @@ SHAPE, TINY = (4096, 1536), (8, 64)
 PRECISIONS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 COPY = "copy"
 
-Function = Callable[..., tuple[Tensor, ...]]
+Function = Callable[..., Any]
 
 
-def copy(x: Tensor) -> tuple[Tensor, ...]:
-    return (x.clone(),)
+def copy(x: Tensor) -> Tensor:
+    return x.clone()
 
 
 def pairs(features: int, dtype: torch.dtype) -> dict[str, tuple[Function, Function]]:
     """Return, for each encoding, what encodes a tensor and what decodes that."""
-    table = tabulate(lambda x: torch.sigmoid(x) * (1 + x * (1 - torch.sigmoid(x))), 3)  # the derivative of SiLU
+    table = tabulate(
+        lambda x: torch.sigmoid(x) * (1 + x * (1 - torch.sigmoid(x))), 3
+    )  # the derivative of SiLU
     assert table is not None
     found: dict[str, tuple[Function, Function]] = {
         name: (
@@ -112,7 +114,9 @@ def main(
 ) -> None:
     """Measure every encoding; append rows to bench/results."""
     for precision in PRECISIONS:
-        record(rows(TINY if quick else SHAPE, precision, device, 2 if quick else rounds, calls), keep=not quick)
+        record(
+            rows(TINY if quick else SHAPE, precision, device, 2 if quick else rounds, calls), keep=not quick
+        )
 
 
 if __name__ == "__main__":

@@ -81,35 +81,78 @@ def quantise(
         bits: 8 or 4.
 
     Returns:
-        codes: int8 [..., features] for 8 bits, uint8 [..., ceil(features / 2)] for 4;
+        codes: int8 [..., features] for 8 bits, uint8 [..., ceil(features / 2)] for 4: two neighbouring groups share
+            bytes, or the two halves of a row;
         peaks: [..., groups], of the dtype of `x` (float32 for float64).
     """
+    features = x.shape[-1]
+    group = group_size(features, bits)
+    groups = _blocks(x.float(), -1, group)
+    draws = None
+    if of_rows is not None and of_features is not None:
+        draws = _blocks((of_rows + of_features).frac(), -1, group)
+    pairs = bits == 4 and _shares_bytes(features, group)
+    if pairs:  # each of a pair by itself, so that one loop over both finds their peaks and packs them
+        parts = [(_of_pairs(groups, i), None if draws is None else _of_pairs(draws, i)) for i in (0, 1)]
+    else:
+        parts = [(groups, draws)]
+    rounded, peaks = zip(*(_round(*part, bits) for part in parts), strict=True)
+    dtype = x.dtype if x.element_size() == 2 else torch.float32
+    stored = torch.cat([peak.to(dtype) for peak in peaks], -1).flatten(-2)
+    if bits == 8:
+        return rounded[0].to(torch.int8).view(x.shape), stored
+    shifted = [(steps + 2 ** (bits - 1)).to(torch.uint8) for steps in rounded]
+    if pairs:
+        return (shifted[0] | (shifted[1] << 4)).flatten(-2), stored
+    return pack(shifted[0].view(x.shape), bits), stored
+
+
+def _round(groups: Tensor, draws: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    """Return groups in steps of their peaks, as whole numbers, and the peaks.
+
+    Args:
+        groups: [..., groups, group], float32; draws: alike, in [0, 1): round down after they are added.
+
+    Returns:
+        steps: [..., groups, group], or [..., features]; peaks: [..., groups, 1].
+    """
     largest = levels(bits)
-    group = group_size(x.shape[-1], bits)
-    wide = _blocks(x.float(), -1, group)
-    peaks = wide.abs().amax(-1, keepdim=True)
+    peaks = groups.abs().amax(-1, keepdim=True)
     per_unit = largest / peaks
     usable = (per_unit > 0) & (per_unit < torch.inf)
-    steps = torch.where(usable, wide * per_unit, 0.0)
-    if of_rows is None or of_features is None:
-        steps = steps.round()
-    else:
-        steps = (steps + _blocks((of_rows + of_features).frac(), -1, group)).floor()
-    if x.device.type == "cpu":  # two flat loops are faster there; in groups, Triton has one kernel for both
+    steps = torch.where(usable, groups * per_unit, 0.0)
+    steps = steps.round() if draws is None else (steps + draws).floor()
+    if (
+        groups.device.type == "cpu" and bits == 8
+    ):  # two flat loops are faster there; Triton has one kernel for both
         steps = steps.flatten(-2)
-    steps = steps.clamp(-largest, largest)
-    if bits == 8:
-        codes = steps.to(torch.int8).view(x.shape)
-    else:
-        codes = pack((steps + 2 ** (bits - 1)).to(torch.uint8).view(x.shape), bits)
-    return codes, peaks.squeeze(-1).to(x.dtype if x.element_size() == 2 else torch.float32)
+    return steps.clamp(-largest, largest), peaks
+
+
+def _shares_bytes(features: Any, group: Any) -> bool:
+    """Tell whether codes of 4 bits of two neighbouring groups lie in the same bytes, not those of halves of a row.
+
+    Runs of a whole group are what vectors of a CPU and blocks of Triton read at once.
+    """
+    return isinstance(features, int) and features % (2 * group) == 0
+
+
+def _of_pairs(groups: Tensor, which: int) -> Tensor:
+    """Return the first or the second of each pair of neighbouring groups."""
+    pairs: Tensor = groups.unflatten(-2, (-1, 2))  # type: ignore[no-untyped-call]
+    return pairs.select(-2, which)
 
 
 def dequantise(codes: Tensor, peaks: Tensor, *, bits: int, features: Any, dtype: torch.dtype) -> Tensor:
     """Decode what :func:`quantise` returned: ``[..., features]`` of `dtype`."""
-    steps = codes.float() if bits == 8 else unpack(codes, 4, features).float() - 2 ** (bits - 1)
-    groups = _blocks(steps, -1, group_size(features, bits))
-    return (groups * (peaks.float() * (1 / levels(bits))).unsqueeze(-1)).flatten(-2).to(dtype)
+    group = group_size(features, bits)
+    if bits == 8:
+        steps = _blocks(codes.float(), -1, group)
+    elif _shares_bytes(features, group):
+        steps = _spread(_blocks(codes, -1, group), bits).flatten(-3, -2).float() - 2 ** (bits - 1)
+    else:
+        steps = _blocks(unpack(codes, bits, features).float() - 2 ** (bits - 1), -1, group)
+    return (steps * (peaks.float() * (1 / levels(bits))).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def dequantise_shares(
@@ -158,11 +201,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, n: Any) -> Tensor:
     """Invert :func:`pack`: ``[..., n]``, uint8."""
-    blocks = 8 // bits
-    shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8).unsqueeze(-1)
-    codes: Tensor = ((packed.unsqueeze(-2) >> shifts) & (2**bits - 1)).flatten(-2)
-    whole = isinstance(n, int) and n % blocks == 0
+    codes = _spread(packed, bits).flatten(-2)
+    whole = isinstance(n, int) and n % (8 // bits) == 0
     return codes if whole else codes.narrow(-1, 0, n)
+
+
+def _spread(packed: Tensor, bits: int) -> Tensor:
+    """Return the codes that lie over each other: ``[..., bytes]`` to ``[..., 8 / bits, bytes]``."""
+    shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8).unsqueeze(-1)
+    codes: Tensor = (packed.unsqueeze(-2) >> shifts) & (2**bits - 1)
+    return codes
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -209,9 +257,10 @@ def encode_table(x: Tensor, *, table: Table) -> tuple[Tensor, ...]:
     """
     magnitude = x.float().abs()
     point = magnitude if table.even else x.float()
-    codes = torch.zeros_like(point, dtype=torch.uint8)
+    count = torch.zeros_like(point)  # in float32: vectors of CPUs turn masks of floats into floats alone
     for boundary in table.boundaries:
-        codes = codes + (point > boundary).to(torch.uint8)
+        count = count + (point > boundary).to(torch.float32)
+    codes = count.to(torch.uint8)
     marks = magnitude.amax(-1, keepdim=True) * 0.0
     return (*(pack((codes >> low) & (2**width - 1), width) for low, width in _planes(table.bits)), marks)
 
@@ -224,9 +273,10 @@ def decode_table(*stored: Tensor, table: Table, features: Any, dtype: torch.dtyp
         part = unpack(packed, width, features) << low
         codes = part if codes is None else codes | part
     assert codes is not None
-    values = torch.full_like(codes, table.values[0], dtype=torch.float32)
+    number = codes.to(torch.float32)
+    values = torch.full_like(number, table.values[0])
     for piece, value in enumerate(table.values[1:], start=1):
-        values = torch.where(codes >= piece, value, values)
+        values = torch.where(number >= piece, value, values)
     return (values + marks).to(dtype)
 
 
