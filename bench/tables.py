@@ -275,6 +275,14 @@ TABLES: dict[str, Table] = {
         _variant,
         lambda row: _beside(row) if row.ratio else _value(row),
     ),
+    "encodings": Table(
+        "encodings",
+        "share of the speed of a copy",
+        lambda row: row.device == "cpu",
+        _variant,
+        lambda row: row.dtype,
+        _ratio,
+    ),
     "without-head": Table(
         "frontier",
         "",
