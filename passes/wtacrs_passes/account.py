@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence, Set
 
 import sympy
@@ -66,6 +67,9 @@ def make_report(
             product.module, product.parameter, rows_, rows_, "", "", "", ledger.encoding(product),
             simplify(size_before), simplify(size_after), reason,
         )  # fmt: skip
+    for product, precision, reason in plan.precisions:
+        shown = f"exact: {reason}" if reason else precision
+        found[product.node] = dataclasses.replace(found[product.node], product=shown)
     reports = [found[product.node] for product in analysis.products]
     for loss in joint.losses:
         reports += _made_with(loss, ledger)

@@ -19,6 +19,7 @@ from .analyse.annotations import Annotations, erase_markers, take_annotations
 from .analyse.peaks import predict_peak
 from .analyse.products import Analysis, find_products
 from .decide.plan import Plan
+from .decide.precision import plan_precision
 from .decide.rows import plan_rows
 from .decide.storage import plan_storage
 from .graph.cones import has_tangents
@@ -57,6 +58,7 @@ from .rewrite.chunk_losses import chunk_losses
 from .rewrite.encode_residuals import encode_residuals
 from .rewrite.merge_equal import merge_equal
 from .rewrite.reassociate import reassociate
+from .rewrite.round_products import round_products
 from .rewrite.sample_rows import sample_rows
 from .rewrite.slice_before_heads import slice_before_heads
 
@@ -69,10 +71,12 @@ PASSES: tuple[Pass, ...] = (
     chunk_losses,
     find_products,
     plan_rows,
+    plan_precision,
     sample_rows,
     reassociate,
     plan_storage,
     encode_residuals,
+    round_products,
     spell_operations,
     scatter_into_sums,
     lower_noise,
@@ -233,6 +237,9 @@ def _milder(policy: Policy) -> Iterator[tuple[str, Policy]]:
 
     Nothing is given up where a loss is computed in chunks: all logits at once would be back.
     """
+    if policy.rounds_products:
+        yield f"product {policy.product!r}", policy
+        policy = policy.everywhere(product="exact")
     yield f"residuals {policy.residuals!r}", policy
     yield "sampled rows", policy.everywhere(residuals="exact")
     yield "", policy.everywhere(residuals="exact", ratio=1.0)

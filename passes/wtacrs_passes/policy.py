@@ -16,6 +16,7 @@ Estimator = Literal["wta-systematic", "wta-crs", "crs", "topk", "rmm-rademacher"
 Placement = Literal["auto", "forward", "backward"]
 Residuals = Literal["exact", "lossless", "balanced", "small"]
 Rounding = Literal["nearest", "stochastic"]
+Precision = Literal["exact", "bfloat16", "int8", "float8"]
 
 
 class PolicyError(ValueError):
@@ -68,6 +69,9 @@ class Sampling:
             common direction, as in language models.
         attention: sample the gradients of products of two activations as well: ``QK^T`` and ``PV`` where they
             are written as ``matmul`` or ``bmm``. Their error reaches the layers below; it is unbiased there.
+        product: bits of the two factors of a weight gradient, of all rows or of the sampled ones: ``exact``, as the
+            program has them; ``int8``, rounded at random, unbiased; ``bfloat16`` and ``float8``, rounded to the
+            nearest. Errors as in `maths.low_precision`.
 
     Raises:
         PolicyError: a value outside its range.
@@ -82,6 +86,7 @@ class Sampling:
     rounding: Rounding = "nearest"
     center: bool = False
     attention: bool = False
+    product: Precision = "exact"
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
@@ -102,6 +107,7 @@ class Sampling:
         _check_choice("placement", self.placement, get_args(Placement))
         _check_choice("residuals", self.residuals, get_args(Residuals))
         _check_choice("rounding", self.rounding, get_args(Rounding))
+        _check_choice("product", self.product, get_args(Precision))
 
     @property
     def share(self) -> Fraction:
@@ -122,7 +128,7 @@ class Rule:
     Args:
         pattern: fnmatch pattern over module paths as ``named_modules()`` prints them.
         overrides: any of ratio, min_rows, min_features, estimator, placement, residuals, rounding, center,
-            attention.
+            attention, product.
     """
 
     pattern: str
@@ -202,6 +208,12 @@ class Policy(Sampling):
             Rule(rule.pattern, **{k: v for k, v in rule.overrides if k not in fields}) for rule in self.rules
         ]
         return dataclasses.replace(self, rules=tuple(rules), **fields)
+
+    @property
+    def rounds_products(self) -> bool:
+        """Tell whether products of any module are in another precision than the program's."""
+        rules = (dict(rule.overrides).get("product", "exact") for rule in self.rules)
+        return any(product != "exact" for product in (self.product, *rules))
 
     def samples_attention(self, module: str) -> bool:
         """Tell whether products of two activations of `module` (a path) are sampled."""

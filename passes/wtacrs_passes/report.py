@@ -37,7 +37,8 @@ class SiteReport:
         bytes_before: bytes of X among the tensors that Inductor would have saved.
         bytes_after: bytes stored for this product now; a residual that several products share is
             counted at the first.
-        reason: why the product is exact; empty where it is sampled.
+        reason: why all rows are multiplied; empty where they are sampled.
+        product: in which precision, `Sampling.product`; with the reason where it is not as the policy says.
     """
 
     module: str
@@ -51,6 +52,7 @@ class SiteReport:
     bytes_before: Size
     bytes_after: Size
     reason: str = ""
+    product: str = "exact"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +207,7 @@ class Report:
             "encoding",
             "before",
             "after",
+            "product",
             "",
         )
         lines = [
@@ -219,6 +222,7 @@ class Report:
                 site.encoding,
                 format_bytes(site.bytes_before),
                 format_bytes(site.bytes_after),
+                site.product,
                 site.reason,
             )
             for site in self.sites

@@ -20,7 +20,7 @@ from ..graph.cones import is_tangent
 from ..graph.edit import bytes_of_example, output_of
 from ..graph.names import module_path, outputs_with_descriptors
 from ..graph.operations import VIEWS, is_loop, is_view, reduces
-from ..graph.torch_api import invoke_subgraph, trace_operations
+from ..graph.torch_api import hint, invoke_subgraph, trace_operations
 from ..maths import ops
 from ..maths.chunks import function_of
 from ..report import Peak
@@ -201,12 +201,14 @@ def _readers(node: fx.Node) -> Iterable[fx.Node]:
 
 
 def _workspace(node: fx.Node) -> int:
-    """Return the bytes that an operation needs beside its results: of a region; of one chunk."""
+    """Return the bytes that an operation needs beside its results: of a region; of one chunk; of codes."""
     if node.target is invoke_subgraph:
         body = getattr(node.graph.owning_module, str(node.args[0].target))  # type: ignore[union-attr]
         return max(
             0, _Memory(body.graph).least_peak({}, "").size - sum(map(bytes_of_example, _results(node)))
         )
+    if node.target is ops.multiply:
+        return _codes_and_sums(node)
     if node.target is not ops.in_chunks:
         return 0
     arguments: tuple[Any, ...] = node.args
@@ -214,3 +216,11 @@ def _workspace(node: fx.Node) -> int:
     values = [x.meta["val"][:chunk] for x in rowwise] + [x.meta["val"] for x in shared]
     graph = trace_operations(lambda *xs: tuple(function_of(body)(chunk, *xs)), values)
     return _Memory(graph).least_peak({}, "").size
+
+
+def _codes_and_sums(node: fx.Node) -> int:
+    """Return the bytes of both factors in 8 or 16 bits, and of a result in 32 before and after it is scaled."""
+    factors: Any = node.args[:2]
+    itemsize = 2 if node.args[-1] == "bfloat16" else 1
+    codes = sum(itemsize * hint(factor.meta["val"].numel()) for factor in factors)
+    return codes + 8 * hint(node.meta["val"].numel())

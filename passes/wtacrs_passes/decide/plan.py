@@ -10,7 +10,7 @@ from torch import fx
 from ..analyse.annotations import NormState, TokenMask
 from ..analyse.products import Product
 from ..maths.encodings import Table
-from ..policy import Sampling
+from ..policy import Precision, Sampling
 
 Encoding: TypeAlias = Literal["exact", "rows", "int8", "int4", "table", "bits", "recompute"]
 """How a residual reaches the backward pass.
@@ -80,12 +80,15 @@ class Plan:
 
     Attributes:
         sites: what is sampled.
-        exact: products that stay exact, with the reason.
+        exact: products of all rows, with the reason.
+        precisions: how each product is multiplied that is to be in fewer bits, see `Sampling.product`; with the reason
+            where it is not.
         residuals: how everything else that the backward pass reads is stored.
         made_of_inputs: what cheap operations make of inputs that stay as they are.
     """
 
     sites: tuple[Site, ...] = ()
     exact: tuple[tuple[Product, str], ...] = ()
+    precisions: tuple[tuple[Product, Precision, str], ...] = ()
     residuals: tuple[Stored, ...] = ()
     made_of_inputs: frozenset[fx.Node] = frozenset()

@@ -281,5 +281,6 @@ def decode_table(*stored: Tensor, table: Table, features: Any, dtype: torch.dtyp
 
 
 def _planes(bits: int) -> tuple[tuple[int, int], ...]:
-    """Split a code into parts that fill bytes: (lowest bit, width)."""
-    return {1: ((0, 1),), 2: ((0, 2),), 3: ((0, 2), (2, 1)), 4: ((0, 4),)}[bits]
+    """Split a code of less than 8 bits into parts that fill bytes: (lowest bit, width)."""
+    widths = [width for width in (4, 2, 1) if bits & width]
+    return tuple((sum(widths[:i]), width) for i, width in enumerate(widths))

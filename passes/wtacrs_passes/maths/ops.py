@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import chunks, estimators
+from . import chunks, estimators, low_precision
 
 _LIBRARY = torch.library.Library("wtacrs", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
@@ -26,6 +26,7 @@ for _schema in (
     "require_zero(Tensor norms, Tensor mask) -> Tensor",
     "token_mask(Tensor mask) -> ()",
     "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
+    "multiply(Tensor a, Tensor b, Tensor? of_rows, Tensor? of_columns, str product) -> Tensor",
     "in_chunks(str body, str[] kinds, Tensor[] rowwise, Tensor[] shared, int chunk, Tensor? noise, int[] share, "
     "str estimator, bool center, bool compiled) -> Tensor[]",
 ):
@@ -202,6 +203,7 @@ for _name, _kernel, _fake in (
     ("gradient_weights", _gradient_weights, _gradient_weights_fake),
     ("record_norms", _record_norms, lambda fresh, norms, positions: None),
     ("require_zero", _require_zero, lambda norms, mask: norms.new_empty(())),
+    ("multiply", low_precision.multiply, lambda a, b, *_: a.new_empty((a.shape[1], b.shape[1]))),
     ("in_chunks", chunks.in_chunks, chunks.in_chunks_fake),
     ("token_mask", lambda mask: None, lambda mask: None),
     ("norm_state", lambda x, known, fresh: None, lambda x, known, fresh: None),
@@ -254,6 +256,9 @@ require_zero = torch.ops.wtacrs.require_zero.default
 
 Raise where a masked row has a finite norm above zero (on CUDA an assertion on the device).
 """
+
+multiply = torch.ops.wtacrs.multiply.default
+"""As :func:`low_precision.multiply`."""
 
 in_chunks = torch.ops.wtacrs.in_chunks.default
 """As :func:`chunks.in_chunks`."""

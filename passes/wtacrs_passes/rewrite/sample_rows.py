@@ -82,14 +82,16 @@ def sample_rows(joint: Joint) -> None:
         return
     editor = Editor(joint.graph)
     joint.sites = [
-        (_combine_site if site.sampling.estimator in PROJECTIONS else _sample_site)(editor, site)
+        (_combine_site if site.sampling.estimator in PROJECTIONS else _sample_site)(
+            editor, site, joint.products
+        )
         for site in joint.plan.sites
     ]
     sort_by_place(joint.graph, {node: place for place, node in enumerate(joint.graph.nodes)})
     joint.graph.eliminate_dead_code()
 
 
-def _sample_site(editor: Editor, site: Site) -> SampledSite:
+def _sample_site(editor: Editor, site: Site, products: dict[Product, fx.Node]) -> SampledSite:
     last = site.products[-1].node
     stored: list[fx.Node] = []
     with editor.after(_source(site)):
@@ -120,7 +122,7 @@ def _sample_site(editor: Editor, site: Site) -> SampledSite:
                 )
             elif site.placement == "forward":
                 drawn = _carry(editor, drawn, _total(editor, dy, None), zero)
-            _replace(product, _multiply(editor, product, rows, drawn))
+            products[product] = _replace(product, _multiply(editor, product, rows, drawn))
     if site.encoding == "rows":
         stored.append(rows)
     return SampledSite(site, draw.node, stored, rows, site.products[0].stored_names)
@@ -138,7 +140,7 @@ def _scale_half(editor: Editor, row: fx.Node, factor: float, like: fx.Node) -> f
     return editor.call(aten.mul.Tensor, row, factor) if half else row
 
 
-def _combine_site(editor: Editor, site: Site) -> SampledSite:
+def _combine_site(editor: Editor, site: Site, products: dict[Product, fx.Node]) -> SampledSite:
     """Replace products by those of random combinations of rows, from the same random numbers."""
     with editor.after(_source(site)):
         x = _operand(editor, site.products[0], tangent=False)
@@ -161,7 +163,7 @@ def _combine_site(editor: Editor, site: Site) -> SampledSite:
                 combined = _append(
                     editor, combined, _scale_half(editor, _total(editor, dy, None), 1 / _HALF_SUM, dy)
                 )
-            _replace(product, _multiply(editor, product, rows, combined))
+            products[product] = _replace(product, _multiply(editor, product, rows, combined))
     return SampledSite(site, seed, stored, rows, site.products[0].stored_names)
 
 
@@ -171,9 +173,10 @@ def _source(site: Site) -> fx.Node:
     return rows_first(product.node, 1 - product.tangent_side)[0]
 
 
-def _replace(product: Product, estimate: fx.Node) -> None:
+def _replace(product: Product, estimate: fx.Node) -> fx.Node:
     product.node.replace_all_uses_with(estimate)
     estimate.meta = {**product.node.meta, "val": estimate.meta["val"]}
+    return estimate
 
 
 def _operand(editor: Editor, product: Product, tangent: bool) -> fx.Node:

@@ -1,0 +1,61 @@
+"""Decide which weight-gradient products are multiplied in fewer bits than the program has."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..analyse.products import Product
+from ..graph.operations import aten, makes_sparse
+from ..graph.torch_api import is_unbacked
+from ..joint import Joint
+from ..policy import Sampling
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_EIGHTS, _FEWEST = 8, 16
+"""What libraries for GPUs multiply in 8 bits: sizes that eight divides, more than sixteen rows of the result."""
+_FLOAT8_CAPABILITY = (8, 9)
+
+
+def plan_precision(joint: Joint) -> None:
+    """Choose the precision of every weight-gradient product for which the policy names another than the program's."""
+    sparse = "the graph makes a sparse tensor" if makes_sparse(joint.graph) else ""
+    planned = []
+    for product in joint.analysis.products:
+        sampling = joint.policy.sampling(product.module)
+        if sampling is not None and sampling.product != "exact":
+            reason = sparse or reason_for_full_precision(product, sampling)
+            planned.append((product, sampling.product, reason))
+    joint.plan = dataclasses.replace(joint.plan, precisions=tuple(planned))
+
+
+def reason_for_full_precision(product: Product, sampling: Sampling) -> str:
+    """Return why a product is multiplied in the precision that the program has; an empty string where it is not."""
+    value = product.node.meta["val"]
+    if product.node.target is not aten.mm.default:
+        return "a batch of products"
+    if value.dtype not in _FLOATS:
+        return f"{value.dtype} has no such product"
+    if sampling.product == "bfloat16" and value.dtype != torch.float32:
+        return f"{value.dtype} has 16 bits already"
+    if is_unbacked(product.rows):
+        return "as many rows as the data says, unknown when it is compiled"
+    sizes = [size for size in value.shape if isinstance(size, int)]
+    if len(sizes) < 2 or 0 in (*sizes, product.rows):
+        return "nothing to multiply" if 0 in (*sizes, product.rows) else "features of any number"
+    if min(sizes) < sampling.min_features:
+        return f"{min(sizes)} features, fewer than min_features"
+    return "" if value.device.type == "cpu" else _reason_on_gpu(value, sampling)
+
+
+def _reason_on_gpu(value: torch.Tensor, sampling: Sampling) -> str:
+    if sampling.product == "bfloat16":
+        return ""
+    if any(size % _EIGHTS for size in value.shape) or value.shape[0] <= _FEWEST:
+        return f"{tuple(value.shape)}: on a GPU sizes that {_EIGHTS} divides, more than {_FEWEST}, are needed"
+    if sampling.product == "float8" and value.device.type == "cuda" and torch.version.cuda:
+        major, minor = torch.cuda.get_device_capability(value.device)
+        if (major, minor) < _FLOAT8_CAPABILITY:
+            return f"a GPU of compute capability {major}.{minor} has no float8, which needs 8.9"
+    return ""

@@ -1,0 +1,116 @@
+"""Products ``A^T B`` over rows in fewer bits than their operands have: all rows, little noise.
+
+============  ====================================  =================================================================
+product       operands                              error of an element of the result, beside that of sums in float32
+============  ====================================  =================================================================
+``bfloat16``  rounded to the nearest                at most 2^-7 of ``sum_i |a_i b_i|``, and its own rounding
+``int8``      one scale a column, its largest       to the nearest at most ``sum_i (|a_i| t + |b_i| s) / 2 + s t / 4``
+              magnitude / 127                       for scales s and t; at random unbiased, twice that bound
+``float8``    e4m3, one scale a column, its         at most 2^-3 of ``sum_i |a_i b_i|`` and its own rounding, for
+              largest magnitude / 448               elements above 2^-14 of their column's largest
+============  ====================================  =================================================================
+
+A scale of a column leaves the sum over the rows; that of a row would not. Rounded at random,
+``x -> s floor(x / s + u)`` with u uniform in [0, 1), the errors of both operands have mean zero and do not depend on
+each other, so the product is unbiased. The random numbers of an operand are ``frac(r_i + c_j)``: any two are
+independent, so variances add up.
+
+A column with NaN or Inf makes NaN of its row or column of the result, so that neither is hidden; one of zeros, zeros.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+MOST_ROWS = 2**17
+"""Rows whose products of 8 bits fit into a sum of 32 bits: 2^17 * 127^2 < 2^31."""
+_LARGEST = {"int8": 127.0, "float8": 448.0}
+"""The largest magnitude of a code."""
+_IN_CACHE = 2**17  # elements of a block of rows
+
+Draw = tuple[Tensor, Tensor]
+"""Uniform random numbers of rows and of columns, see above."""
+
+
+def multiply(a: Tensor, b: Tensor, of_rows: Tensor | None, of_columns: Tensor | None, product: str) -> Tensor:
+    """Return ``a^T b``, [m, n], in the dtype of `a`.
+
+    Args:
+        a, b: [rows, m] and [rows, n], float.
+        of_rows, of_columns: [2, rows] and [m + n], independent and uniform in [0, 1), to round ``int8`` at random; to
+            the nearest without them.
+        product: ``bfloat16``, ``int8`` or ``float8``.
+    """
+    if product == "bfloat16":
+        return torch.mm(a.to(torch.bfloat16).T, b.to(torch.bfloat16)).to(a.dtype)
+    parts = []
+    for i, (rows_a, rows_b) in enumerate(zip(_split(a, MOST_ROWS), _split(b, MOST_ROWS), strict=True)):
+        draws: tuple[Draw | None, Draw | None] = None, None
+        if of_rows is not None and of_columns is not None:
+            rows = _split(of_rows.T, MOST_ROWS)[i].T
+            draws = (rows[0], of_columns[: a.shape[1]]), (rows[1], of_columns[a.shape[1] :])
+        left, right = round_columns(rows_a, draws[0], product), round_columns(rows_b, draws[1], product)
+        parts.append(multiply_codes(*left, *right))
+    return reduce(torch.add, parts).to(a.dtype)
+
+
+def round_columns(x: Tensor, draw: Draw | None, product: str) -> tuple[Tensor, Tensor]:
+    """Round each column in steps of its scale.
+
+    Args:
+        x: [rows, columns], float; draw: [rows] and [columns], or None to round to the nearest.
+        product: ``int8`` or ``float8``, which rounds to the nearest whatever the draw.
+
+    Returns:
+        codes: int8 or float8, [rows, columns]; scales: float32, [columns].
+    """
+    largest = _LARGEST[product]
+    size = max(1, _IN_CACHE // max(x.shape[1], 1)) if x.device.type == "cpu" else MOST_ROWS
+    blocks = _split(x, size)
+    peaks = reduce(torch.maximum, [block.abs().amax(0) for block in blocks]).float()
+    per_unit = largest / peaks
+    usable = (per_unit > 0) & (per_unit < torch.inf)
+    per_unit = torch.where(usable, per_unit, 0.0)
+    codes = []
+    for i, block in enumerate(blocks):
+        steps = block.float() * per_unit
+        if product == "float8":
+            codes.append(steps.clamp(-largest, largest).to(torch.float8_e4m3fn))
+            continue
+        if draw is None:
+            steps = steps.round()
+        else:
+            steps = (steps + (_split(draw[0], size)[i].unsqueeze(-1) + draw[1]).frac()).floor()
+        codes.append(steps.clamp(-largest, largest).to(torch.int8))
+    return codes[0] if len(codes) == 1 else torch.cat(codes), peaks / largest
+
+
+def multiply_codes(a: Tensor, s: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Return the product ``a^T b`` of what :func:`round_columns` returned for two operands: float32 [m, n]."""
+    if a.dtype == torch.float8_e4m3fn:
+        left, right = _columns_first(a).T, _columns_first(b)
+        product = torch._scaled_mm(left, right, s.unsqueeze(-1), t.unsqueeze(0), out_dtype=torch.bfloat16)
+        return product.float()
+    if a.device.type != "cpu":
+        a, b = _columns_first(_whole_eights(a)), _columns_first(_whole_eights(b))
+    return torch._int_mm(a.T, b).float() * s.unsqueeze(-1) * t
+
+
+def _whole_eights(codes: Tensor) -> Tensor:
+    """Return codes with rows of zeros behind them, so that their number is one that libraries for GPUs multiply."""
+    return torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % 8))
+
+
+def _columns_first(x: Tensor) -> Tensor:
+    """Return a matrix whose columns are contiguous, as libraries for GPUs want both operands."""
+    return x.T.contiguous().T
+
+
+def _split(x: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """Return blocks of rows; one where their number is symbolic."""
+    if not isinstance(x.shape[0], int) or x.shape[0] <= rows:
+        return (x,)
+    return torch.split(x, rows)

@@ -1,0 +1,139 @@
+"""Products in few bits: their bounds, that they are unbiased, what is not finite. No compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import is_unbiased
+from torch import Tensor
+
+from wtacrs_passes.maths import low_precision
+from wtacrs_passes.maths.low_precision import multiply, multiply_codes, round_columns
+from wtacrs_passes.maths.ops import multiply as operation
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def factors(dtype: torch.dtype = torch.float32, rows: int = 150) -> tuple[Tensor, Tensor]:
+    """Return factors whose columns are of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(rows, n, generator=generator) for n in (24, 40))
+    return (a * torch.logspace(-2, 2, 24)).to(dtype), (b * torch.logspace(1, -3, 40)).to(dtype)
+
+
+def draws(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.rand(2, a.shape[0]), torch.rand(a.shape[1] + b.shape[1])
+
+
+def sums_of_magnitudes(a: Tensor, b: Tensor) -> Tensor:
+    return a.double().abs().T @ b.double().abs()
+
+
+def int8_bound(a: Tensor, b: Tensor) -> Tensor:
+    """Return the bound of the error to the nearest, by element."""
+    s, t = (x.double().abs().amax(0) / 127 for x in (a, b))
+    of_a, of_b = a.double().abs().sum(0), b.double().abs().sum(0)
+    return (of_a[:, None] * t + s[:, None] * of_b) / 2 + len(a) * s[:, None] * t / 4
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_errors_are_within_their_bounds(dtype: torch.dtype) -> None:
+    a, b = factors(dtype)
+    exact = a.double().T @ b.double()
+    own = exact.abs() * torch.finfo(dtype).eps + 1e-5 * sums_of_magnitudes(a, b)
+    bounds = {
+        "bfloat16": 2**-7 * sums_of_magnitudes(a, b) + 2**-8 * exact.abs(),
+        "int8": int8_bound(a, b),
+        "float8": 2**-3 * sums_of_magnitudes(a, b) + 2**-8 * exact.abs(),
+    }
+    for product, bound in bounds.items():
+        found = multiply(a, b, None, None, product)
+        assert found.dtype == dtype
+        assert bool(((found.double() - exact).abs() <= bound + own).all()), product
+    at_random = multiply(a, b, *draws(a, b), "int8")
+    assert bool(((at_random.double() - exact).abs() <= 4 * bounds["int8"] + own).all())
+
+
+def test_random_rounding_is_unbiased() -> None:
+    a, b = factors(rows=20)
+    runs = torch.stack([multiply(a, b, *draws(a, b), "int8").flatten() for _ in range(3000)])
+    assert is_unbiased(runs, (a.double().T @ b.double()).flatten())
+
+
+@pytest.mark.parametrize("fault", ["none", "one draw for both", "always down"])
+def test_faults_are_seen_by_the_test_of_unbiasedness(fault: str) -> None:
+    """Where all but one row lie half-way between two steps a fault of the random numbers is largest."""
+    a = torch.full((20, 16), 0.5)
+    a[0] = 127.0
+
+    def run() -> Tensor:
+        of_rows, of_columns = draws(a, a)
+        if fault == "one draw for both":
+            of_rows[1], of_columns[16:] = of_rows[0], of_columns[:16]
+        elif fault == "always down":
+            of_rows, of_columns = of_rows * 1e-6, of_columns * 1e-6
+        return multiply(a, a, of_rows, of_columns, "int8").flatten() + 1e-3 * torch.randn(256)
+
+    runs = torch.stack([run() for _ in range(1000)])
+    assert is_unbiased(runs, (a.T @ a).flatten()) == (fault == "none")
+
+
+def test_the_noise_is_that_of_independent_roundings() -> None:
+    """Variance of an element: each rounding has that of a coin, and they add up."""
+    a, b = factors(rows=30)
+    (p, s), (q, t) = ((x, x.abs().amax(0) / 127) for x in (a, b))
+    of_a, of_b = (
+        (x / s - (x / s).floor()) * (1 - (x / s - (x / s).floor())) * s**2 for x, s in ((p, s), (q, t))
+    )
+    predicted = of_a.T @ q**2 + p.T**2 @ of_b + of_a.T @ of_b
+    runs = torch.stack([multiply(a, b, *draws(a, b), "int8") for _ in range(2000)])
+    ratio = (runs.var(0).sum(0) / predicted.sum(0)).mean()
+    assert abs(float(ratio) - 1) < 0.05
+
+
+@pytest.mark.parametrize("product", ["bfloat16", "int8", "float8"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_carried_through(product: str, value: float) -> None:
+    a, b = factors()
+    a[7, 5] = value
+    found = multiply(a, b, None, None, product)
+    assert not bool(found[5].isfinite().any())
+    assert bool(found[:5].isfinite().all()) and bool(found[6:].isfinite().all())
+
+
+@pytest.mark.parametrize("product", ["bfloat16", "int8", "float8"])
+def test_zeros_make_zeros(product: str) -> None:
+    a, b = factors()
+    a[:, 5], b[:, 6] = 0, 1e-38
+    found = multiply(a, b, None, None, product)
+    assert not bool(found[5].any()) and bool(found.isfinite().all())
+
+
+def test_blocks_are_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = factors()
+    given = draws(a, b)
+    whole = multiply(a, b, *given, "int8")
+    monkeypatch.setattr(low_precision, "_IN_CACHE", 7 * 24)
+    assert torch.equal(multiply(a, b, *given, "int8"), whole)
+
+
+def test_more_rows_than_a_sum_of_32_bits_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = factors()
+    monkeypatch.setattr(low_precision, "MOST_ROWS", 64)
+    exact = a.double().T @ b.double()
+    found = multiply(a, b, *draws(a, b), "int8")
+    assert bool(((found.double() - exact).abs() <= 4 * int8_bound(a, b)).all())
+    assert low_precision.MOST_ROWS * 127**2 < 2**31
+
+
+def test_sums_do_not_overflow() -> None:
+    a = torch.ones(2**17, 16)
+    codes, scale = round_columns(a, None, "int8")
+    found = multiply_codes(codes, scale, codes, scale)
+    torch.testing.assert_close(found, torch.full((16, 16), 2.0**17))
+
+
+def test_the_operation_is_the_function() -> None:
+    a, b = factors(torch.bfloat16)
+    given = draws(a, b)
+    assert torch.equal(operation(a, b, *given, "int8"), multiply(a, b, *given, "int8"))
