@@ -1,0 +1,106 @@
+"""Weight gradients in fewer bits on joint graphs: what is rounded, what is not and why. No compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import is_unbiased
+from test_sample_rows import CASES, run_joint
+from torch import Tensor, nn
+
+import wtacrs_fx
+from wtacrs_fx import Policy, Report, Rule
+from wtacrs_passes.maths.ops import multiply
+
+ALL_ROWS = Policy(ratio=1.0, residuals="exact", min_features=1, product="int8")
+
+
+def products(report: Report) -> dict[str, str]:
+    return {site.parameter: site.product for site in report.sites}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("ratio", [1.0, 0.25])
+def test_products_are_rounded_without_bias(case: str, ratio: float) -> None:
+    make, x, _ = CASES[case]
+    torch.manual_seed(0)
+    model = make()
+    joint = wtacrs_fx.capture(model, x)
+    exact = run_joint(joint, model, x, 1)
+    policy = Policy(ratio=ratio, min_rows=4, min_features=1, residuals="exact", product="int8")
+    rewritten = wtacrs_fx.transform(joint, policy)
+    rounded = rewritten.graph.find_nodes(op="call_function", target=multiply)
+    shown = [site.product for site in rewritten.report.sites]
+    assert len(rounded) == shown.count("int8")
+    torch.manual_seed(1)
+    for name, samples in run_joint(rewritten, model, x, 400).items():
+        noise = 1e-7 * exact[name][0].abs().max() * torch.randn_like(samples)  # some gradients have none
+        assert is_unbiased(samples + noise, exact[name][0]), name
+
+
+class Experts(nn.Module):
+    """A batch of products, a narrow one, one that a rule leaves alone, and one in 8 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 32, 32))
+        self.wide, self.narrow, self.left = nn.Linear(32, 32), nn.Linear(32, 8), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = torch.bmm(x.view(3, -1, 32), self.experts).view(-1, 32).tanh()
+        return self.narrow(self.left(self.wide(mixed).tanh()).tanh()).square().mean()
+
+
+def test_what_is_not_rounded_has_a_reason() -> None:
+    joint = wtacrs_fx.capture(Experts(), torch.randn(96, 32))
+    policy = Policy(ratio=1.0, product="int8", rules=(Rule("left", product="exact"),))
+    assert products(wtacrs_fx.transform(joint, policy).report) == {
+        "experts": "exact: a batch of products",
+        "wide.weight": "int8",
+        "narrow.weight": "exact: 8 features, fewer than min_features",
+        "left.weight": "exact",
+    }
+
+
+def test_two_bytes_are_not_rounded_to_two_bytes() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh()).bfloat16()
+    joint = wtacrs_fx.capture(model, torch.randn(64, 32, dtype=torch.bfloat16))
+    report = wtacrs_fx.transform(joint, Policy(product="bfloat16")).report
+    assert products(report) == {"0.weight": "exact: torch.bfloat16 has 16 bits already"}
+
+
+def test_doubles_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh()).double()
+    report = wtacrs_fx.transform(wtacrs_fx.capture(model, torch.randn(64, 32).double()), ALL_ROWS).report
+    assert products(report) == {"0.weight": "exact: torch.float64 has no such product"}
+
+
+@pytest.mark.parametrize("product", ["bfloat16", "int8", "float8"])
+def test_all_else_is_as_it_was(product: str) -> None:
+    """The loss, the gradient of the input and those of biases do not change by a bit."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+    x = torch.randn(64, 32)
+    joint = wtacrs_fx.capture(model, x)
+    rewritten = wtacrs_fx.transform(joint, Policy(ratio=1.0, residuals="exact", product=product))
+    exact, found = (run_joint(graph, model, x, 1) for graph in (joint, rewritten))
+    for name, gradient in exact.items():
+        same = torch.equal(gradient, found[name])
+        assert same == name.endswith("bias"), name
+        torch.testing.assert_close(found[name], gradient, rtol=0.1, atol=0.1 * float(gradient.abs().max()))
+
+
+def test_a_bad_precision_is_refused() -> None:
+    with pytest.raises(wtacrs_fx.PolicyError, match="product must be one of .*did you mean 'int8'"):
+        Policy(product="int9")  # type: ignore[arg-type]
+
+
+def test_a_compiled_step(compiled: object) -> None:
+    model, call, tokens, report = compiled(Policy(product="int8"))  # type: ignore[operator]
+    assert {site.product for site in report.sites if not site.reason} == {"int8"}
+    model.zero_grad()
+    call(tokens).backward()
+    first = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    call(tokens).backward()
+    assert any(not torch.equal(first[name], p.grad) for name, p in model.named_parameters())
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters())
