@@ -268,11 +268,13 @@ def no_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def train(model: nn.Module, autocast: bool = False, scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+def train(
+    model: nn.Module, autocast: bool = False, scale: float = 1.0, x: Tensor = X
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss and the gradients of `scale` times its sum."""
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = model(X, LABELS)
+        loss = model(x, LABELS)
     loss = loss[0] if isinstance(loss, tuple) else loss
     (scale * loss).sum().backward()
     return loss.detach(), gradients(model)
@@ -468,7 +470,7 @@ def test_a_buffer_that_is_written_to_after_the_loss() -> None:
 def test_whole_numbers_are_summed_as_such() -> None:
     body = "def body(rows, x):\n    return (x.sum(0),)\n"
     x = torch.tensor([2**40 + 1, 2, 3, 4])
-    (total,) = chunks.in_chunks(body, ["sum"], [x], [], 1, None, [], "", False, False)
+    (total,) = chunks.in_chunks(body, ["sum"], [x], [], 1, None, [], "", False, "exact", [], False)
     assert total.item() == x.sum().item()
 
 
@@ -546,6 +548,28 @@ def test_sampled_rows_are_unbiased(estimator: str, center: bool) -> None:
     assert report is not None
     (site,) = [site for site in report.sites if site.module == "head"]
     assert (site.encoding, site.kept, site.reason) == ("chunks", 3 * 8 + 6, "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_products_in_8_bits_are_unbiased(ratio: float, dtype: torch.dtype) -> None:
+    model = Words()
+    policy = dataclasses.replace(SAMPLED, ratio=ratio, center=ratio < 1, product="int8")
+    variants = Variants({"ours": policy})
+    variants.active = "ours"
+    compiled = torch.compile(model.to(dtype), backend=variants, fullgraph=True)
+    _, exact = train(copy.deepcopy(model), x=X.to(dtype))
+    torch.manual_seed(0)
+    samples = [train(compiled, x=X.to(dtype))[1]["_orig_mod.head.weight"][::8].flatten() for _ in range(400)]
+    wanted = exact["head.weight"][::8].flatten().double()
+    error = torch.stack(samples).double() - wanted
+    assert 0 < float(error.square().mean(0).sum() / wanted.square().sum()) < (0.001 if ratio == 1 else 1)
+    if dtype == torch.float32:  # in bfloat16 the exact one is rounded as well
+        assert is_unbiased(error, torch.zeros_like(wanted))
+    report = variants.graphs[0].partitions["ours"].report
+    assert report is not None
+    (site,) = [site for site in report.sites if site.module == "head"]
+    assert (site.encoding, site.product) == ("chunks", "int8")
 
 
 @pytest.mark.parametrize(("rule", "encoding"), [("balanced", "int8"), ("small", "int8"), ("exact", "exact")])

@@ -98,7 +98,7 @@ def _made_with(loss: ChunkedLoss, ledger: _Ledger) -> Iterator[SiteReport]:
         before, after = ledger.take_before(product.stored_names), ledger.take_after(names)
         yield SiteReport(
             product.module, product.parameter, rows, kept, estimator, placement, weights, "chunks",
-            simplify(before), simplify(after), reason,
+            simplify(before), simplify(after), reason, loss.precision,
         )  # fmt: skip
 
 

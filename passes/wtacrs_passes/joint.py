@@ -14,7 +14,7 @@ from .policy import Policy
 
 if TYPE_CHECKING:
     from .analyse.annotations import Annotations
-    from .analyse.products import Analysis, Product
+    from .analyse.products import Analysis
     from .decide.plan import Plan
     from .rewrite.chunk_losses import ChunkedLoss
     from .rewrite.encode_residuals import EncodedResidual
@@ -40,7 +40,7 @@ class Joint:
         annotations: what the graph says about its rows.
         analysis: its weight-gradient products.
         plan: what is sampled, and what is stored how, with the reasons.
-        products: the node that computes each product now.
+        products: the node that computes each product of the analysis now, by its own.
         losses: the losses over a vocabulary that are computed in chunks.
         whole_losses: heads of those that are not, with the reason.
         sites: the sampled sites that were built.
@@ -56,7 +56,7 @@ class Joint:
     annotations: Annotations
     analysis: Analysis
     plan: Plan
-    products: dict[Product, fx.Node] = dataclasses.field(default_factory=dict)
+    products: dict[fx.Node, fx.Node] = dataclasses.field(default_factory=dict)
     losses: list[ChunkedLoss] = dataclasses.field(default_factory=list)
     whole_losses: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
     sites: list[SampledSite] = dataclasses.field(default_factory=list)

@@ -23,6 +23,7 @@ from ..graph.operations import VIEWS, is_loop, is_view, reduces
 from ..graph.torch_api import hint, invoke_subgraph, trace_operations
 from ..maths import ops
 from ..maths.chunks import function_of
+from ..maths.low_precision import COLUMNS
 from ..report import Peak
 
 _READS = 4
@@ -219,8 +220,7 @@ def _workspace(node: fx.Node) -> int:
 
 
 def _codes_and_sums(node: fx.Node) -> int:
-    """Return the bytes of both factors in 8 or 16 bits, and of a result in 32 before and after it is scaled."""
-    factors: Any = node.args[:2]
-    itemsize = 2 if node.args[-1] == "bfloat16" else 1
-    codes = sum(itemsize * hint(factor.meta["val"].numel()) for factor in factors)
-    return codes + 8 * hint(node.meta["val"].numel())
+    """Return the bytes of one factor in fewer bits, of some columns of the other one and of the product of these."""
+    (rows, m), (_, n) = (map(hint, factor.meta["val"].shape) for factor in node.args[:2])  # type: ignore[union-attr]
+    columns, itemsize = min(m, COLUMNS), 2 if node.args[-1] == "bfloat16" else 1
+    return itemsize * rows * (n + columns) + 8 * columns * n

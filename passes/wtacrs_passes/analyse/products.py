@@ -87,7 +87,7 @@ def rows_first(product: fx.Node, side: int) -> tuple[fx.Node, bool]:
 def find_products(joint: Joint) -> None:
     """Find the weight-gradient products; where the policy says so, those of two activations as well."""
     joint.analysis = analyse(joint.graph, joint.names, joint.policy.samples_attention)
-    joint.products = {product: product.node for product in joint.analysis.products}
+    joint.products = {product.node: product.node for product in joint.analysis.products}
 
 
 def analyse(graph: fx.Graph, table: Mapping[int, NamedInput], attention: Callable[[str], bool]) -> Analysis:

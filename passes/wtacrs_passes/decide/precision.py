@@ -12,6 +12,9 @@ from ..graph.torch_api import is_unbacked
 from ..joint import Joint
 from ..policy import Sampling
 
+AT_RANDOM = {"int8"}
+"""Precisions to which factors are rounded at random."""
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _EIGHTS, _FEWEST = 8, 16
 """What libraries for GPUs multiply in 8 bits: sizes that eight divides, more than sixteen rows of the result."""

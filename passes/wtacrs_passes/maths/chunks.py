@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import estimators
+from . import estimators, low_precision
 
 Body = Callable[..., Sequence[Tensor]]
 
@@ -28,6 +28,8 @@ def in_chunks(
     share: list[int],
     estimator: str,
     center: bool,
+    product: str,
+    draws: list[Tensor],
     compiled: bool,
 ) -> list[Tensor]:
     """Return the results of a function for all rows, computed for `chunk` rows at a time.
@@ -44,6 +46,9 @@ def in_chunks(
         share: n, d, k: of N rows ``max(k, ceil(N n / d))`` are sampled.
         estimator: a key of `estimators.CHOOSERS` or `estimators.PROJECTIONS`.
         center: the mean row of b in a chunk is subtracted and its product added.
+        product: the precision of the products, see `low_precision.multiply`; ``exact`` for that of their factors.
+        draws: its random numbers: [2, rows] for no fewer rows than are multiplied, [m + n]; empty to round to the
+            nearest.
         compiled: `body` is compiled by Inductor when it is called first.
 
     Sums of floating-point numbers are in float32 at least, and left so: who reads them rounds them.
@@ -51,7 +56,8 @@ def in_chunks(
     function = compiled_function_of(body) if compiled else function_of(body)
     total = rowwise[0].shape[0]
     sampling = _Sampling(noise, share, estimator, center)
-    parts = [_PARTS[kind](total, chunk, sampling) for kind in kinds]
+    rounding = _Rounding(product, *draws)
+    parts = [_PARTS[kind](total, chunk, sampling, rounding) for kind in kinds]
     for start in range(0, max(total, 1), chunk):
         stop = min(start + chunk, total)
         with (
@@ -122,11 +128,31 @@ class _Sampling:
         return few[0], few[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rounding:
+    """In which precision factors are multiplied, and with which random numbers, see :func:`in_chunks`."""
+
+    product: str
+    of_rows: Tensor | None = None
+    of_columns: Tensor | None = None
+
+    def __call__(self, a: Tensor, b: Tensor, first: int) -> Callable[[int, int], Tensor]:
+        """Return what `low_precision.by_columns` does.
+
+        Args:
+            first: rows that were multiplied before.
+        """
+        if self.product == "exact":
+            return lambda start, stop: a[:, start:stop].T @ b
+        of_rows = None if self.of_rows is None else self.of_rows[:, first : first + a.shape[0]]
+        return low_precision.by_columns(a, b, of_rows, self.of_columns, self.product)
+
+
 class _Part:
     """A result in the making."""
 
-    def __init__(self, total: int, chunk: int, sampling: _Sampling) -> None:
-        self.total, self.chunk, self.sampling = total, chunk, sampling
+    def __init__(self, total: int, chunk: int, sampling: _Sampling, rounding: _Rounding) -> None:
+        self.total, self.chunk, self.sampling, self.rounding = total, chunk, sampling, rounding
         self.value: Tensor | None = None
 
     def add(self, start: int, values: Any) -> None:
@@ -168,9 +194,10 @@ class _Sum(_Part):
 class _Product(_Part):
     """A sum of products: of as many rows at once as pay for reading and writing the sum, be they of several chunks."""
 
-    def __init__(self, total: int, chunk: int, sampling: _Sampling) -> None:
-        super().__init__(total, chunk, sampling)
+    def __init__(self, total: int, chunk: int, sampling: _Sampling, rounding: _Rounding) -> None:
+        super().__init__(total, chunk, sampling, rounding)
         self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._multiplied = 0
 
     def add(self, start: int, values: Any) -> None:
         self._waiting.append(self._factors(start // self.chunk, values))
@@ -189,12 +216,15 @@ class _Product(_Part):
         self._waiting = []
         is_first = self.value is None
         total, add = self._sum_like(a, (a.shape[1], b.shape[1]))
-        if a.is_cuda:
+        first, self._multiplied = self._multiplied, self._multiplied + a.shape[0]
+        if a.is_cuda and self.rounding.product == "exact":
             _accumulate(total, a.T, b, is_first)
             return
-        block = max(1, _PRODUCT // max(b.shape[1], 1))
-        for columns, part in zip(torch.split(a, block, 1), torch.split(total, block), strict=True):
-            add(part, columns.T @ b)
+        block = total.shape[0] if a.is_cuda else max(1, _PRODUCT // max(b.shape[1], 1))
+        multiplied = self.rounding(a, b, first)
+        for start in range(0, total.shape[0], block):
+            stop = min(start + block, total.shape[0])
+            add(total[start:stop], multiplied(start, stop))
 
 
 class _SampledProduct(_Product):
@@ -217,7 +247,7 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
 
 
-_PARTS: dict[str, Callable[[int, int, _Sampling], _Part]] = {
+_PARTS: dict[str, Callable[[int, int, _Sampling, _Rounding], _Part]] = {
     "rows": _Rows,
     "sum": _Sum,
     "product": _Product,

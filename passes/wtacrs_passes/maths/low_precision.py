@@ -20,6 +20,7 @@ A column with NaN or Inf makes NaN of its row or column of the result, so that n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -29,6 +30,8 @@ MOST_ROWS = 2**17
 """Rows whose products of 8 bits fit into a sum of 32 bits: 2^17 * 127^2 < 2^31."""
 _LARGEST = {"int8": 127.0, "float8": 448.0}
 """The largest magnitude of a code."""
+COLUMNS = 256
+"""Columns of a factor that are rounded and multiplied at once on a CPU, so that no code of the others is held."""
 _IN_CACHE = 2**17  # elements of a block of rows
 
 Draw = tuple[Tensor, Tensor]
@@ -44,17 +47,46 @@ def multiply(a: Tensor, b: Tensor, of_rows: Tensor | None, of_columns: Tensor | 
             the nearest without them.
         product: ``bfloat16``, ``int8`` or ``float8``.
     """
+    m = a.shape[1]
+    multiplied = by_columns(a, b, of_rows, of_columns, product)
+    if a.device.type != "cpu" or m <= COLUMNS:
+        return multiplied(0, m).to(a.dtype)
+    result = a.new_empty((m, b.shape[1]))
+    for start in range(0, m, COLUMNS):
+        stop = min(start + COLUMNS, m)
+        result[start:stop] = multiplied(start, stop)
+    return result
+
+
+def by_columns(
+    a: Tensor, b: Tensor, of_rows: Tensor | None, of_columns: Tensor | None, product: str
+) -> Callable[[int, int], Tensor]:
+    """Return a function that multiplies columns of `a` with `b`: ``(start, stop) -> a[:, start:stop]^T b``, float32.
+
+    Args:
+        a, b, of_rows, of_columns, product: as of :func:`multiply`. `b` is rounded once, `a` when it is multiplied.
+    """
     if product == "bfloat16":
-        return torch.mm(a.to(torch.bfloat16).T, b.to(torch.bfloat16)).to(a.dtype)
-    parts = []
-    for i, (rows_a, rows_b) in enumerate(zip(_split(a, MOST_ROWS), _split(b, MOST_ROWS), strict=True)):
-        draws: tuple[Draw | None, Draw | None] = None, None
-        if of_rows is not None and of_columns is not None:
-            rows = _split(of_rows.T, MOST_ROWS)[i].T
-            draws = (rows[0], of_columns[: a.shape[1]]), (rows[1], of_columns[a.shape[1] :])
-        left, right = round_columns(rows_a, draws[0], product), round_columns(rows_b, draws[1], product)
-        parts.append(multiply_codes(*left, *right))
-    return reduce(torch.add, parts).to(a.dtype)
+        right = b.to(torch.bfloat16)
+        return lambda start, stop: torch.mm(a[:, start:stop].to(torch.bfloat16).T, right).float()
+    rows = [_split(x, MOST_ROWS) for x in (a, b)]
+    draws: tuple[list[Draw | None], list[Draw | None]] = [None] * len(rows[0]), [None] * len(rows[0])
+    if of_rows is not None and of_columns is not None:
+        m = a.shape[1]
+        draws = (
+            [(part, of_columns[:m]) for part in _split(of_rows[0], MOST_ROWS)],
+            [(part, of_columns[m:]) for part in _split(of_rows[1], MOST_ROWS)],
+        )
+    rounded = [round_columns(x, draw, product) for x, draw in zip(rows[1], draws[1], strict=True)]
+
+    def multiplied(start: int, stop: int) -> Tensor:
+        parts = []
+        for x, draw, right in zip(rows[0], draws[0], rounded, strict=True):
+            draw = None if draw is None else (draw[0], draw[1][start:stop])
+            parts.append(multiply_codes(*round_columns(x[:, start:stop], draw, product), *right))
+        return reduce(torch.add, parts)
+
+    return multiplied
 
 
 def round_columns(x: Tensor, draw: Draw | None, product: str) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ for _schema in (
     "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
     "multiply(Tensor a, Tensor b, Tensor? of_rows, Tensor? of_columns, str product) -> Tensor",
     "in_chunks(str body, str[] kinds, Tensor[] rowwise, Tensor[] shared, int chunk, Tensor? noise, int[] share, "
-    "str estimator, bool center, bool compiled) -> Tensor[]",
+    "str estimator, bool center, str product, Tensor[] draws, bool compiled) -> Tensor[]",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
 

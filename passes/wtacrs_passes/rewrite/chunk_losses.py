@@ -39,6 +39,7 @@ from ..analyse.losses import (
 )
 from ..analyse.products import Product, analyse
 from ..decide.modes import MODES
+from ..decide.precision import AT_RANDOM, reason_for_full_precision
 from ..decide.rows import reason_for_exact
 from ..graph.edit import Editor, output_of, sort_by_place
 from ..graph.names import module_path
@@ -56,7 +57,7 @@ from ..graph.operations import (
 )
 from ..joint import Joint
 from ..maths import estimators, ops
-from ..policy import Policy, Sampling
+from ..policy import Policy, Precision, Sampling
 
 _FEWEST = 16
 """Rows of a chunk, at least: products of fewer read a whole weight for next to nothing."""
@@ -77,7 +78,9 @@ class ChunkedLoss:
         products: the weight-gradient products that are made there, with the names of what holds them until the
             backward pass, for a tangent of one, and why they are exact, if they are.
         stored: what waits for the backward pass as it is: gradients that are made there.
-        estimates: those of them that are estimated from sampled rows; the plan says how they are stored.
+        estimates: those of them that are made from sampled rows or rounded at random; the plan says how they are
+            stored.
+        precision: that of the products, with the reason where it is not what the policy says.
     """
 
     chunk: int
@@ -88,6 +91,7 @@ class ChunkedLoss:
     products: tuple[tuple[Product, frozenset[str], str], ...]
     stored: tuple[fx.Node, ...]
     estimates: tuple[fx.Node, ...]
+    precision: str
 
     @property
     def kept(self) -> Any:
@@ -149,6 +153,7 @@ def _rewrite(
     sampled = [node for node, reason in reasons.items() if reason is None]
     sampling = policy.sampling(products[sampled[0]].module) if sampled else None
     chunk = chunk_of(policy.chunk_bytes, loss, bool(sampled))
+    precision, why_not = _precision(loss, products, policy)
     for node in sampled:
         if policy.sampling(products[node].module) != sampling:
             reasons[node] = "made with another product that is sampled in another way"
@@ -162,8 +167,18 @@ def _rewrite(
         rowwise = [_flat(editor, at_one.get(node, node), loss.rows) for node in loss.rowwise]
         shared = [at_one.get(node, node) for node in loss.shared]
         how = _noise_and_share(editor, loss, chunk, sampling)
+        draws = _draws(editor, loss, chunk) if precision in AT_RANDOM else []
         call = editor.call(
-            ops.in_chunks, body.source, list(kinds.values()), rowwise, shared, chunk, *how, False
+            ops.in_chunks,
+            body.source,
+            list(kinds.values()),
+            rowwise,
+            shared,
+            chunk,
+            *how,
+            precision,
+            draws,
+            False,
         )
         made, stored, estimates = [], list[fx.Node](), list[fx.Node]()
         for i, result in enumerate(loss.results):
@@ -171,12 +186,15 @@ def _rewrite(
             part.meta[IS_PRODUCT] = result.node.target in GEMMS
             if (stack := loss.head.meta.get("nn_module_stack")) is not None:
                 part.meta["nn_module_stack"] = stack
-            if kinds[result.node] != "sampled":
+            is_estimate = kinds[result.node] == "sampled" or (
+                result.node in products and precision in AT_RANDOM
+            )
+            if not is_estimate:
                 part = editor.cast_like(part, result.node)
             value = editor.call(aten.permute.default, part, [1, 0]) if result.transposed else part
             value = _shaped(editor, _mean(editor, value, result), result.node)
             if result.scaled:
-                (estimates if kinds[result.node] == "sampled" else stored).append(part)
+                (estimates if is_estimate else stored).append(part)
                 value = editor.call(aten.mul.Tensor, value, loss.tangent)
             value = editor.cast_like(value, result.node)
             value.meta = {**result.node.meta, "val": value.meta["val"]}
@@ -185,9 +203,37 @@ def _rewrite(
                 names = frozenset(node.name for node in same_content(part))
                 made.append((products[result.node], names, reasons[result.node] or ""))
     module = module_path(loss.head) or ""
+    shown = f"exact: {why_not}" if why_not else precision
     return ChunkedLoss(
-        chunk, module, loss.rows, loss.words, sampling, tuple(made), tuple(stored), tuple(estimates)
+        chunk, module, loss.rows, loss.words, sampling, tuple(made), tuple(stored), tuple(estimates), shown
     )
+
+
+def _precision(loss: WideLoss, products: Mapping[fx.Node, Product], policy: Policy) -> tuple[Precision, str]:
+    """Return the precision of the products, and why it is not what the policy says; empty where it is."""
+    made = [products[result.node] for result in loss.results if result.node in products]
+    samplings = [policy.sampling(product.module) for product in made]
+    wanted = {sampling.product if sampling else "exact" for sampling in samplings}
+    if wanted <= {"exact"}:
+        return "exact", ""
+    if len(wanted) > 1:
+        return "exact", "made with another product that is multiplied in another precision"
+    reasons = (reason_for_full_precision(p, s) for p, s in zip(made, samplings, strict=True) if s is not None)
+    reason = next(filter(None, reasons), "")
+    return ("exact" if reason else wanted.pop()), reason
+
+
+def _draws(editor: Editor, loss: WideLoss, chunk: int) -> list[fx.Node]:
+    """Return the random numbers of rows and columns; a chunk may have its mean row more."""
+    rows: Any = editor.size(loss.head, 0)
+    if isinstance(rows, fx.Node):
+        rows = editor.call(
+            operator.add, rows, editor.call(operator.add, editor.call(operator.floordiv, rows, chunk), 1)
+        )
+    else:
+        rows += rows // chunk + 1
+    device = loss.head.meta["val"].device
+    return [editor.noise(size, device, "forward") for size in ([2, rows], [loss.words + loss.features])]
 
 
 def _noise_and_share(

@@ -17,13 +17,11 @@ from __future__ import annotations
 from torch import fx
 
 from ..analyse.products import rows_first
+from ..decide.precision import AT_RANDOM
 from ..graph.edit import Editor
 from ..graph.operations import aten
 from ..joint import Joint
 from ..maths import low_precision, ops
-
-AT_RANDOM = {"int8"}
-"""Products whose factors are rounded at random."""
 
 
 def round_products(joint: Joint) -> None:
@@ -32,12 +30,12 @@ def round_products(joint: Joint) -> None:
     for product, precision, reason in joint.plan.precisions:
         if reason:
             continue
-        node = joint.products[product]
+        node = joint.products[product.node]
         with editor.before(node):
             rounded = _multiply(editor, node, precision)
         node.replace_all_uses_with(rounded)
         rounded.meta = {**node.meta, "val": rounded.meta["val"]}
-        joint.products[product] = rounded
+        joint.products[product.node] = rounded
         joint.graph.erase_node(node)
     joint.graph.eliminate_dead_code()
 

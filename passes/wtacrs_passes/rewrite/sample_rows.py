@@ -91,7 +91,7 @@ def sample_rows(joint: Joint) -> None:
     joint.graph.eliminate_dead_code()
 
 
-def _sample_site(editor: Editor, site: Site, products: dict[Product, fx.Node]) -> SampledSite:
+def _sample_site(editor: Editor, site: Site, products: dict[fx.Node, fx.Node]) -> SampledSite:
     last = site.products[-1].node
     stored: list[fx.Node] = []
     with editor.after(_source(site)):
@@ -122,7 +122,7 @@ def _sample_site(editor: Editor, site: Site, products: dict[Product, fx.Node]) -
                 )
             elif site.placement == "forward":
                 drawn = _carry(editor, drawn, _total(editor, dy, None), zero)
-            products[product] = _replace(product, _multiply(editor, product, rows, drawn))
+            products[product.node] = _replace(product, _multiply(editor, product, rows, drawn))
     if site.encoding == "rows":
         stored.append(rows)
     return SampledSite(site, draw.node, stored, rows, site.products[0].stored_names)
@@ -140,7 +140,7 @@ def _scale_half(editor: Editor, row: fx.Node, factor: float, like: fx.Node) -> f
     return editor.call(aten.mul.Tensor, row, factor) if half else row
 
 
-def _combine_site(editor: Editor, site: Site, products: dict[Product, fx.Node]) -> SampledSite:
+def _combine_site(editor: Editor, site: Site, products: dict[fx.Node, fx.Node]) -> SampledSite:
     """Replace products by those of random combinations of rows, from the same random numbers."""
     with editor.after(_source(site)):
         x = _operand(editor, site.products[0], tangent=False)
@@ -163,7 +163,7 @@ def _combine_site(editor: Editor, site: Site, products: dict[Product, fx.Node]) 
                 combined = _append(
                     editor, combined, _scale_half(editor, _total(editor, dy, None), 1 / _HALF_SUM, dy)
                 )
-            products[product] = _replace(product, _multiply(editor, product, rows, combined))
+            products[product.node] = _replace(product, _multiply(editor, product, rows, combined))
     return SampledSite(site, seed, stored, rows, site.products[0].stored_names)
 
 
