@@ -35,7 +35,7 @@ from .graph.torch_api import (
     without_code,
 )
 from .joint import Joint, Partitioned, Partitioner
-from .lower.compile_chunks import compile_chunks
+from .lower.compile_calls import compile_calls
 from .lower.lower_noise import lower_noise
 from .lower.scatter_into_sums import scatter_into_sums
 from .lower.spell_operations import spell_operations
@@ -80,7 +80,7 @@ PASSES: tuple[Pass, ...] = (
     spell_operations,
     scatter_into_sums,
     lower_noise,
-    compile_chunks,
+    compile_calls,
     partition,
     write_once,
 )

@@ -222,5 +222,5 @@ def _workspace(node: fx.Node) -> int:
 def _codes_and_sums(node: fx.Node) -> int:
     """Return the bytes of one factor in fewer bits, of some columns of the other one and of the product of these."""
     (rows, m), (_, n) = (map(hint, factor.meta["val"].shape) for factor in node.args[:2])  # type: ignore[union-attr]
-    columns, itemsize = min(m, COLUMNS), 2 if node.args[-1] == "bfloat16" else 1
+    columns, itemsize = min(m, COLUMNS), 2 if node.args[-2] == "bfloat16" else 1
     return itemsize * rows * (n + columns) + 8 * columns * n

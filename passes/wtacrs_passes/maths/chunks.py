@@ -56,7 +56,7 @@ def in_chunks(
     function = compiled_function_of(body) if compiled else function_of(body)
     total = rowwise[0].shape[0]
     sampling = _Sampling(noise, share, estimator, center)
-    rounding = _Rounding(product, *draws)
+    rounding = _Rounding(product, compiled, *draws)
     parts = [_PARTS[kind](total, chunk, sampling, rounding) for kind in kinds]
     for start in range(0, max(total, 1), chunk):
         stop = min(start + chunk, total)
@@ -133,6 +133,7 @@ class _Rounding:
     """In which precision factors are multiplied, and with which random numbers, see :func:`in_chunks`."""
 
     product: str
+    compiled: bool
     of_rows: Tensor | None = None
     of_columns: Tensor | None = None
 
@@ -145,7 +146,7 @@ class _Rounding:
         if self.product == "exact":
             return lambda start, stop: a[:, start:stop].T @ b
         of_rows = None if self.of_rows is None else self.of_rows[:, first : first + a.shape[0]]
-        return low_precision.by_columns(a, b, of_rows, self.of_columns, self.product)
+        return low_precision.by_columns(a, b, of_rows, self.of_columns, self.product, self.compiled)
 
 
 class _Part:

@@ -21,7 +21,7 @@ A column with NaN or Inf makes NaN of its row or column of the result, so that n
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
+from functools import cache, partial, reduce
 
 import torch
 from torch import Tensor
@@ -32,13 +32,19 @@ _LARGEST = {"int8": 127.0, "float8": 448.0}
 """The largest magnitude of a code."""
 COLUMNS = 256
 """Columns of a factor that are rounded and multiplied at once on a CPU, so that no code of the others is held."""
-_IN_CACHE = 2**17  # elements of a block of rows
 
 Draw = tuple[Tensor, Tensor]
 """Uniform random numbers of rows and of columns, see above."""
 
 
-def multiply(a: Tensor, b: Tensor, of_rows: Tensor | None, of_columns: Tensor | None, product: str) -> Tensor:
+def multiply(
+    a: Tensor,
+    b: Tensor,
+    of_rows: Tensor | None,
+    of_columns: Tensor | None,
+    product: str,
+    compiled: bool = False,
+) -> Tensor:
     """Return ``a^T b``, [m, n], in the dtype of `a`.
 
     Args:
@@ -46,9 +52,10 @@ def multiply(a: Tensor, b: Tensor, of_rows: Tensor | None, of_columns: Tensor | 
         of_rows, of_columns: [2, rows] and [m + n], independent and uniform in [0, 1), to round ``int8`` at random; to
             the nearest without them.
         product: ``bfloat16``, ``int8`` or ``float8``.
+        compiled: the rounding is compiled by Inductor when it is called first.
     """
     m = a.shape[1]
-    multiplied = by_columns(a, b, of_rows, of_columns, product)
+    multiplied = by_columns(a, b, of_rows, of_columns, product, compiled)
     if a.device.type != "cpu" or m <= COLUMNS:
         return multiplied(0, m).to(a.dtype)
     result = a.new_empty((m, b.shape[1]))
@@ -59,12 +66,12 @@ def multiply(a: Tensor, b: Tensor, of_rows: Tensor | None, of_columns: Tensor | 
 
 
 def by_columns(
-    a: Tensor, b: Tensor, of_rows: Tensor | None, of_columns: Tensor | None, product: str
+    a: Tensor, b: Tensor, of_rows: Tensor | None, of_columns: Tensor | None, product: str, compiled: bool
 ) -> Callable[[int, int], Tensor]:
     """Return a function that multiplies columns of `a` with `b`: ``(start, stop) -> a[:, start:stop]^T b``, float32.
 
     Args:
-        a, b, of_rows, of_columns, product: as of :func:`multiply`. `b` is rounded once, `a` when it is multiplied.
+        a, b, of_rows, of_columns, product, compiled: as of :func:`multiply`. `b` is rounded once, `a` when it is multiplied.
     """
     if product == "bfloat16":
         right = b.to(torch.bfloat16)
@@ -77,13 +84,14 @@ def by_columns(
             [(part, of_columns[:m]) for part in _split(of_rows[0], MOST_ROWS)],
             [(part, of_columns[m:]) for part in _split(of_rows[1], MOST_ROWS)],
         )
-    rounded = [round_columns(x, draw, product) for x, draw in zip(rows[1], draws[1], strict=True)]
+    rounding = _rounding(product, compiled)
+    rounded = [rounding(x, draw) for x, draw in zip(rows[1], draws[1], strict=True)]
 
     def multiplied(start: int, stop: int) -> Tensor:
         parts = []
         for x, draw, right in zip(rows[0], draws[0], rounded, strict=True):
             draw = None if draw is None else (draw[0], draw[1][start:stop])
-            parts.append(multiply_codes(*round_columns(x[:, start:stop], draw, product), *right))
+            parts.append(multiply_codes(*rounding(x[:, start:stop], draw), *right))
         return reduce(torch.add, parts)
 
     return multiplied
@@ -100,24 +108,40 @@ def round_columns(x: Tensor, draw: Draw | None, product: str) -> tuple[Tensor, T
         codes: int8 or float8, [rows, columns]; scales: float32, [columns].
     """
     largest = _LARGEST[product]
-    size = max(1, _IN_CACHE // max(x.shape[1], 1)) if x.device.type == "cpu" else MOST_ROWS
-    blocks = _split(x, size)
-    peaks = reduce(torch.maximum, [block.abs().amax(0) for block in blocks]).float()
+    peaks = x.abs().amax(0).float()
     per_unit = largest / peaks
     usable = (per_unit > 0) & (per_unit < torch.inf)
-    per_unit = torch.where(usable, per_unit, 0.0)
-    codes = []
-    for i, block in enumerate(blocks):
-        steps = block.float() * per_unit
-        if product == "float8":
-            codes.append(steps.clamp(-largest, largest).to(torch.float8_e4m3fn))
-            continue
-        if draw is None:
-            steps = steps.round()
-        else:
-            steps = (steps + (_split(draw[0], size)[i].unsqueeze(-1) + draw[1]).frac()).floor()
-        codes.append(steps.clamp(-largest, largest).to(torch.int8))
-    return codes[0] if len(codes) == 1 else torch.cat(codes), peaks / largest
+    steps = x.float() * torch.where(usable, per_unit, 0.0)
+    if product == "float8":
+        return steps.clamp(-largest, largest).to(torch.float8_e4m3fn), peaks / largest
+    steps = steps.round() if draw is None else (steps + (draw[0].unsqueeze(-1) + draw[1]).frac()).floor()
+    return steps.clamp(-largest, largest).to(torch.int8), peaks / largest
+
+
+Rounding = Callable[[Tensor, Draw | None], tuple[Tensor, Tensor]]
+
+
+def _rounding(product: str, compiled: bool) -> Rounding:
+    """Return :func:`round_columns` for a precision."""
+    if not compiled:
+        return partial(round_columns, product=product)
+
+    def rounding(x: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
+        with (
+            torch._C._AutoDispatchBelowAutograd(),
+            torch.no_grad(),
+        ):  # one function whatever the inputs require
+            return _compiled()(x, draw, product)
+
+    return rounding
+
+
+@cache
+def _compiled() -> Callable[[Tensor, Draw | None, str], tuple[Tensor, Tensor]]:
+    function: Callable[[Tensor, Draw | None, str], tuple[Tensor, Tensor]] = torch.compile(
+        round_columns, dynamic=True
+    )
+    return function
 
 
 def multiply_codes(a: Tensor, s: Tensor, b: Tensor, t: Tensor) -> Tensor:

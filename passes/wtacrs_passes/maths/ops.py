@@ -26,7 +26,7 @@ for _schema in (
     "require_zero(Tensor norms, Tensor mask) -> Tensor",
     "token_mask(Tensor mask) -> ()",
     "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
-    "multiply(Tensor a, Tensor b, Tensor? of_rows, Tensor? of_columns, str product) -> Tensor",
+    "multiply(Tensor a, Tensor b, Tensor? of_rows, Tensor? of_columns, str product, bool compiled) -> Tensor",
     "in_chunks(str body, str[] kinds, Tensor[] rowwise, Tensor[] shared, int chunk, Tensor? noise, int[] share, "
     "str estimator, bool center, str product, Tensor[] draws, bool compiled) -> Tensor[]",
 ):

@@ -8,8 +8,8 @@ After, with random numbers where it rounds at random::
 
     dW = multiply(A, B, rand(2, rows), rand(features of both), "int8")
 
-On a CPU that stays a call, which rounds block by block; elsewhere it is written out, and Inductor fuses the rounding
-with what computes the factors. (Randomly rounded gradients of 8 bits: Chen et al. 2020, arXiv 2010.14298.)
+On a CPU that stays a call, whose rounding is compiled once for all layers; elsewhere it is written out, and Inductor
+fuses the rounding with what computes the factors. (Randomly rounded gradients of 8 bits: Chen et al. 2020, arXiv 2010.14298.)
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _multiply(editor: Editor, node: fx.Node, precision: str) -> fx.Node:
         sizes = [2, editor.size(factors[0], 0)], [sum(value.shape)]
         draws = [editor.noise(size, value.device, "backward") for size in sizes]
     if value.device.type == "cpu":
-        return editor.call(ops.multiply, *factors, *draws, precision)
+        return editor.call(ops.multiply, *factors, *draws, precision, False)
     of_rows, of_columns = draws
     (written,) = editor.trace(
         low_precision.multiply, *factors, of_rows=of_rows, of_columns=of_columns, product=precision

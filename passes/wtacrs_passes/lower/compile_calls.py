@@ -1,0 +1,14 @@
+"""Let what calls compute be compiled when they are first made: a graph to look at runs as it is, generated code not."""
+
+from __future__ import annotations
+
+from ..joint import Joint
+from ..maths import ops
+
+
+def compile_calls(joint: Joint) -> None:
+    """Mark each function of rows in chunks, and each rounding of factors, as one to compile."""
+    for target in (ops.in_chunks, ops.multiply):
+        for node in joint.graph.find_nodes(op="call_function", target=target):
+            *args, _ = node.args
+            node.args = (*args, True)
