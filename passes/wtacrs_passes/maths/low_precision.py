@@ -24,8 +24,11 @@ from collections.abc import Callable
 from functools import cache, partial, reduce
 
 import torch
+import torch._dynamo.config as _config
 from torch import Tensor
 
+_VARIANTS = 64
+"""Of the compiled rounding, by dtype, precision and layout: above what PyTorch keeps of a function by default."""
 MOST_ROWS = 2**17
 """Rows whose products of 8 bits fit into a sum of 32 bits: 2^17 * 127^2 < 2^31."""
 _LARGEST = {"int8": 127.0, "float8": 448.0}
@@ -71,7 +74,8 @@ def by_columns(
     """Return a function that multiplies columns of `a` with `b`: ``(start, stop) -> a[:, start:stop]^T b``, float32.
 
     Args:
-        a, b, of_rows, of_columns, product, compiled: as of :func:`multiply`. `b` is rounded once, `a` when it is multiplied.
+        a, b, of_rows, of_columns, product, compiled: as of :func:`multiply`. `b` is rounded at once, `a` when
+            it is multiplied.
     """
     if product == "bfloat16":
         right = b.to(torch.bfloat16)
@@ -127,10 +131,8 @@ def _rounding(product: str, compiled: bool) -> Rounding:
         return partial(round_columns, product=product)
 
     def rounding(x: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
-        with (
-            torch._C._AutoDispatchBelowAutograd(),
-            torch.no_grad(),
-        ):  # one function whatever the inputs require
+        # One function whether the operands require grad or not.
+        with torch._C._AutoDispatchBelowAutograd(), torch.no_grad(), _config.patch(recompile_limit=_VARIANTS):
             return _compiled()(x, draw, product)
 
     return rounding

@@ -9,7 +9,8 @@ After, with random numbers where it rounds at random::
     dW = multiply(A, B, rand(2, rows), rand(features of both), "int8")
 
 On a CPU that stays a call, whose rounding is compiled once for all layers; elsewhere it is written out, and Inductor
-fuses the rounding with what computes the factors. (Randomly rounded gradients of 8 bits: Chen et al. 2020, arXiv 2010.14298.)
+fuses the rounding with what computes the factors. (Gradients in 8 bits, rounded at random: Chen et al.
+2020, arXiv 2010.14298.)
 """
 
 from __future__ import annotations
