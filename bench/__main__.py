@@ -27,6 +27,7 @@ BENCHMARKS = (
     ["regime", *shlex.split(SMOLLM2), "--precision", "float32"],
     ["roofline"],
     ["encodings"],
+    ["products"],
     ["frontier"],
     ["scaling"],
     ["gpu"],

@@ -275,6 +275,14 @@ TABLES: dict[str, Table] = {
         _variant,
         lambda row: _beside(row) if row.ratio else _value(row),
     ),
+    "products": Table(
+        "products",
+        "",
+        lambda row: row.device == "cpu",
+        _variant,
+        lambda row: f"{row.dtype}, {row.shapes}" if row.metric == "time" else f"error, {row.dtype}",
+        lambda row: _ratio(row) if row.metric == "time" else f"{row.value:.1e}",
+    ),
     "encodings": Table(
         "encodings",
         "share of the speed of a copy",

@@ -16,6 +16,8 @@ Body = Callable[..., Sequence[Tensor]]
 
 _PRODUCT = 2**18
 """Elements of a product that are computed at once before they are added to a sum on a CPU: what a cache holds."""
+_ROUNDED_PRODUCT = 2**21
+"""The same where factors are rounded first, which takes a call for each."""
 
 
 def in_chunks(
@@ -221,7 +223,8 @@ class _Product(_Part):
         if a.is_cuda and self.rounding.product == "exact":
             _accumulate(total, a.T, b, is_first)
             return
-        block = total.shape[0] if a.is_cuda else max(1, _PRODUCT // max(b.shape[1], 1))
+        elements = _PRODUCT if self.rounding.product == "exact" else _ROUNDED_PRODUCT
+        block = total.shape[0] if a.is_cuda else max(1, elements // max(b.shape[1], 1))
         multiplied = self.rounding(a, b, first)
         for start in range(0, total.shape[0], block):
             stop = min(start + block, total.shape[0])
