@@ -572,6 +572,30 @@ def test_products_in_8_bits_are_unbiased(ratio: float, dtype: torch.dtype) -> No
     assert (site.encoding, site.product) == ("chunks", "int8")
 
 
+def test_a_product_that_reaches_other_gradients_is_not_rounded() -> None:
+    class Scaled(Words):
+        """Two heads; what the second one multiplies with depends on the layer below."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Parameter(torch.randn(WORDS, D) / 8)
+
+        def logits(self, x: Tensor) -> Tensor:
+            hidden = torch.tanh(self.body(x))
+            return F.linear(hidden, self.other * hidden.mean()) + self.head(hidden)
+
+    model = Scaled()
+    _, exact = train(copy.deepcopy(model))
+    _, found, graph = run(model, dataclasses.replace(CHUNKED, include=("*",), min_features=1, product="int8"))
+    report = graph.partitions["ours"].report
+    assert report is not None
+    assert [loss.reason for loss in report.losses] == [""]
+    (site,) = [site for site in report.sites if site.module == "head"]
+    assert site.product == "exact: made with a product whose error would reach other gradients"
+    for name in ("other", "head.weight"):
+        assert distance(found[name], exact[name]) < 1e-6, name
+
+
 @pytest.mark.parametrize(("rule", "encoding"), [("balanced", "int8"), ("small", "int8"), ("exact", "exact")])
 def test_an_estimate_waits_in_8_bits(rule: str, encoding: str) -> None:
     policy = dataclasses.replace(SAMPLED, rules=(Rule("head", residuals=rule),))

@@ -216,6 +216,8 @@ def _precision(loss: WideLoss, products: Mapping[fx.Node, Product], policy: Poli
     wanted = {sampling.product if sampling else "exact" for sampling in samplings}
     if wanted <= {"exact"}:
         return "exact", ""
+    if any(result.kind == "product" and result.node not in products for result in loss.results):
+        return "exact", "made with a product whose error would reach other gradients"
     if len(wanted) > 1:
         return "exact", "made with another product that is multiplied in another precision"
     reasons = (reason_for_full_precision(p, s) for p, s in zip(made, samplings, strict=True) if s is not None)
