@@ -1,4 +1,4 @@
-"""Products in few bits: their bounds, that they are unbiased, what is not finite. No compilation."""
+"""Products in few bits: their bounds, that they are unbiased, what is not finite; the compiled rounding."""
 
 from __future__ import annotations
 

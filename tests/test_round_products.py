@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import is_unbiased
-from test_sample_rows import CASES, run_joint
+from test_sample_rows import CASES, estimate, run_joint
 from torch import Tensor, nn
 
 import wtacrs_fx
@@ -22,20 +22,14 @@ def products(report: Report) -> dict[str, str]:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ratio", [1.0, 0.25])
 def test_products_are_rounded_without_bias(case: str, ratio: float) -> None:
-    make, x, _ = CASES[case]
-    torch.manual_seed(0)
-    model = make()
-    joint = wtacrs_fx.capture(model, x)
-    exact = run_joint(joint, model, x, 1)
     policy = Policy(ratio=ratio, min_rows=4, min_features=1, residuals="exact", product="int8")
-    rewritten = wtacrs_fx.transform(joint, policy)
+    rewritten, exact, estimates = estimate(case, policy)
     rounded = rewritten.graph.find_nodes(op="call_function", target=multiply)
     shown = [site.product for site in rewritten.report.sites]
     assert len(rounded) == shown.count("int8")
-    torch.manual_seed(1)
-    for name, samples in run_joint(rewritten, model, x, 400).items():
-        noise = 1e-7 * exact[name][0].abs().max() * torch.randn_like(samples)  # some gradients have none
-        assert is_unbiased(samples + noise, exact[name][0]), name
+    for name, samples in estimates.items():
+        noise = 1e-7 * exact[name].abs().max() * torch.randn_like(samples)  # some gradients have none
+        assert is_unbiased(samples + noise, exact[name]), name
 
 
 class Experts(nn.Module):

@@ -108,22 +108,27 @@ def run_joint(gm: fx.GraphModule, model: nn.Module, x: Tensor, runs: int) -> dic
     return {name: torch.stack(found) for name, found in samples.items()}
 
 
-@pytest.mark.parametrize("placement", ["forward", "backward"])
-@pytest.mark.parametrize("case", CASES)
-def test_products_are_found_and_estimated_without_bias(case: str, placement: str) -> None:
-    make, x, expected_draws = CASES[case]
+def estimate(case: str, policy: Policy) -> tuple[fx.GraphModule, dict[str, Tensor], dict[str, Tensor]]:
+    """Return the rewritten graph of a case, its exact gradients, and 400 samples of each."""
+    make, x, _ = CASES[case]
     torch.manual_seed(0)
     model = make()
     joint = wtacrs_fx.capture(model, x)
-    exact = run_joint(joint, model, x, 1)
-    policy = RowsOnly(ratio=0.25, min_rows=4, placement=placement)
+    exact = {name: found[0] for name, found in run_joint(joint, model, x, 1).items()}
     rewritten = wtacrs_fx.transform(joint, policy)
-    assert draws(rewritten) == expected_draws
     torch.manual_seed(1)
-    estimates = run_joint(rewritten, model, x, 400)
+    return rewritten, exact, run_joint(rewritten, model, x, 400)
+
+
+@pytest.mark.parametrize("placement", ["forward", "backward"])
+@pytest.mark.parametrize("case", CASES)
+def test_products_are_found_and_estimated_without_bias(case: str, placement: str) -> None:
+    policy = RowsOnly(ratio=0.25, min_rows=4, placement=placement)
+    rewritten, exact, estimates = estimate(case, policy)
+    assert draws(rewritten) == CASES[case][2]
     assert any(s.std(0).max() > 0 for s in estimates.values())
     for name, samples in estimates.items():
-        assert is_unbiased(samples, exact[name][0]), name
+        assert is_unbiased(samples, exact[name]), name
 
 
 @pytest.mark.parametrize("estimator", ["wta-crs", "crs"])

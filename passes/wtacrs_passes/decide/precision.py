@@ -8,9 +8,9 @@ import torch
 
 from ..analyse.products import Product
 from ..graph.operations import aten, makes_sparse
-from ..graph.torch_api import is_unbacked
 from ..joint import Joint
 from ..policy import Sampling
+from .rows import reason_by_size
 
 AT_RANDOM = {"int8"}
 """Precisions to which factors are rounded at random."""
@@ -42,13 +42,12 @@ def reason_for_full_precision(product: Product, sampling: Sampling) -> str:
         return f"{value.dtype} has no such product"
     if sampling.product == "bfloat16" and value.dtype != torch.float32:
         return f"{value.dtype} has 16 bits already"
-    if is_unbacked(product.rows):
-        return "as many rows as the data says, unknown when it is compiled"
-    sizes = [size for size in value.shape if isinstance(size, int)]
-    if len(sizes) < 2 or 0 in (*sizes, product.rows):
-        return "nothing to multiply" if 0 in (*sizes, product.rows) else "features of any number"
-    if min(sizes) < sampling.min_features:
-        return f"{min(sizes)} features, fewer than min_features"
+    if (reason := reason_by_size(product)) is not None:
+        return reason
+    if not all(isinstance(size, int) for size in value.shape):
+        return "features of any number"
+    if (fewest := min(value.shape)) < sampling.min_features:
+        return f"{fewest} features, fewer than min_features"
     return "" if value.device.type == "cpu" else _reason_on_gpu(value, sampling)
 
 

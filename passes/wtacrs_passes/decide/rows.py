@@ -77,11 +77,8 @@ def reason_for_exact(product: Product, sampling: Sampling | None) -> str | None:
         return "ratio 1.0"
     if product.node.meta["val"].is_complex() or product.x.meta["val"].is_complex():
         return "complex numbers"
-    if is_unbacked(product.rows):
-        return "as many rows as the data says, unknown when it is compiled"
-    shapes = (*product.node.meta["val"].shape, *product.x.meta["val"].shape)
-    if any(isinstance(size, int) and size == 0 for size in shapes):
-        return "nothing to multiply"
+    if (reason := reason_by_size(product)) is not None:
+        return reason
     features = product.node.meta["val"].shape[-1 - product.tangent_side]  # of X: the side that is not dY's
     if isinstance(features, int) and features < sampling.min_features:
         return f"{features} features, fewer than min_features"
@@ -90,6 +87,16 @@ def reason_for_exact(product: Product, sampling: Sampling | None) -> str | None:
         return None  # k is bounded by the rows at run time
     if sampling.kept(rows) >= rows:
         return f"{rows} rows, no more than min_rows or ceil(ratio rows)"
+    return None
+
+
+def reason_by_size(product: Product) -> str | None:
+    """Return why a product is left as it is whatever the policy says, because of its sizes; None where it is not."""
+    if is_unbacked(product.rows):
+        return "as many rows as the data says, unknown when it is compiled"
+    shapes = (*product.node.meta["val"].shape, *product.x.meta["val"].shape)
+    if any(isinstance(size, int) and size == 0 for size in shapes):
+        return "nothing to multiply"
     return None
 
 

@@ -118,15 +118,24 @@ def _round(groups: Tensor, draws: Tensor | None, bits: int) -> tuple[Tensor, Ten
     """
     largest = levels(bits)
     peaks = groups.abs().amax(-1, keepdim=True)
-    per_unit = largest / peaks
-    usable = (per_unit > 0) & (per_unit < torch.inf)
-    steps = torch.where(usable, groups * per_unit, 0.0)
-    steps = steps.round() if draws is None else (steps + draws).floor()
+    steps = to_whole(in_steps(groups, peaks, largest), draws)
     if (
         groups.device.type == "cpu" and bits == 8
     ):  # two flat loops are faster there; Triton has one kernel for both
         steps = steps.flatten(-2)
     return steps.clamp(-largest, largest), peaks
+
+
+def in_steps(x: Tensor, peaks: Tensor, largest: float) -> Tensor:
+    """Return `x` by ``peaks / largest``; zero where a peak is so small, or so large, that no number is left of that."""
+    per_unit = largest / peaks
+    usable = (per_unit > 0) & (per_unit < torch.inf)
+    return torch.where(usable, x * per_unit, 0.0)
+
+
+def to_whole(steps: Tensor, draws: Tensor | None) -> Tensor:
+    """Round to whole numbers: to the nearest, or down after random numbers in [0, 1) are added."""
+    return steps.round() if draws is None else (steps + draws).floor()
 
 
 def _shares_bytes(features: Any, group: Any) -> bool:

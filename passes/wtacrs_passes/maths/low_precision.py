@@ -5,7 +5,7 @@ product       operands                              error of an element of the r
 ============  ====================================  =================================================================
 ``bfloat16``  rounded to the nearest                at most 2^-7 of ``sum_i |a_i b_i|``, and its own rounding
 ``int8``      one scale a column, its largest       to the nearest at most ``sum_i (|a_i| t + |b_i| s) / 2 + s t / 4``
-              magnitude / 127                       for scales s and t; at random unbiased, twice that bound
+              magnitude / 127                       for scales s and t; at random unbiased, four times that
 ``float8``    e4m3, one scale a column, its         at most 2^-3 of ``sum_i |a_i b_i|`` and its own rounding, for
               largest magnitude / 448               elements above 2^-14 of their column's largest
 ============  ====================================  =================================================================
@@ -26,6 +26,8 @@ from functools import cache, partial, reduce
 import torch
 import torch._dynamo.config as _config
 from torch import Tensor
+
+from .encodings import in_steps, to_whole
 
 _VARIANTS = 64
 """Of the compiled rounding, by dtype, precision and layout: above what PyTorch keeps of a function by default."""
@@ -113,13 +115,11 @@ def round_columns(x: Tensor, draw: Draw | None, product: str) -> tuple[Tensor, T
     """
     largest = _LARGEST[product]
     peaks = x.abs().amax(0).float()
-    per_unit = largest / peaks
-    usable = (per_unit > 0) & (per_unit < torch.inf)
-    steps = x.float() * torch.where(usable, per_unit, 0.0)
+    steps = in_steps(x.float(), peaks, largest)
     if product == "float8":
         return steps.clamp(-largest, largest).to(torch.float8_e4m3fn), peaks / largest
-    steps = steps.round() if draw is None else (steps + (draw[0].unsqueeze(-1) + draw[1]).frac()).floor()
-    return steps.clamp(-largest, largest).to(torch.int8), peaks / largest
+    draws = None if draw is None else (draw[0].unsqueeze(-1) + draw[1]).frac()
+    return to_whole(steps, draws).clamp(-largest, largest).to(torch.int8), peaks / largest
 
 
 Rounding = Callable[[Tensor, Draw | None], tuple[Tensor, Tensor]]
