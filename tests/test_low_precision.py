@@ -140,6 +140,14 @@ def test_more_rows_than_a_sum_of_32_bits_holds(monkeypatch: pytest.MonkeyPatch) 
     assert low_precision.MOST_ROWS * 127**2 < 2**31
 
 
+def test_a_peak_is_not_rounded_beyond_the_largest_code() -> None:
+    """A peak times its inverse may be a little above 127, and the random number a little below one."""
+    x = torch.rand(1, 10_000) + 0.1
+    assert bool((x * (127 / x) > 127).any())
+    codes, _ = round_columns(x, (torch.full((1,), 1 - 2**-24), torch.zeros(10_000)), "int8")
+    assert bool((codes == 127).all())
+
+
 def test_sums_do_not_overflow() -> None:
     a = torch.ones(2**17, 16)
     codes, scale = round_columns(a, None, "int8")
