@@ -24,7 +24,13 @@ from wtacrs_fx.tools.steps import Compiler, Step, inductor
 
 CHUNKER = "inductor, auto_chunker"
 ONCE = "wtacrs, layers once"
-POLICIES = {"wtacrs": Policy(), "wtacrs, all rows": Policy(ratio=1.0), ONCE: Policy()}
+IN_8_BITS = "wtacrs, all rows in 8 bits"
+POLICIES = {
+    "wtacrs": Policy(),
+    "wtacrs, all rows": Policy(ratio=1.0),
+    IN_8_BITS: Policy(ratio=1.0, product="int8"),
+    ONCE: Policy(),
+}
 VARIANTS = ("inductor", "inductor budget 0.9", "inductor budget 0.5", CHECKPOINTING, CHUNKER, *POLICIES)
 
 
