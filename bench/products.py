@@ -19,6 +19,7 @@ import torch
 import typer
 from torch import Tensor
 
+from bench.encodings import PRECISIONS
 from bench.harness import Row, circumstances, record, summarise
 from wtacrs_fx.tools import measure
 from wtacrs_fx.tools.steps import interleave
@@ -27,7 +28,6 @@ from wtacrs_passes.maths.low_precision import multiply
 
 SHAPES = ((2048, 768, 3072), (4096, 576, 1536), (4096, 2048, 8192))
 TINY = ((64, 32, 48),)
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 EXACT = "exact"
 
 Product = Callable[[Tensor, Tensor], Tensor]

@@ -168,7 +168,7 @@ _INDUCTOR = {
 _HEADLINE = _INDUCTOR | {
     "wtacrs": "**wtacrs**, default policy",
     "wtacrs, all rows": "**wtacrs**, `ratio=1.0`: nothing sampled",
-    "wtacrs, all rows in 8 bits": "**wtacrs**, `ratio=1.0, product=\"int8\"`: all rows in 8 bits",
+    "wtacrs, all rows in 8 bits": '**wtacrs**, `ratio=1.0, product="int8"`: all rows in 8 bits',
 }
 _WITHOUT_HEAD = _INDUCTOR | {"wtacrs 0.3 balanced": "**wtacrs**, default policy"}
 _ON_GPU = ("saved", "peak", "step time", "kernel time")
