@@ -39,10 +39,8 @@ def exact(a: Tensor, b: Tensor) -> Tensor:
 
 def rounded(a: Tensor, b: Tensor, precision: str, at_random: bool) -> Tensor:
     """Multiply all rows in fewer bits."""
-    if not at_random:
-        return multiply(a, b, None, None, precision, compiled=True)
-    draws = torch.rand(2, len(a), device=a.device), torch.rand(a.shape[1] + b.shape[1], device=a.device)
-    return multiply(a, b, *draws, precision, compiled=True)
+    draws = [torch.rand(size, device=a.device) if at_random else None for x in (a, b) for size in x.shape]
+    return multiply(a, b, draws, precision, compiled=True)
 
 
 def sampled(a: Tensor, b: Tensor, ratio: float, then: Product) -> Tensor:

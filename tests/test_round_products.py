@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import wtacrs_fx
 from wtacrs_fx import Policy, Report, Rule
-from wtacrs_passes.maths.ops import multiply
+from wtacrs_passes.maths.ops import multiply_codes
 
 ALL_ROWS = Policy(ratio=1.0, residuals="exact", min_features=1, product="int8")
 
@@ -24,7 +24,7 @@ def products(report: Report) -> dict[str, str]:
 def test_products_are_rounded_without_bias(case: str, ratio: float) -> None:
     policy = Policy(ratio=ratio, min_rows=4, min_features=1, residuals="exact", product="int8")
     rewritten, exact, estimates = estimate(case, policy)
-    rounded = rewritten.graph.find_nodes(op="call_function", target=multiply)
+    rounded = rewritten.graph.find_nodes(op="call_function", target=multiply_codes)
     shown = [site.product for site in rewritten.report.sites]
     assert len(rounded) == shown.count("int8")
     for name, samples in estimates.items():

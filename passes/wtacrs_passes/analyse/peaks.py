@@ -23,7 +23,6 @@ from ..graph.operations import VIEWS, is_loop, is_view, reduces
 from ..graph.torch_api import hint, invoke_subgraph, trace_operations
 from ..maths import ops
 from ..maths.chunks import function_of
-from ..maths.low_precision import COLUMNS
 from ..report import Peak
 
 _READS = 4
@@ -208,8 +207,9 @@ def _workspace(node: fx.Node) -> int:
         return max(
             0, _Memory(body.graph).least_peak({}, "").size - sum(map(bytes_of_example, _results(node)))
         )
-    if node.target is ops.multiply:
-        return _codes_and_sums(node)
+    if node.target is ops.multiply_codes:
+        sums = node.meta["val"]
+        return 4 * hint(sums.numel())
     if node.target is not ops.in_chunks:
         return 0
     arguments: tuple[Any, ...] = node.args
@@ -217,10 +217,3 @@ def _workspace(node: fx.Node) -> int:
     values = [x.meta["val"][:chunk] for x in rowwise] + [x.meta["val"] for x in shared]
     graph = trace_operations(lambda *xs: tuple(function_of(body)(chunk, *xs)), values)
     return _Memory(graph).least_peak({}, "").size
-
-
-def _codes_and_sums(node: fx.Node) -> int:
-    """Return the bytes of one factor in fewer bits, of some columns of the other one and of the product of these."""
-    (rows, m), (_, n) = (map(hint, factor.meta["val"].shape) for factor in node.args[:2])  # type: ignore[union-attr]
-    columns, itemsize = min(m, COLUMNS), 2 if node.args[-2] == "bfloat16" else 1
-    return itemsize * rows * (n + columns) + 8 * columns * n

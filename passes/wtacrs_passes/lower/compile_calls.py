@@ -7,8 +7,8 @@ from ..maths import ops
 
 
 def compile_calls(joint: Joint) -> None:
-    """Mark each function of rows in chunks, and each rounding of factors, as one to compile."""
-    for target in (ops.in_chunks, ops.multiply):
+    """Mark each function of rows in chunks, and each rounding of a factor, as one to compile."""
+    for target in (ops.in_chunks, ops.round_columns):
         for node in joint.graph.find_nodes(op="call_function", target=target):
             *args, _ = node.args
             node.args = (*args, True)

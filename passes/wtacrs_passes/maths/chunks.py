@@ -140,15 +140,30 @@ class _Rounding:
     of_columns: Tensor | None = None
 
     def __call__(self, a: Tensor, b: Tensor, first: int) -> Callable[[int, int], Tensor]:
-        """Return what `low_precision.by_columns` does.
+        """Return a function that multiplies columns of `a` with `b`: ``(start, stop) -> a[:, start:stop]^T b``.
 
         Args:
             first: rows that were multiplied before.
         """
         if self.product == "exact":
             return lambda start, stop: a[:, start:stop].T @ b
-        of_rows = None if self.of_rows is None else self.of_rows[:, first : first + a.shape[0]]
-        return low_precision.by_columns(a, b, of_rows, self.of_columns, self.product, self.compiled)
+        if self.product == "bfloat16":
+            return lambda start, stop: low_precision.multiply(a[:, start:stop], b, (), self.product)
+        m = a.shape[1]
+        draws: list[Tensor | None] = [None] * 4
+        if self.of_rows is not None and self.of_columns is not None:
+            of_a, of_b = self.of_rows[:, first : first + a.shape[0]]
+            draws = [of_a, self.of_columns[:m], of_b, self.of_columns[m:]]
+        right = low_precision.round_columns(b, draws[2], draws[3], self.product, self.compiled)
+
+        def multiplied(start: int, stop: int) -> Tensor:
+            of_columns = None if draws[1] is None else draws[1][start:stop]
+            left = low_precision.round_columns(
+                a[:, start:stop], draws[0], of_columns, self.product, self.compiled
+            )
+            return low_precision.multiply_codes(*left, *right, torch.float32)
+
+        return multiplied
 
 
 class _Part:

@@ -20,8 +20,8 @@ A column with NaN or Inf makes NaN of its row or column of the result, so that n
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial, reduce
+from collections.abc import Callable, Sequence
+from functools import cache, reduce
 
 import torch
 import torch._dynamo.config as _config
@@ -35,18 +35,17 @@ MOST_ROWS = 2**17
 """Rows whose products of 8 bits fit into a sum of 32 bits: 2^17 * 127^2 < 2^31."""
 _LARGEST = {"int8": 127.0, "float8": 448.0}
 """The largest magnitude of a code."""
-COLUMNS = 256
-"""Columns of a factor that are rounded and multiplied at once on a CPU, so that no code of the others is held."""
+_IN_CACHE = 2**17
+"""Elements of a product that are scaled at once on a CPU."""
 
-Draw = tuple[Tensor, Tensor]
-"""Uniform random numbers of rows and of columns, see above."""
+Rounded = tuple[Tensor, Tensor]
+"""Codes [rows, columns] and scales, float32 [columns]."""
 
 
 def multiply(
     a: Tensor,
     b: Tensor,
-    of_rows: Tensor | None,
-    of_columns: Tensor | None,
+    draws: Sequence[Tensor | None],
     product: str,
     compiled: bool = False,
 ) -> Tensor:
@@ -54,107 +53,84 @@ def multiply(
 
     Args:
         a, b: [rows, m] and [rows, n], float.
-        of_rows, of_columns: [2, rows] and [m + n], independent and uniform in [0, 1), to round ``int8`` at random; to
-            the nearest without them.
+        draws: for `a`, then for `b`, what :func:`round_columns` takes.
         product: ``bfloat16``, ``int8`` or ``float8``.
-        compiled: the rounding is compiled by Inductor when it is called first.
-    """
-    m = a.shape[1]
-    multiplied = by_columns(a, b, of_rows, of_columns, product, compiled)
-    if a.device.type != "cpu" or m <= COLUMNS:
-        return multiplied(0, m).to(a.dtype)
-    result = a.new_empty((m, b.shape[1]))
-    for start in range(0, m, COLUMNS):
-        stop = min(start + COLUMNS, m)
-        result[start:stop] = multiplied(start, stop)
-    return result
-
-
-def by_columns(
-    a: Tensor, b: Tensor, of_rows: Tensor | None, of_columns: Tensor | None, product: str, compiled: bool
-) -> Callable[[int, int], Tensor]:
-    """Return a function that multiplies columns of `a` with `b`: ``(start, stop) -> a[:, start:stop]^T b``, float32.
-
-    Args:
-        a, b, of_rows, of_columns, product, compiled: as of :func:`multiply`. `b` is rounded at once, `a` when
-            it is multiplied.
+        compiled: see :func:`round_columns`.
     """
     if product == "bfloat16":
-        right = b.to(torch.bfloat16)
-        return lambda start, stop: torch.mm(a[:, start:stop].to(torch.bfloat16).T, right).float()
-    rows = [_split(x, MOST_ROWS) for x in (a, b)]
-    draws: tuple[list[Draw | None], list[Draw | None]] = [None] * len(rows[0]), [None] * len(rows[0])
-    if of_rows is not None and of_columns is not None:
-        m = a.shape[1]
-        draws = (
-            [(part, of_columns[:m]) for part in _split(of_rows[0], MOST_ROWS)],
-            [(part, of_columns[m:]) for part in _split(of_rows[1], MOST_ROWS)],
-        )
-    rounding = _rounding(product, compiled)
-    rounded = [rounding(x, draw) for x, draw in zip(rows[1], draws[1], strict=True)]
-
-    def multiplied(start: int, stop: int) -> Tensor:
-        parts = []
-        for x, draw, right in zip(rows[0], draws[0], rounded, strict=True):
-            draw = None if draw is None else (draw[0], draw[1][start:stop])
-            parts.append(multiply_codes(*rounding(x[:, start:stop], draw), *right))
-        return reduce(torch.add, parts)
-
-    return multiplied
+        return torch.mm(a.to(torch.bfloat16).T, b.to(torch.bfloat16)).to(a.dtype)
+    left = round_columns(a, draws[0], draws[1], product, compiled)
+    right = round_columns(b, draws[2], draws[3], product, compiled)
+    return multiply_codes(*left, *right, a.dtype)
 
 
-def round_columns(x: Tensor, draw: Draw | None, product: str) -> tuple[Tensor, Tensor]:
+def round_columns(
+    x: Tensor, of_rows: Tensor | None, of_columns: Tensor | None, product: str, compiled: bool = False
+) -> Rounded:
     """Round each column in steps of its scale.
 
     Args:
-        x: [rows, columns], float; draw: [rows] and [columns], or None to round to the nearest.
-        product: ``int8`` or ``float8``, which rounds to the nearest whatever the draw.
+        x: [rows, columns], float.
+        of_rows, of_columns: [rows] and [columns], independent and uniform in [0, 1), to round ``int8`` at random, by
+            the fraction of their sum; to the nearest without them, and where `product` is ``float8``.
+        product: ``int8`` or ``float8``.
+        compiled: this function is compiled by Inductor when it is called first.
 
     Returns:
         codes: int8 or float8, [rows, columns]; scales: float32, [columns].
     """
+    if compiled:
+        # One function whether the operands require grad or not.
+        with torch._C._AutoDispatchBelowAutograd(), torch.no_grad(), _config.patch(recompile_limit=_VARIANTS):
+            return _compiled()(x, of_rows, of_columns, product)
     largest = _LARGEST[product]
     peaks = x.abs().amax(0).float()
     steps = in_steps(x.float(), peaks, largest)
     if product == "float8":
         return steps.clamp(-largest, largest).to(torch.float8_e4m3fn), peaks / largest
-    draws = None if draw is None else (draw[0].unsqueeze(-1) + draw[1]).frac()
+    draws = None if of_rows is None or of_columns is None else (of_rows.unsqueeze(-1) + of_columns).frac()
     return to_whole(steps, draws).clamp(-largest, largest).to(torch.int8), peaks / largest
 
 
-Rounding = Callable[[Tensor, Draw | None], tuple[Tensor, Tensor]]
-
-
-def _rounding(product: str, compiled: bool) -> Rounding:
-    """Return :func:`round_columns` for a precision."""
-    if not compiled:
-        return partial(round_columns, product=product)
-
-    def rounding(x: Tensor, draw: Draw | None) -> tuple[Tensor, Tensor]:
-        # One function whether the operands require grad or not.
-        with torch._C._AutoDispatchBelowAutograd(), torch.no_grad(), _config.patch(recompile_limit=_VARIANTS):
-            return _compiled()(x, draw, product)
-
-    return rounding
-
-
 @cache
-def _compiled() -> Callable[[Tensor, Draw | None, str], tuple[Tensor, Tensor]]:
-    function: Callable[[Tensor, Draw | None, str], tuple[Tensor, Tensor]] = torch.compile(
+def _compiled() -> Callable[[Tensor, Tensor | None, Tensor | None, str], Rounded]:
+    function: Callable[[Tensor, Tensor | None, Tensor | None, str], Rounded] = torch.compile(
         round_columns, dynamic=True
     )
     return function
 
 
-def multiply_codes(a: Tensor, s: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Return the product ``a^T b`` of what :func:`round_columns` returned for two operands: float32 [m, n]."""
+def round_columns_fake(
+    x: Tensor, of_rows: Tensor | None, of_columns: Tensor | None, product: str, compiled: bool = False
+) -> Rounded:
+    """Return empty tensors like those of :func:`round_columns`."""
+    dtype = torch.int8 if product == "int8" else torch.float8_e4m3fn
+    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[1:], dtype=torch.float32)
+
+
+def multiply_codes(a: Tensor, s: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the product ``a^T b`` of what :func:`round_columns` returned for two operands: [m, n] of `dtype`."""
     if a.dtype == torch.float8_e4m3fn:
         left, right = _columns_first(a).T, _columns_first(b)
         product = torch._scaled_mm(left, right, s.unsqueeze(-1), t.unsqueeze(0), out_dtype=torch.bfloat16)
-        return product.float()
+        return product.to(dtype)
     if a.device.type != "cpu":
         a, b = _columns_first(_whole_eights(a)), _columns_first(_whole_eights(b))
-    return torch._int_mm(a.T, b).float() * s.unsqueeze(-1) * t
+    sums = [torch._int_mm(left.T, right) for left, right in zip(_split(a), _split(b), strict=True)]
+    if a.device.type != "cpu":
+        return (reduce(torch.add, [part.float() for part in sums]) * s.unsqueeze(-1) * t).to(dtype)
+    result = torch.empty(sums[0].shape, dtype=dtype)
+    rows = max(1, _IN_CACHE // max(len(t), 1))
+    for start in range(0, len(s), rows):
+        block = slice(start, start + rows)
+        total = reduce(torch.add, [part[block].float() for part in sums])
+        result[block] = total.mul_(s[block].unsqueeze(-1)).mul_(t)
+    return result
+
+
+def multiply_codes_fake(a: Tensor, s: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor like that of :func:`multiply_codes`."""
+    return a.new_empty((a.shape[1], b.shape[1]), dtype=dtype)
 
 
 def _whole_eights(codes: Tensor) -> Tensor:
@@ -167,8 +143,8 @@ def _columns_first(x: Tensor) -> Tensor:
     return x.T.contiguous().T
 
 
-def _split(x: Tensor, rows: int) -> tuple[Tensor, ...]:
-    """Return blocks of rows; one where their number is symbolic."""
-    if not isinstance(x.shape[0], int) or x.shape[0] <= rows:
-        return (x,)
-    return torch.split(x, rows)
+def _split(codes: Tensor) -> tuple[Tensor, ...]:
+    """Return blocks of rows whose products can be summed; one where their number is symbolic."""
+    if not isinstance(codes.shape[0], int) or codes.shape[0] <= MOST_ROWS:
+        return (codes,)
+    return torch.split(codes, MOST_ROWS)

@@ -26,7 +26,8 @@ for _schema in (
     "require_zero(Tensor norms, Tensor mask) -> Tensor",
     "token_mask(Tensor mask) -> ()",
     "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
-    "multiply(Tensor a, Tensor b, Tensor? of_rows, Tensor? of_columns, str product, bool compiled) -> Tensor",
+    "round_columns(Tensor x, Tensor? of_rows, Tensor? of_columns, str product, bool compiled) -> (Tensor, Tensor)",
+    "multiply_codes(Tensor a, Tensor s, Tensor b, Tensor t, ScalarType dtype) -> Tensor",
     "in_chunks(str body, str[] kinds, Tensor[] rowwise, Tensor[] shared, int chunk, Tensor? noise, int[] share, "
     "str estimator, bool center, str product, Tensor[] draws, bool compiled) -> Tensor[]",
 ):
@@ -203,7 +204,8 @@ for _name, _kernel, _fake in (
     ("gradient_weights", _gradient_weights, _gradient_weights_fake),
     ("record_norms", _record_norms, lambda fresh, norms, positions: None),
     ("require_zero", _require_zero, lambda norms, mask: norms.new_empty(())),
-    ("multiply", low_precision.multiply, lambda a, b, *_: a.new_empty((a.shape[1], b.shape[1]))),
+    ("round_columns", low_precision.round_columns, low_precision.round_columns_fake),
+    ("multiply_codes", low_precision.multiply_codes, low_precision.multiply_codes_fake),
     ("in_chunks", chunks.in_chunks, chunks.in_chunks_fake),
     ("token_mask", lambda mask: None, lambda mask: None),
     ("norm_state", lambda x, known, fresh: None, lambda x, known, fresh: None),
@@ -257,8 +259,11 @@ require_zero = torch.ops.wtacrs.require_zero.default
 Raise where a masked row has a finite norm above zero (on CUDA an assertion on the device).
 """
 
-multiply = torch.ops.wtacrs.multiply.default
-"""As :func:`low_precision.multiply`."""
+round_columns = torch.ops.wtacrs.round_columns.default
+"""As :func:`low_precision.round_columns`."""
+
+multiply_codes = torch.ops.wtacrs.multiply_codes.default
+"""As :func:`low_precision.multiply_codes`."""
 
 in_chunks = torch.ops.wtacrs.in_chunks.default
 """As :func:`chunks.in_chunks`."""

@@ -6,15 +6,20 @@ Before, with A and B ``[rows, features]``, one of them X and the other one dY, d
 
 After, with random numbers where it rounds at random::
 
-    dW = multiply(A, B, rand(2, rows), rand(features of both), "int8")
+    codes_a, scales_a = round_columns(A, rand(rows), rand(features), "int8")   # once for all products that read A
+    codes_b, scales_b = round_columns(B, rand(rows), rand(features), "int8")
+    dW = multiply_codes(codes_a, scales_a, codes_b, scales_b)
 
-On a CPU that stays a call, whose rounding is compiled once for all layers; elsewhere it is written out, and Inductor
-fuses the rounding with what computes the factors. (Gradients in 8 bits, rounded at random: Chen et al.
-2020, arXiv 2010.14298.)
+On a CPU these stay calls, and the rounding is compiled once for all layers; elsewhere they are written out, and
+Inductor fuses the rounding with what computes the factors. (Gradients in 8 bits, rounded at random: Chen et al. 2020,
+arXiv 2010.14298.)
 """
 
 from __future__ import annotations
 
+import operator
+
+import torch
 from torch import fx
 
 from ..analyse.products import rows_first
@@ -28,33 +33,54 @@ from ..maths import low_precision, ops
 def round_products(joint: Joint) -> None:
     """Rewrite the products that the plan has a precision for."""
     editor = Editor(joint.graph)
+    editor.tag = "must_be_in_backward"  # where X is there: its codes are no residual
+    rounded: dict[tuple[fx.Node, str], Codes] = {}
     for product, precision, reason in joint.plan.precisions:
         if reason:
             continue
         node = joint.products[product.node]
         with editor.before(node):
-            rounded = _multiply(editor, node, precision)
-        node.replace_all_uses_with(rounded)
-        rounded.meta = {**node.meta, "val": rounded.meta["val"]}
-        joint.products[product.node] = rounded
+            factors = [_factor(editor, node, side) for side in (0, 1)]
+            if precision == "bfloat16":
+                [new] = editor.trace(low_precision.multiply, *factors, draws=(), product=precision)
+            else:
+                codes = [_round(editor, factor, precision, rounded) for factor in factors]
+                new = _multiply(editor, codes[0], codes[1], node.meta["val"].dtype)
+        node.replace_all_uses_with(new)
+        new.meta = {**node.meta, "val": new.meta["val"]}
+        joint.products[product.node] = new
         joint.graph.erase_node(node)
     joint.graph.eliminate_dead_code()
 
 
-def _multiply(editor: Editor, node: fx.Node, precision: str) -> fx.Node:
-    factors = [_factor(editor, node, side) for side in (0, 1)]
-    value = node.meta["val"]
-    draws: list[fx.Node | None] = [None, None]
-    if precision in AT_RANDOM:
-        sizes = [2, editor.size(factors[0], 0)], [sum(value.shape)]
-        draws = [editor.noise(size, value.device, "backward") for size in sizes]
-    if value.device.type == "cpu":
-        return editor.call(ops.multiply, *factors, *draws, precision, False)
-    of_rows, of_columns = draws
-    (written,) = editor.trace(
-        low_precision.multiply, *factors, of_rows=of_rows, of_columns=of_columns, product=precision
-    )
-    return written
+Codes = tuple[fx.Node, ...]
+"""Codes and scales."""
+
+
+def _round(
+    editor: Editor, factor: fx.Node, precision: str, rounded: dict[tuple[fx.Node, str], Codes]
+) -> Codes:
+    """Return a factor in fewer bits: rounded before its first reader, for all of them."""
+    key = factor, precision
+    if key not in rounded:
+        draws: list[fx.Node | None] = [None, None]
+        if precision in AT_RANDOM:
+            device = factor.meta["val"].device
+            draws = [editor.noise([editor.size(factor, dim)], device, "backward") for dim in (0, 1)]
+        if factor.meta["val"].device.type == "cpu":
+            both = editor.call(ops.round_columns, factor, *draws, precision, False)
+            rounded[key] = tuple(editor.call(operator.getitem, both, i) for i in (0, 1))
+        else:
+            named = dict(zip(("of_rows", "of_columns"), draws, strict=True))
+            rounded[key] = editor.trace(low_precision.round_columns, factor, **named, product=precision)
+    return rounded[key]
+
+
+def _multiply(editor: Editor, a: Codes, b: Codes, dtype: torch.dtype) -> fx.Node:
+    if a[0].meta["val"].device.type == "cpu":
+        return editor.call(ops.multiply_codes, *a, *b, dtype)
+    [product] = editor.trace(low_precision.multiply_codes, *a, *b, dtype=dtype)
+    return product
 
 
 def _factor(editor: Editor, node: fx.Node, side: int) -> fx.Node:
