@@ -113,7 +113,8 @@ def test_blocks_of_a_product_are_as_the_whole(monkeypatch: pytest.MonkeyPatch) -
     a, b = factors()
     given = draws(a, b)
     whole = multiply(a, b, given, "int8")
-    monkeypatch.setattr(low_precision, "_IN_CACHE", 100)
+    monkeypatch.setattr(low_precision, "_PRODUCT", 100)
+    monkeypatch.setattr(low_precision, "_FEWEST", 7)
     assert torch.equal(multiply(a, b, given, "int8"), whole)
 
 

@@ -20,9 +20,10 @@ from ..graph.cones import is_tangent
 from ..graph.edit import bytes_of_example, output_of
 from ..graph.names import module_path, outputs_with_descriptors
 from ..graph.operations import VIEWS, is_loop, is_view, reduces
-from ..graph.torch_api import hint, invoke_subgraph, trace_operations
+from ..graph.torch_api import invoke_subgraph, trace_operations
 from ..maths import ops
 from ..maths.chunks import function_of
+from ..maths.low_precision import columns_at_once
 from ..report import Peak
 
 _READS = 4
@@ -208,8 +209,8 @@ def _workspace(node: fx.Node) -> int:
             0, _Memory(body.graph).least_peak({}, "").size - sum(map(bytes_of_example, _results(node)))
         )
     if node.target is ops.multiply_codes:
-        sums = node.meta["val"]
-        return 4 * hint(sums.numel())
+        m, n = node.meta["val"].shape
+        return 8 * int(min(m, columns_at_once(n))) * int(n)
     if node.target is not ops.in_chunks:
         return 0
     arguments: tuple[Any, ...] = node.args

@@ -139,31 +139,39 @@ class _Rounding:
     of_rows: Tensor | None = None
     of_columns: Tensor | None = None
 
-    def __call__(self, a: Tensor, b: Tensor, first: int) -> Callable[[int, int], Tensor]:
-        """Return a function that multiplies columns of `a` with `b`: ``(start, stop) -> a[:, start:stop]^T b``.
+    def __call__(self, a: Tensor, b: Tensor, first: int) -> Callable[[Tensor, int, bool], None]:
+        """Return a function that multiplies columns of `a` with `b`: ``(result, start, adds)``.
+
+        It writes ``a[:, start:stop]^T b`` into `result`, as many columns as that has rows, or adds it there.
 
         Args:
             first: rows that were multiplied before.
         """
-        if self.product == "exact":
-            return lambda start, stop: a[:, start:stop].T @ b
-        if self.product == "bfloat16":
-            return lambda start, stop: low_precision.multiply(a[:, start:stop], b, (), self.product)
+        product, compiled = self.product, self.compiled
+        if product in ("exact", "bfloat16"):
+
+            def multiplied(result: Tensor, start: int, adds: bool) -> None:
+                columns = a[:, start : start + len(result)]
+                value = (
+                    columns.T @ b if product == "exact" else low_precision.multiply(columns, b, (), product)
+                )
+                (Tensor.add_ if adds else Tensor.copy_)(result, value)
+
+            return multiplied
         m = a.shape[1]
         draws: list[Tensor | None] = [None] * 4
         if self.of_rows is not None and self.of_columns is not None:
             of_a, of_b = self.of_rows[:, first : first + a.shape[0]]
             draws = [of_a, self.of_columns[:m], of_b, self.of_columns[m:]]
-        right = low_precision.round_columns(b, draws[2], draws[3], self.product, self.compiled)
+        right = low_precision.round_columns(b, draws[2], draws[3], product, compiled)
 
-        def multiplied(start: int, stop: int) -> Tensor:
-            of_columns = None if draws[1] is None else draws[1][start:stop]
-            left = low_precision.round_columns(
-                a[:, start:stop], draws[0], of_columns, self.product, self.compiled
-            )
-            return low_precision.multiply_codes(*left, *right, torch.float32)
+        def multiplied_codes(result: Tensor, start: int, adds: bool) -> None:
+            columns = slice(start, start + len(result))
+            of_columns = None if draws[1] is None else draws[1][columns]
+            left = low_precision.round_columns(a[:, columns], draws[0], of_columns, product, compiled)
+            low_precision.multiply_into(result, *left, *right, adds)
 
-        return multiplied
+        return multiplied_codes
 
 
 class _Part:
@@ -186,12 +194,12 @@ class _Part:
         assert self.value is not None
         return self.value
 
-    def _sum_like(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
-        """Return the sum and how to add to it: what comes first is copied."""
+    def _sum_like(self, x: Tensor, shape: Sequence[int]) -> tuple[Tensor, bool]:
+        """Return the sum and whether something is in it."""
         if self.value is not None:
-            return self.value, Tensor.add_
+            return self.value, True
         self.value = x.new_empty(shape, dtype=_wide(x.dtype))
-        return self.value, Tensor.copy_
+        return self.value, False
 
 
 class _Rows(_Part):
@@ -205,8 +213,8 @@ class _Rows(_Part):
 class _Sum(_Part):
     def add(self, start: int, values: Any) -> None:
         x = next(values)
-        total, add = self._sum_like(x, x.shape)
-        add(total, x)
+        total, adds = self._sum_like(x, x.shape)
+        (Tensor.add_ if adds else Tensor.copy_)(total, x)
 
 
 class _Product(_Part):
@@ -232,18 +240,16 @@ class _Product(_Part):
             return
         a, b = (torch.cat(xs) if len(xs) > 1 else xs[0] for xs in zip(*self._waiting, strict=True))
         self._waiting = []
-        is_first = self.value is None
-        total, add = self._sum_like(a, (a.shape[1], b.shape[1]))
+        total, adds = self._sum_like(a, (a.shape[1], b.shape[1]))
         first, self._multiplied = self._multiplied, self._multiplied + a.shape[0]
         if a.is_cuda and self.rounding.product == "exact":
-            _accumulate(total, a.T, b, is_first)
+            _accumulate(total, a.T, b, adds)
             return
         elements = _PRODUCT if self.rounding.product == "exact" else _ROUNDED_PRODUCT
         block = total.shape[0] if a.is_cuda else max(1, elements // max(b.shape[1], 1))
-        multiplied = self.rounding(a, b, first)
+        multiply = self.rounding(a, b, first)
         for start in range(0, total.shape[0], block):
-            stop = min(start + block, total.shape[0])
-            add(total[start:stop], multiplied(start, stop))
+            multiply(total[start : start + block], start, adds)
 
 
 class _SampledProduct(_Product):
@@ -256,14 +262,14 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, adds: bool) -> None:
     """Add ``a @ b`` to a sum where it lies, or write it there, in one call of CUDA's library."""
     if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=0 if is_first else 1, out=total)
-    elif is_first:
-        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
-    else:
+        torch.addmm(total, a, b, beta=1 if adds else 0, out=total)
+    elif adds:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, total.dtype, out=total)
 
 
 _PARTS: dict[str, Callable[[int, int, _Sampling, _Rounding], _Part]] = {

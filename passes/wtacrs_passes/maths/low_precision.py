@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
+from typing import Any
 
 import torch
 import torch._dynamo.config as _config
@@ -35,8 +36,8 @@ MOST_ROWS = 2**17
 """Rows whose products of 8 bits fit into a sum of 32 bits: 2^17 * 127^2 < 2^31."""
 _LARGEST = {"int8": 127.0, "float8": 448.0}
 """The largest magnitude of a code."""
-_IN_CACHE = 2**17
-"""Elements of a product that are scaled at once on a CPU."""
+_PRODUCT, _FEWEST = 2**19, 512
+"""Elements of a product that are computed at once on a CPU, as many as a cache holds, but no fewer columns of `a`."""
 
 Rounded = tuple[Tensor, Tensor]
 """Codes [rows, columns] and scales, float32 [columns]."""
@@ -116,16 +117,40 @@ def multiply_codes(a: Tensor, s: Tensor, b: Tensor, t: Tensor, dtype: torch.dtyp
         return product.to(dtype)
     if a.device.type != "cpu":
         a, b = _columns_first(_whole_eights(a)), _columns_first(_whole_eights(b))
-    sums = [torch._int_mm(left.T, right) for left, right in zip(_split(a), _split(b), strict=True)]
-    if a.device.type != "cpu":
-        return (reduce(torch.add, [part.float() for part in sums]) * s.unsqueeze(-1) * t).to(dtype)
-    result = torch.empty(sums[0].shape, dtype=dtype)
-    rows = max(1, _IN_CACHE // max(len(t), 1))
-    for start in range(0, len(s), rows):
-        block = slice(start, start + rows)
-        total = reduce(torch.add, [part[block].float() for part in sums])
-        result[block] = total.mul_(s[block].unsqueeze(-1)).mul_(t)
+        sums = [
+            torch._int_mm(left.T, right).float() for left, right in zip(_split(a), _split(b), strict=True)
+        ]
+        return (reduce(torch.add, sums) * s.unsqueeze(-1) * t).to(dtype)
+    result = torch.empty((len(s), len(t)), dtype=dtype)
+    multiply_into(result, a, s, b, t, adds=False)
     return result
+
+
+def multiply_into(result: Tensor, a: Tensor, s: Tensor, b: Tensor, t: Tensor, adds: bool) -> None:
+    """Write what :func:`multiply_codes` returns, or add it, on a CPU in few bytes beside the result.
+
+    Args:
+        result: [m, n], float; float32 where it adds.
+    """
+    if a.device.type != "cpu" or a.dtype != torch.int8:
+        product = multiply_codes(a, s, b, t, result.dtype)
+        (Tensor.add_ if adds else Tensor.copy_)(result, product)
+        return
+    columns = columns_at_once(len(t))
+    for start in range(0, len(s), columns):
+        block = slice(start, start + columns)
+        parts = zip(_split(a[:, block]), _split(b), strict=True)
+        sums = reduce(torch.add, [torch._int_mm(left.T, right).float() for left, right in parts]).mul_(t)
+        scales = s[block].unsqueeze(-1)
+        if adds:
+            result[block].addcmul_(sums, scales)
+        else:
+            result[block] = sums.mul_(scales)
+
+
+def columns_at_once(n: Any) -> Any:
+    """Return how many columns of `a` are multiplied with `n` of `b` at once on a CPU."""
+    return max(_FEWEST, _PRODUCT // max(n, 1))
 
 
 def multiply_codes_fake(a: Tensor, s: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
