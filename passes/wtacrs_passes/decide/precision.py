@@ -8,8 +8,10 @@ import torch
 
 from ..analyse.products import Product
 from ..graph.operations import aten, makes_sparse
+from ..graph.torch_api import hint
 from ..joint import Joint
-from ..policy import Sampling
+from ..policy import Precision, Sampling
+from ..rates import seconds
 from .rows import reason_by_size
 
 AT_RANDOM = {"int8"}
@@ -19,28 +21,55 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _EIGHTS, _FEWEST = 8, 16
 """What libraries for GPUs multiply in 8 bits: sizes that eight divides, more than sixteen rows of the result."""
 _FLOAT8_CAPABILITY = (8, 9)
+_WORTH = 0.9
+"""Of the time of the exact product, what one in fewer bits takes at most where the choice is ours."""
 
 
 def plan_precision(joint: Joint) -> None:
     """Choose the precision of every weight-gradient product for which the policy names another than the program's."""
     sparse = "the graph makes a sparse tensor" if makes_sparse(joint.graph) else ""
-    planned = []
+    planned: list[tuple[Product, Precision, str]] = []
     for product in joint.analysis.products:
         sampling = joint.policy.sampling(product.module)
         if sampling is not None and sampling.product != "exact":
-            reason = sparse or reason_for_full_precision(product, sampling)
-            planned.append((product, sampling.product, reason))
+            chosen = choose_precision(product, sampling)
+            planned.append((product, "exact", sparse) if sparse else (product, *chosen))
     joint.plan = dataclasses.replace(joint.plan, precisions=tuple(planned))
 
 
-def reason_for_full_precision(product: Product, sampling: Sampling) -> str:
-    """Return why a product is multiplied in the precision that the program has; an empty string where it is not."""
+def choose_precision(product: Product, sampling: Sampling) -> tuple[Precision, str]:
+    """Return the precision of a product, and where it is ``exact`` why."""
+    if sampling.product == "auto":
+        return _fastest(product, sampling)
+    reason = _reason_for_exact(product, sampling, sampling.product)
+    return ("exact" if reason else sampling.product), reason
+
+
+def _fastest(product: Product, sampling: Sampling) -> tuple[Precision, str]:
+    """Return the fastest precision of those whose error is known to be small in every sum."""
+    choices: tuple[Precision, ...] = ("bfloat16", "int8")
+    reasons = {precision: _reason_for_exact(product, sampling, precision) for precision in choices}
+    possible = [precision for precision in choices if not reasons[precision]]
+    if not possible:
+        return "exact", reasons["int8"]
+    value = product.node.meta["val"]
+    if value.device.type == "meta" or (value.is_cuda and not torch.cuda.is_available()):
+        return "exact", f"no {value.device.type} device to measure rates of"
+    m, n = value.shape
+    rates = seconds(["exact", *possible], hint(sampling.kept(product.rows)), m, n, value.dtype, value.device)
+    best = min(possible, key=rates.__getitem__)
+    share = rates[best] / rates["exact"]
+    return (best, "") if share <= _WORTH else ("exact", f"{best} takes {share:.2f} of its time")
+
+
+def _reason_for_exact(product: Product, sampling: Sampling, precision: Precision) -> str:
+    """Return why a product is multiplied in the precision that the program has; an empty string where it need not."""
     value = product.node.meta["val"]
     if product.node.target is not aten.mm.default:
         return "a batch of products"
     if value.dtype not in _FLOATS:
         return f"{value.dtype} has no such product"
-    if sampling.product == "bfloat16" and value.dtype != torch.float32:
+    if precision == "bfloat16" and value.dtype != torch.float32:
         return f"{value.dtype} has 16 bits already"
     if (reason := reason_by_size(product)) is not None:
         return reason
@@ -48,15 +77,15 @@ def reason_for_full_precision(product: Product, sampling: Sampling) -> str:
         return "features of any number"
     if (fewest := min(value.shape)) < sampling.min_features:
         return f"{fewest} features, fewer than min_features"
-    return "" if value.device.type == "cpu" else _reason_on_gpu(value, sampling)
+    return "" if value.device.type == "cpu" else _reason_on_gpu(value, precision)
 
 
-def _reason_on_gpu(value: torch.Tensor, sampling: Sampling) -> str:
-    if sampling.product == "bfloat16":
+def _reason_on_gpu(value: torch.Tensor, precision: Precision) -> str:
+    if precision == "bfloat16":
         return ""
     if any(size % _EIGHTS for size in value.shape) or value.shape[0] <= _FEWEST:
         return f"{tuple(value.shape)}: on a GPU sizes that {_EIGHTS} divides, more than {_FEWEST}, are needed"
-    if sampling.product == "float8" and value.device.type == "cuda" and torch.version.cuda:
+    if precision == "float8" and value.device.type == "cuda" and torch.version.cuda:
         major, minor = torch.cuda.get_device_capability(value.device)
         if (major, minor) < _FLOAT8_CAPABILITY:
             return f"a GPU of compute capability {major}.{minor} has no float8, which needs 8.9"

@@ -39,7 +39,7 @@ from ..analyse.losses import (
 )
 from ..analyse.products import Product, analyse
 from ..decide.modes import MODES
-from ..decide.precision import AT_RANDOM, reason_for_full_precision
+from ..decide.precision import AT_RANDOM, choose_precision
 from ..decide.rows import reason_for_exact
 from ..graph.edit import Editor, output_of, sort_by_place
 from ..graph.names import module_path
@@ -220,9 +220,9 @@ def _precision(loss: WideLoss, products: Mapping[fx.Node, Product], policy: Poli
         return "exact", "made with a product whose error would reach other gradients"
     if len(wanted) > 1:
         return "exact", "made with another product that is multiplied in another precision"
-    reasons = (reason_for_full_precision(p, s) for p, s in zip(made, samplings, strict=True) if s is not None)
-    reason = next(filter(None, reasons), "")
-    return ("exact" if reason else wanted.pop()), reason
+    chosen = [choose_precision(p, s) for p, s in zip(made, samplings, strict=True) if s is not None]
+    precision = chosen[0][0] if len({each for each, _ in chosen}) == 1 else "exact"
+    return precision, next((reason for _, reason in chosen if reason), "")
 
 
 def _draws(editor: Editor, loss: WideLoss, chunk: int) -> list[fx.Node]:

@@ -1,0 +1,137 @@
+"""How long a weight-gradient product takes in each precision on a device: measured once, then kept in a file.
+
+Of a large product a part is measured: of more columns the rounding of the factors is a smaller share, and of more rows
+what is done to the result, so that one in fewer bits is no slower than it seems.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+
+from .graph.torch_api import cache_dir, real_tensors
+from .maths.low_precision import multiply
+
+Rates = dict[str, float]
+"""Seconds by precision."""
+
+_MOST_ROWS, _MOST_COLUMNS = 4096, 2048
+_ROUNDS = 5
+
+
+def seconds(
+    precisions: Sequence[str], rows: int, m: int, n: int, dtype: torch.dtype, device: torch.device
+) -> Rates:
+    """Return how long ``a^T b`` takes in each precision, with the rounding; of large factors a part is measured.
+
+    Kept for the process and, unless Inductor's caches are off, in ``wtacrs_rates.json`` in their folder; measured
+    anew where Inductor is to autotune.
+
+    Args:
+        precisions: of a [rows, m] and b [rows, n]: ``exact``, in `dtype`, or as of :func:`low_precision.multiply`.
+    """
+    rows = min(1 << (rows.bit_length() - 1), _MOST_ROWS)
+    m, n = (min(size, _MOST_COLUMNS) for size in (m, n))
+    known = _known(device)
+    key = f"{dtype} {rows} x {m} x {n}"
+    missing = [precision for precision in precisions if precision not in known.get(key, {})]
+    if missing:
+        known.setdefault(key, {}).update(_measure(precisions, (rows, m, n), dtype, device))
+        if not _is_without_file():
+            _write(_machine(device), key, known[key])
+    return {precision: known[key][precision] for precision in precisions}
+
+
+@functools.cache
+def _of_process(machine: str) -> dict[str, Rates]:
+    known: dict[str, Rates] = {}
+    if not _is_without_file() and not torch._inductor.config.max_autotune:
+        known.update(_read().get(machine, {}))
+    return known
+
+
+def _known(device: torch.device) -> dict[str, Rates]:
+    return _of_process(_machine(device))
+
+
+def _machine(device: torch.device) -> str:
+    """Return what rates depend on beside the product."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{device.type} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _is_without_file() -> bool:
+    return bool(torch._inductor.config.force_disable_caches)
+
+
+def _file() -> Path:
+    return Path(cache_dir(), "wtacrs_rates.json")
+
+
+def _read() -> dict[str, dict[str, Rates]]:
+    """Return what the file holds; nothing where there is none, or none that can be read."""
+    try:
+        found = json.loads(_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(machine: str, key: str, rates: Rates) -> None:
+    """Add to the file; another process that writes meanwhile may lose its rates, never the file."""
+    table = _read()
+    table.setdefault(machine, {})[key] = rates
+    with contextlib.suppress(OSError):
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as new:
+            json.dump(table, new, indent=1)
+        os.replace(new.name, _file())
+
+
+def _measure(
+    precisions: Sequence[str], sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+) -> Rates:
+    """Return medians of interleaved calls; random numbers are of a generator of their own."""
+    with real_tensors(), torch.no_grad():
+        generator = torch.Generator(device).manual_seed(0)
+        make = functools.partial(torch.rand, generator=generator, device=device)
+        rows, *columns = sizes
+        a, b = (make(rows, number).to(dtype) for number in columns)
+        draws = [make(size) for x in (a, b) for size in x.shape]
+        calls = {precision: _call(precision, a, b, draws) for precision in precisions}
+        found: dict[str, list[float]] = {precision: [] for precision in precisions}
+        for _ in range(_ROUNDS + 1):
+            for precision, call in calls.items():
+                found[precision].append(_time(call, device))
+    return {precision: statistics.median(times[1:]) for precision, times in found.items()}
+
+
+def _call(precision: str, a: Tensor, b: Tensor, draws: Sequence[Tensor]) -> Callable[[], Tensor]:
+    if precision == "exact":
+        return lambda: a.T @ b
+    return lambda: multiply(a, b, draws, precision, compiled=True)
+
+
+def _time(call: Callable[[], Tensor], device: torch.device) -> float:
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    finish()
+    start = time.perf_counter()
+    call()
+    finish()
+    return time.perf_counter() - start

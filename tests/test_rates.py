@@ -1,0 +1,135 @@
+"""Measured rates of products: where they are kept, when they are measured anew, what is chosen by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor import config
+
+import wtacrs_fx
+from wtacrs_fx import Policy
+from wtacrs_passes import rates
+from wtacrs_passes.decide import precision
+
+WAYS = ["exact", "int8"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for the caches, and a process that knows nothing."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    rates._of_process.cache_clear()
+    yield tmp_path
+    rates._of_process.cache_clear()
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count measurements, which take no time here; each finds another number."""
+    found: list[int] = []
+
+    def measure(precisions: Sequence[str], *_: Any) -> rates.Rates:
+        found.append(len(found) + 1)
+        return dict.fromkeys(precisions, float(found[-1]))
+
+    monkeypatch.setattr(rates, "_measure", measure)
+    return found
+
+
+def ask(rows: int = 64, m: int = 16, n: int = 24, ways: Sequence[str] = WAYS) -> rates.Rates:
+    return rates.seconds(ways, rows, m, n, torch.float32, CPU)
+
+
+def test_rates_are_times_of_the_real_thing(folder: Path) -> None:
+    before = torch.get_rng_state()
+    with config.patch(force_disable_caches=True):
+        found = ask(ways=["exact", "bfloat16", "int8"])
+    assert found.keys() == {"exact", "bfloat16", "int8"}
+    assert all(0 < seconds < 10 for seconds in found.values())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not (folder / "wtacrs_rates.json").exists()
+
+
+def test_what_was_measured_is_kept(folder: Path, measured: list[int]) -> None:
+    with config.patch(force_disable_caches=False):
+        assert ask() == ask() == dict.fromkeys(WAYS, 1.0)
+        rates._of_process.cache_clear()  # another process
+        assert ask() == dict.fromkeys(WAYS, 1.0)
+        assert ask(rows=100) == dict.fromkeys(WAYS, 1.0)
+        assert ask(m=32) == dict.fromkeys(WAYS, 2.0)
+        assert ask(ways=["exact", "bfloat16"]) == dict.fromkeys(["exact", "bfloat16"], 3.0)
+    assert [file.name for file in folder.iterdir()] == ["wtacrs_rates.json"]
+
+
+def test_of_large_products_a_part_is_measured(folder: Path, measured: list[int]) -> None:
+    assert ask(2**13, 2**14, 2**12) == ask(2**13 + 1, 2**15, 2**13)
+    assert len(measured) == 1
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_a_damaged_file_is_written_anew(folder: Path, measured: list[int], text: str) -> None:
+    (folder / "wtacrs_rates.json").write_text(text)
+    with config.patch(force_disable_caches=False):
+        ask()
+        rates._of_process.cache_clear()
+        ask()
+    assert len(measured) == 1
+
+
+def test_autotuning_measures_anew(folder: Path, measured: list[int]) -> None:
+    with config.patch(force_disable_caches=False):
+        ask()
+        rates._of_process.cache_clear()
+        with config.patch(max_autotune=True):
+            assert ask() == ask() == dict.fromkeys(WAYS, 2.0)
+
+
+def given(monkeypatch: pytest.MonkeyPatch, **times: float) -> None:
+    monkeypatch.setattr(precision, "seconds", lambda *_: times)
+
+
+@pytest.mark.parametrize(
+    ("times", "shown"),
+    [
+        ({"exact": 1.0, "bfloat16": 0.5, "int8": 0.4}, "int8"),
+        ({"exact": 1.0, "bfloat16": 0.3, "int8": 0.4}, "bfloat16"),
+        ({"exact": 1.0, "bfloat16": 1.2, "int8": 0.95}, "exact: int8 takes 0.95 of its time"),
+    ],
+)
+@pytest.mark.parametrize("ratio", [1.0, 0.25])
+def test_the_fastest_is_chosen(
+    times: dict[str, float], shown: str, ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given(monkeypatch, **times)
+    joint = wtacrs_fx.capture(nn.Sequential(nn.Linear(32, 32), nn.Tanh()), torch.randn(64, 32))
+    policy = Policy(ratio=ratio, min_rows=4, residuals="exact", product="auto")
+    assert [site.product for site in wtacrs_fx.transform(joint, policy).report.sites] == [shown]
+
+
+def test_what_is_in_16_bits_is_not_measured_in_bfloat16(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(precision, "seconds", lambda *args: asked.append(args) or {"exact": 1.0, "int8": 0.4})
+    model = nn.Sequential(nn.Linear(32, 48), nn.Tanh()).bfloat16()
+    joint = wtacrs_fx.capture(model, torch.randn(64, 32, dtype=torch.bfloat16))
+    wtacrs_fx.transform(joint, Policy(ratio=1.0, product="auto"))
+    ways, *sizes, dtype, device = asked[0]
+    assert (ways, sizes[0], sorted(sizes[1:])) == (["exact", "int8"], 64, [32, 48])
+    assert (dtype, device) == (torch.bfloat16, CPU)
+
+
+def test_of_a_device_that_is_not_here_nothing_is_known() -> None:
+    joint = wtacrs_fx.capture(nn.Sequential(nn.Linear(32, 32), nn.Tanh()), torch.randn(64, 32))
+    node = joint.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)[0]
+    node.meta["val"] = torch.empty(32, 32, device="meta")
+    product: Any = SimpleNamespace(node=node, rows=64)
+    found = precision.choose_precision(product, Policy(product="auto"))
+    assert found == ("exact", "no meta device to measure rates of")
