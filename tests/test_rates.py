@@ -130,6 +130,6 @@ def test_of_a_device_that_is_not_here_nothing_is_known() -> None:
     joint = wtacrs_fx.capture(nn.Sequential(nn.Linear(32, 32), nn.Tanh()), torch.randn(64, 32))
     node = joint.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)[0]
     node.meta["val"] = torch.empty(32, 32, device="meta")
-    product: Any = SimpleNamespace(node=node, rows=64)
-    found = precision.choose_precision(product, Policy(product="auto"))
+    product: Any = SimpleNamespace(node=node, x=node, rows=64)
+    found = precision.choose_precision(product, Policy(), "auto")
     assert found == ("exact", "no meta device to measure rates of")

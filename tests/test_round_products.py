@@ -69,6 +69,53 @@ def test_doubles_are_left_alone() -> None:
     assert products(report) == {"0.weight": "exact: torch.float64 has no such product"}
 
 
+class Deep(nn.Module):
+    """Three layers whose gradients reach each other; tokens without a gradient; a weight that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(32, 48), nn.Linear(48, 40), nn.Linear(40, 32)
+        self.scale = nn.Parameter(torch.rand(40, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        hidden = torch.tanh(nn.functional.linear(hidden, self.scale * self.second.weight, self.second.bias))
+        return self.third(hidden)[8:].square().mean()
+
+
+def test_gradients_of_inputs_are_rounded_without_bias() -> None:
+    torch.manual_seed(0)
+    model, x = Deep(), torch.randn(48, 32)
+    joint = wtacrs_fx.capture(model, x)
+    policy = Policy(ratio=1.0, residuals="exact", product_dx="int8")
+    rewritten = wtacrs_fx.transform(joint, policy)
+    report = rewritten.report
+    assert [(entry.module, entry.product) for entry in report.input_gradients] == [
+        ("third", "int8"),
+        ("", "int8"),
+    ]
+    assert "gradients of inputs, int8: 2" in str(report)
+    assert Report.from_dict(report.to_dict()) == report
+    exact, samples = (run_joint(graph, model, x, n) for graph, n in ((joint, 1), (rewritten, 500)))
+    for name, gradient in exact.items():
+        rounded = not name.startswith("third")
+        assert bool(samples[name].std(0).max() > 0) == rounded, name
+        if rounded:
+            assert is_unbiased(samples[name], gradient[0]), name
+            error = (samples[name] - gradient).square().sum(-1).mean() / gradient.square().sum()
+            assert float(error) < 1e-3, name
+
+
+def test_gradients_of_inputs_that_are_not_rounded_have_a_reason() -> None:
+    joint = wtacrs_fx.capture(Experts(), torch.randn(96, 32))
+    policy = Policy(ratio=1.0, product_dx="int8", rules=(Rule("left", product_dx="exact"),))
+    report = wtacrs_fx.transform(joint, policy).report
+    assert [(entry.module, entry.product) for entry in report.input_gradients] == [
+        ("narrow", "exact: 8 features, fewer than min_features"),
+        ("wide", "int8"),
+    ]
+
+
 @pytest.mark.parametrize("product", ["bfloat16", "int8", "float8"])
 def test_all_else_is_as_it_was(product: str) -> None:
     """The loss, the gradient of the input and those of biases do not change by a bit."""
@@ -89,8 +136,9 @@ def test_a_bad_precision_is_refused() -> None:
 
 
 def test_a_compiled_step(compiled: object) -> None:
-    model, call, tokens, report = compiled(Policy(product="int8"))  # type: ignore[operator]
+    model, call, tokens, report = compiled(Policy(product="int8", product_dx="int8"))  # type: ignore[operator]
     assert {site.product for site in report.sites if not site.reason} == {"int8"}
+    assert {entry.product for entry in report.input_gradients} == {"int8"}
     model.zero_grad()
     call(tokens).backward()
     first = {name: p.grad.clone() for name, p in model.named_parameters()}

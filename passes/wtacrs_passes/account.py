@@ -15,7 +15,7 @@ from .graph.names import module_path
 from .joint import Joint
 from .maths.encodings import INTEGER_BITS, levels
 from .partition import rows_names
-from .report import LossReport, Peak, Report, ResidualReport, SiteReport, simplify
+from .report import InputGradientReport, LossReport, Peak, Report, ResidualReport, SiteReport, simplify
 from .rewrite.chunk_losses import ChunkedLoss
 from .rewrite.encode_residuals import EncodedResidual
 
@@ -68,8 +68,11 @@ def make_report(
             simplify(size_before), simplify(size_after), reason,
         )  # fmt: skip
     for product, precision, reason in plan.precisions:
-        shown = f"exact: {reason}" if reason else precision
-        found[product.node] = dataclasses.replace(found[product.node], product=shown)
+        found[product.node] = dataclasses.replace(found[product.node], product=_shown(precision, reason))
+    inputs = tuple(
+        InputGradientReport(gradient.module, _shown(precision, reason))
+        for gradient, precision, reason in plan.input_precisions
+    )
     reports = [found[product.node] for product in analysis.products]
     for loss in joint.losses:
         reports += _made_with(loss, ledger)
@@ -84,7 +87,12 @@ def make_report(
     return Report(
         tuple(reports), total_before, total_after, residuals=others, losses=losses,
         peak_before=peak_before, peak_after=peak_after, refused=tuple(refused),
+        input_gradients=inputs,
     )  # fmt: skip
+
+
+def _shown(precision: str, reason: str) -> str:
+    return f"exact: {reason}" if reason else precision
 
 
 def _made_with(loss: ChunkedLoss, ledger: _Ledger) -> Iterator[SiteReport]:

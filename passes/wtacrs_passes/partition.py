@@ -38,7 +38,7 @@ def partition(joint: Joint) -> None:
     Raises:
         PartitionError: rows would be drawn twice, or an encoded residual is still saved.
     """
-    is_rounded = any(not reason for *_, reason in joint.plan.precisions)
+    is_rounded = any(not reason for *_, reason in joint.plan.precisions + joint.plan.input_precisions)
     is_rewritten = bool(joint.losses or joint.sites or joint.residuals or is_rounded)
     written = {n.name for n in written_inputs(joint.graph) if isinstance(n.meta.get("val"), torch.Tensor)}
     if not is_rewritten and not written:

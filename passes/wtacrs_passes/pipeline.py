@@ -71,11 +71,11 @@ PASSES: tuple[Pass, ...] = (
     chunk_losses,
     find_products,
     plan_rows,
-    plan_precision,
     sample_rows,
     reassociate,
     plan_storage,
     encode_residuals,
+    plan_precision,
     round_products,
     spell_operations,
     scatter_into_sums,
@@ -238,8 +238,8 @@ def _milder(policy: Policy) -> Iterator[tuple[str, Policy]]:
     Nothing is given up where a loss is computed in chunks: all logits at once would be back.
     """
     if policy.rounds_products:
-        yield f"product {policy.product!r}", policy
-        policy = policy.everywhere(product="exact")
+        yield f"product {policy.product!r}, product_dx {policy.product_dx!r}", policy
+        policy = policy.everywhere(product="exact", product_dx="exact")
     yield f"residuals {policy.residuals!r}", policy
     yield "sampled rows", policy.everywhere(residuals="exact")
     yield "", policy.everywhere(residuals="exact", ratio=1.0)

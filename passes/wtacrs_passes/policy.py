@@ -74,6 +74,8 @@ class Sampling:
             program has them; ``int8``, rounded at random, unbiased; ``bfloat16`` and ``float8``, rounded to the
             nearest; ``auto``: of ``exact``, ``bfloat16`` and ``int8`` what is fastest for it on the device, by
             measured rates. Errors as in `maths.low_precision`.
+        product_dx: the same for gradients of inputs, ``dX = dY W``, with a scale for each row of dY and each column of
+            W. Their noise reaches the layers below, where it adds up with depth; in the mean it is zero there as well.
 
     Raises:
         PolicyError: a value outside its range.
@@ -89,6 +91,7 @@ class Sampling:
     center: bool = False
     attention: bool = False
     product: PrecisionChoice = "exact"
+    product_dx: PrecisionChoice = "exact"
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
@@ -109,7 +112,8 @@ class Sampling:
         _check_choice("placement", self.placement, get_args(Placement))
         _check_choice("residuals", self.residuals, get_args(Residuals))
         _check_choice("rounding", self.rounding, get_args(Rounding))
-        _check_choice("product", self.product, get_args(PrecisionChoice))
+        for name in ("product", "product_dx"):
+            _check_choice(name, getattr(self, name), get_args(PrecisionChoice))
 
     @property
     def share(self) -> Fraction:
@@ -130,7 +134,7 @@ class Rule:
     Args:
         pattern: fnmatch pattern over module paths as ``named_modules()`` prints them.
         overrides: any of ratio, min_rows, min_features, estimator, placement, residuals, rounding, center,
-            attention, product.
+            attention, product, product_dx.
     """
 
     pattern: str
@@ -214,8 +218,12 @@ class Policy(Sampling):
     @property
     def rounds_products(self) -> bool:
         """Tell whether products of any module are in another precision than the program's."""
-        rules = (dict(rule.overrides).get("product", "exact") for rule in self.rules)
-        return any(product != "exact" for product in (self.product, *rules))
+        rules = [dict(rule.overrides) for rule in self.rules]
+        return any(
+            precision != "exact"
+            for name in ("product", "product_dx")
+            for precision in (getattr(self, name), *(rule.get(name, "exact") for rule in rules))
+        )
 
     def samples_attention(self, module: str) -> bool:
         """Tell whether products of two activations of `module` (a path) are sampled."""

@@ -343,7 +343,7 @@ def _index(item: fx.Node) -> int:
 
 def with_regions(report: Report, gm: fx.GraphModule, table: Mapping[int, NamedInput]) -> Report:
     """Return the report of a graph with those of the regions that it calls, once for each call."""
-    sites, residuals, losses = list[Any](), list[Any](), list[Any]()
+    sites, residuals, losses, inputs = list[Any](), list[Any](), list[Any](), list[Any]()
     refused = list(report.refused)
     before, after = report.saved_bytes_before, report.saved_bytes_after
     seen: dict[int, int] = {}
@@ -357,6 +357,7 @@ def with_regions(report: Report, gm: fx.GraphModule, table: Mapping[int, NamedIn
         ]
         residuals += [dataclasses.replace(e, module=rename(e.module)) for e in region.report.residuals]
         losses += [dataclasses.replace(loss, module=rename(loss.module)) for loss in region.report.losses]
+        inputs += [dataclasses.replace(e, module=rename(e.module)) for e in region.report.input_gradients]
         refused += [each for each in region.report.refused if each not in refused]
         before = _add(before, region.report.saved_bytes_before)
         after = _add(after, region.report.saved_bytes_after)
@@ -369,6 +370,7 @@ def with_regions(report: Report, gm: fx.GraphModule, table: Mapping[int, NamedIn
         residuals=(*residuals, *report.residuals),
         losses=(*losses, *report.losses),
         refused=tuple(refused),
+        input_gradients=(*inputs, *report.input_gradients),
         saved_bytes_before=before,
         saved_bytes_after=after,
         peak_before=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -53,6 +54,19 @@ class SiteReport:
     bytes_after: Size
     reason: str = ""
     product: str = "exact"
+
+
+@dataclasses.dataclass(frozen=True)
+class InputGradientReport:
+    """A product ``dX = dY W`` for which the policy names a precision.
+
+    Attributes:
+        module: path of the module that reads W.
+        product: the precision, `Sampling.product_dx`; with the reason where it is not as the policy says.
+    """
+
+    module: str
+    product: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +149,7 @@ class Report:
         losses: one entry for each loss over a vocabulary whose logits are larger than `Policy.chunk_bytes`.
         peak_before, peak_after: predicted without and with the rewrite, see `analyse.peaks`.
         refused: what of the policy is not done because it would raise the peak, with the peak.
+        input_gradients: one entry for each for which the policy names a precision.
     """
 
     sites: tuple[SiteReport, ...]
@@ -146,6 +161,7 @@ class Report:
     peak_before: Peak | None = None
     peak_after: Peak | None = None
     refused: tuple[str, ...] = ()
+    input_gradients: tuple[InputGradientReport, ...] = ()
 
     @property
     def sampled(self) -> tuple[SiteReport, ...]:
@@ -168,6 +184,7 @@ class Report:
             "peak_before": self.peak_before and dataclasses.asdict(self.peak_before),
             "peak_after": self.peak_after and dataclasses.asdict(self.peak_after),
             "refused": list(self.refused),
+            "input_gradients": [dataclasses.asdict(entry) for entry in self.input_gradients],
         }
 
     @classmethod
@@ -189,6 +206,7 @@ class Report:
             before,
             after,
             tuple(data["refused"]),
+            tuple(InputGradientReport(**entry) for entry in data["input_gradients"]),
         )
 
     def to_json(self) -> str:
@@ -249,12 +267,16 @@ class Report:
             if self.peak_after is None
             else [f"predicted peak: {compared_peaks(self.peak_before, self.peak_after)}"]
         )
+        numbers = collections.Counter(gradient.product for gradient in self.input_gradients)
+        inputs = [f"gradients of inputs, {product}: {number}" for product, number in numbers.items()]
         cached = "; code from the cache" if self.from_cache else ""
         count = f"{len(self.sampled)} of {len(self.sites)} weight gradients sampled{cached}"
         tables = [*align([header, *lines])]
         if residual_lines:
             tables += ["", *align([residual_header, *residual_lines])]
-        return "\n".join([*tables, "", *map(str, self.losses), *refused, total, *lines_of_peak, count])
+        return "\n".join(
+            [*tables, "", *map(str, self.losses), *inputs, *refused, total, *lines_of_peak, count]
+        )
 
 
 def compared_peaks(before: Peak | None, after: Peak) -> str:

@@ -51,6 +51,23 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
+class InputGradient:
+    """A product ``dX = dY W``.
+
+    Attributes:
+        node: the ``mm`` or ``bmm``.
+        module: path of the module that reads the weight there.
+        x: W, as `node` reads it.
+        rows: the number of features that are summed over.
+    """
+
+    node: fx.Node
+    module: str
+    x: fx.Node
+    rows: Any
+
+
+@dataclasses.dataclass(frozen=True)
 class Analysis:
     """What the planner needs to know about a joint graph.
 
@@ -97,9 +114,7 @@ def analyse(graph: fx.Graph, table: Mapping[int, NamedInput], attention: Callabl
         attention: whether the products of two activations of a module count as well.
     """
     tangent = tangent_cone(graph)
-    statics = static_inputs(graph, table)
-    inputs = {n for n in graph.find_nodes(op="placeholder") if n not in statics and not is_tangent(n)}
-    activation = depends_on(graph, {n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)})
+    activation = _activations(graph, table)
     gradients = parameter_gradients(graph, table)
     numbers = value_numbers(graph)
     names = _names_by_number(numbers)
@@ -126,6 +141,28 @@ def analyse(graph: fx.Graph, table: Mapping[int, NamedInput], attention: Callabl
         if name not in covered and node.meta["val"].dim() > 1
     )
     return Analysis(tuple(products), unsampled, numbers, tangent)
+
+
+def input_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> list[InputGradient]:
+    """Return the products of what is computed from tangents with what parameters alone determine."""
+    tangent, activation = tangent_cone(graph), _activations(graph, table)
+    found = []
+    for node in graph.nodes:
+        sides = [arg in tangent for arg in node.args]
+        if node.target not in GEMMS or sum(sides) != 1:
+            continue
+        weight = node.args[sides.index(False)]
+        if weight not in activation:
+            rows = node.args[0].meta["val"].shape[-1]
+            found.append(InputGradient(node, module_path(node) or "", weight, rows))
+    return found
+
+
+def _activations(graph: fx.Graph, table: Mapping[int, NamedInput]) -> set[fx.Node]:
+    """Return everything that is computed from tensors that the model is given."""
+    statics = static_inputs(graph, table)
+    inputs = {n for n in graph.find_nodes(op="placeholder") if n not in statics and not is_tangent(n)}
+    return depends_on(graph, {n for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)})
 
 
 def _make_product(

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 from torch import fx
 
 from ..analyse.annotations import NormState, TokenMask
-from ..analyse.products import Product
+from ..analyse.products import InputGradient, Product
 from ..maths.encodings import Table
 from ..policy import Precision, Sampling
 
@@ -83,6 +83,7 @@ class Plan:
         exact: products of all rows, with the reason.
         precisions: how each product is multiplied that is to be in fewer bits, see `Sampling.product`; with the reason
             where it is not.
+        input_precisions: the same for gradients of inputs, see `Sampling.product_dx`.
         residuals: how everything else that the backward pass reads is stored.
         made_of_inputs: what cheap operations make of inputs that stay as they are.
     """
@@ -90,5 +91,6 @@ class Plan:
     sites: tuple[Site, ...] = ()
     exact: tuple[tuple[Product, str], ...] = ()
     precisions: tuple[tuple[Product, Precision, str], ...] = ()
+    input_precisions: tuple[tuple[InputGradient, Precision, str], ...] = ()
     residuals: tuple[Stored, ...] = ()
     made_of_inputs: frozenset[fx.Node] = frozenset()

@@ -1,4 +1,4 @@
-"""Decide which weight-gradient products are multiplied in fewer bits than the program has."""
+"""Decide which products of the backward pass are multiplied in fewer bits than the program has."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 
 import torch
 
-from ..analyse.products import Product
+from ..analyse.products import InputGradient, Product, input_gradients
 from ..graph.operations import aten, makes_sparse
 from ..graph.torch_api import hint
 from ..joint import Joint
-from ..policy import Precision, Sampling
+from ..policy import Precision, PrecisionChoice, Sampling
 from ..rates import seconds
 from .rows import reason_by_size
 
@@ -26,26 +26,34 @@ _WORTH = 0.9
 
 
 def plan_precision(joint: Joint) -> None:
-    """Choose the precision of every weight-gradient product for which the policy names another than the program's."""
+    """Choose the precision of every product for which the policy names another than the program's."""
     sparse = "the graph makes a sparse tensor" if makes_sparse(joint.graph) else ""
     planned: list[tuple[Product, Precision, str]] = []
     for product in joint.analysis.products:
         sampling = joint.policy.sampling(product.module)
         if sampling is not None and sampling.product != "exact":
-            chosen = choose_precision(product, sampling)
+            chosen = choose_precision(product, sampling, sampling.product)
             planned.append((product, "exact", sparse) if sparse else (product, *chosen))
-    joint.plan = dataclasses.replace(joint.plan, precisions=tuple(planned))
+    inputs: list[tuple[InputGradient, Precision, str]] = []
+    for gradient in input_gradients(joint.graph, joint.names) if joint.policy.rounds_products else ():
+        sampling = joint.policy.sampling(gradient.module)
+        if sampling is not None and sampling.product_dx != "exact":
+            chosen = choose_precision(gradient, sampling, sampling.product_dx)
+            inputs.append((gradient, "exact", sparse) if sparse else (gradient, *chosen))
+    joint.plan = dataclasses.replace(joint.plan, precisions=tuple(planned), input_precisions=tuple(inputs))
 
 
-def choose_precision(product: Product, sampling: Sampling) -> tuple[Precision, str]:
+def choose_precision(
+    product: Product | InputGradient, sampling: Sampling, wanted: PrecisionChoice
+) -> tuple[Precision, str]:
     """Return the precision of a product, and where it is ``exact`` why."""
-    if sampling.product == "auto":
+    if wanted == "auto":
         return _fastest(product, sampling)
-    reason = _reason_for_exact(product, sampling, sampling.product)
-    return ("exact" if reason else sampling.product), reason
+    reason = _reason_for_exact(product, sampling, wanted)
+    return ("exact" if reason else wanted), reason
 
 
-def _fastest(product: Product, sampling: Sampling) -> tuple[Precision, str]:
+def _fastest(product: Product | InputGradient, sampling: Sampling) -> tuple[Precision, str]:
     """Return the fastest precision of those whose error is known to be small in every sum."""
     choices: tuple[Precision, ...] = ("bfloat16", "int8")
     reasons = {precision: _reason_for_exact(product, sampling, precision) for precision in choices}
@@ -56,13 +64,14 @@ def _fastest(product: Product, sampling: Sampling) -> tuple[Precision, str]:
     if value.device.type == "meta" or (value.is_cuda and not torch.cuda.is_available()):
         return "exact", f"no {value.device.type} device to measure rates of"
     m, n = value.shape
-    rates = seconds(["exact", *possible], hint(sampling.kept(product.rows)), m, n, value.dtype, value.device)
+    rows = hint(sampling.kept(product.rows) if isinstance(product, Product) else product.rows)
+    rates = seconds(["exact", *possible], rows, m, n, value.dtype, value.device)
     best = min(possible, key=rates.__getitem__)
     share = rates[best] / rates["exact"]
     return (best, "") if share <= _WORTH else ("exact", f"{best} takes {share:.2f} of its time")
 
 
-def _reason_for_exact(product: Product, sampling: Sampling, precision: Precision) -> str:
+def _reason_for_exact(product: Product | InputGradient, sampling: Sampling, precision: Precision) -> str:
     """Return why a product is multiplied in the precision that the program has; an empty string where it need not."""
     value = product.node.meta["val"]
     if product.node.target is not aten.mm.default:
@@ -75,7 +84,8 @@ def _reason_for_exact(product: Product, sampling: Sampling, precision: Precision
         return reason
     if not all(isinstance(size, int) for size in value.shape):
         return "features of any number"
-    if (fewest := min(value.shape)) < sampling.min_features:
+    sizes = value.shape if isinstance(product, Product) else (*value.shape, product.rows)
+    if (fewest := min(sizes)) < sampling.min_features:
         return f"{fewest} features, fewer than min_features"
     return "" if value.device.type == "cpu" else _reason_on_gpu(value, precision)
 

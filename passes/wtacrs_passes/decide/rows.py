@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..analyse.annotations import Annotations
-from ..analyse.products import Analysis, Product, rows_first
+from ..analyse.products import Analysis, InputGradient, Product, rows_first
 from ..analyse.zero_rows import zero_rows
 from ..graph.operations import makes_sparse
 from ..graph.torch_api import is_unbacked
@@ -90,7 +90,7 @@ def reason_for_exact(product: Product, sampling: Sampling | None) -> str | None:
     return None
 
 
-def reason_by_size(product: Product) -> str | None:
+def reason_by_size(product: Product | InputGradient) -> str | None:
     """Return why a product is left as it is whatever the policy says, because of its sizes; None where it is not."""
     if is_unbacked(product.rows):
         return "as many rows as the data says, unknown when it is compiled"

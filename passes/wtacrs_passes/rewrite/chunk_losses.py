@@ -220,7 +220,9 @@ def _precision(loss: WideLoss, products: Mapping[fx.Node, Product], policy: Poli
         return "exact", "made with a product whose error would reach other gradients"
     if len(wanted) > 1:
         return "exact", "made with another product that is multiplied in another precision"
-    chosen = [choose_precision(p, s) for p, s in zip(made, samplings, strict=True) if s is not None]
+    chosen = [
+        choose_precision(p, s, s.product) for p, s in zip(made, samplings, strict=True) if s is not None
+    ]
     precision = chosen[0][0] if len({each for each, _ in chosen}) == 1 else "exact"
     return precision, next((reason for _, reason in chosen if reason), "")
 

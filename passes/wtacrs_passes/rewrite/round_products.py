@@ -1,4 +1,4 @@
-"""Multiply the factors of weight gradients in fewer bits than the program does.
+"""Multiply the factors of gradients in fewer bits than the program does.
 
 Before, with A and B ``[rows, features]``, one of them X and the other one dY, drawn rows of them or all::
 
@@ -9,6 +9,8 @@ After, with random numbers where it rounds at random::
     codes_a, scales_a = round_columns(A, rand(rows), rand(features), "int8")   # once for all products that read A
     codes_b, scales_b = round_columns(B, rand(rows), rand(features), "int8")
     dW = multiply_codes(codes_a, scales_a, codes_b, scales_b)
+
+``dX = mm(dY, W)`` becomes the product of the codes of ``permute(dY)``, with a scale for each row of dY, and of W.
 
 On a CPU these stay calls, and the rounding is compiled once for all layers; elsewhere they are written out, and
 Inductor fuses the rounding with what computes the factors. (Gradients in 8 bits, rounded at random: Chen et al. 2020,
@@ -35,10 +37,11 @@ def round_products(joint: Joint) -> None:
     editor = Editor(joint.graph)
     editor.tag = "must_be_in_backward"  # where X is there: its codes are no residual
     rounded: dict[tuple[fx.Node, str], Codes] = {}
-    for product, precision, reason in joint.plan.precisions:
-        if reason:
-            continue
-        node = joint.products[product.node]
+    products = {node: product for product, node in joint.products.items()}
+    wanted = {joint.products[item.node]: way for item, way, reason in joint.plan.precisions if not reason}
+    wanted |= {item.node: way for item, way, reason in joint.plan.input_precisions if not reason}
+    for node in [node for node in joint.graph.nodes if node in wanted]:
+        precision = wanted[node]
         with editor.before(node):
             factors = [_factor(editor, node, side) for side in (0, 1)]
             if precision == "bfloat16":
@@ -48,7 +51,8 @@ def round_products(joint: Joint) -> None:
                 new = _multiply(editor, codes[0], codes[1], node.meta["val"].dtype)
         node.replace_all_uses_with(new)
         new.meta = {**node.meta, "val": new.meta["val"]}
-        joint.products[product.node] = new
+        if node in products:
+            joint.products[products[node]] = new
         joint.graph.erase_node(node)
     joint.graph.eliminate_dead_code()
 
