@@ -4,9 +4,9 @@
     python -m bench.depth --layers 1 --layers 6 --no-autocast
     python -m bench.depth --quick                 # one layer, one draw: does it run? keeps no rows
 
-The figure is E ||g - g_exact||^2 / ||g_exact||^2 over all parameters of the first layers of the model and its head, with
-all rows and nothing encoded; beside it what the precision itself does (`autocast`, against float32) and the noise of
-the minibatch.
+The figure is E ||g - g_exact||^2 / ||g_exact||^2 over all parameters of the first layers of the model and its head,
+with all rows and nothing encoded; beside it what the precision itself does (`autocast`, against float32) and the noise
+of the minibatch.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def rows(model: nn.Module, batches: Iterator[dict[str, Tensor]], precision: str,
             seed=0,
             **{**summarise(values), "value": sum(values) / len(values)},
             **circumstances(),
-        )  # fmt: skip
+        )
         for variant, values in found.items()
     ]
 

@@ -284,6 +284,14 @@ TABLES: dict[str, Table] = {
         lambda row: f"{row.dtype}, {row.shapes}" if row.metric == "time" else f"error, {row.dtype}",
         lambda row: _ratio(row) if row.metric == "time" else f"{row.value:.1e}",
     ),
+    "depth": Table(
+        "depth",
+        "",
+        lambda row: row.device == "cpu",
+        _variant,
+        lambda row: f"{row.dtype}, {row.shapes.split()[0]}",
+        lambda row: f"{row.value:.1e}",
+    ),
     "encodings": Table(
         "encodings",
         "share of the speed of a copy",
