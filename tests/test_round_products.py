@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import wtacrs_fx
 from wtacrs_fx import Policy, Report, Rule
-from wtacrs_passes.maths.ops import multiply_codes
+from wtacrs_passes.maths.ops import multiply_codes, round_columns
 
 ALL_ROWS = Policy(ratio=1.0, residuals="exact", min_features=1, product="int8")
 
@@ -104,6 +104,37 @@ def test_gradients_of_inputs_are_rounded_without_bias() -> None:
             assert is_unbiased(samples[name], gradient[0]), name
             error = (samples[name] - gradient).square().sum(-1).mean() / gradient.square().sum()
             assert float(error) < 1e-3, name
+
+
+def test_layers_that_share_a_weight_round_it_apart() -> None:
+    """The error of a layer's rounding is zero in the mean of the other's draws only if it is not the same."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.shared = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.shared(torch.tanh(self.shared(torch.tanh(self.first(x))))).square().mean()
+
+    joint = wtacrs_fx.capture(Twice(), torch.randn(64, 32))
+    rewritten = wtacrs_fx.transform(joint, Policy(ratio=1.0, residuals="exact", product_dx="int8"))
+    rounded = rewritten.graph.find_nodes(op="call_function", target=round_columns)
+    assert len(rounded) == 2 * len(rewritten.report.input_gradients) == 4
+    assert len({node.args[1] for node in rounded} | {node.args[2] for node in rounded}) == 8
+
+
+def test_products_that_share_a_factor_round_it_once() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList(nn.Linear(32, 48) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(head(x).square().mean() for head in self.heads)  # type: ignore[return-value]
+
+    rewritten = wtacrs_fx.transform(wtacrs_fx.capture(Heads(), torch.randn(64, 32)), ALL_ROWS)
+    assert len(rewritten.graph.find_nodes(op="call_function", target=round_columns)) == 4
 
 
 def test_gradients_of_inputs_that_are_not_rounded_have_a_reason() -> None:

@@ -10,7 +10,8 @@ After, with random numbers where it rounds at random::
     codes_b, scales_b = round_columns(B, rand(rows), rand(features), "int8")
     dW = multiply_codes(codes_a, scales_a, codes_b, scales_b)
 
-``dX = mm(dY, W)`` becomes the product of the codes of ``permute(dY)``, with a scale for each row of dY, and of W.
+``dX = mm(dY, W)`` becomes the product of the codes of ``permute(dY)``, with a scale for each row of dY, and of W. These
+are of this product alone: where one weight serves two layers, one error in both would not be zero in the mean.
 
 On a CPU these stay calls, and the rounding is compiled once for all layers; elsewhere they are written out, and
 Inductor fuses the rounding with what computes the factors. (Gradients in 8 bits, rounded at random: Chen et al. 2020,
@@ -47,7 +48,8 @@ def round_products(joint: Joint) -> None:
             if precision == "bfloat16":
                 [new] = editor.trace(low_precision.multiply, *factors, draws=(), product=precision)
             else:
-                codes = [_round(editor, factor, precision, rounded) for factor in factors]
+                shared = rounded if node in products else {}
+                codes = [_round(editor, factor, precision, shared) for factor in factors]
                 new = _multiply(editor, codes[0], codes[1], node.meta["val"].dtype)
         node.replace_all_uses_with(new)
         new.meta = {**node.meta, "val": new.meta["val"]}
