@@ -5,8 +5,8 @@
     python -m bench.depth --quick                 # one layer, one draw: does it run? keeps no rows
 
 The figure is E ||g - g_exact||^2 / ||g_exact||^2 over all parameters of the first layers of the model and its head,
-with all rows, beside that of the same step in the model's own precision: residuals are encoded in both. The noise of the
-minibatch and what autocast itself does to the gradient (against float32, nothing encoded) are for comparison.
+with all rows, beside that of the same step in the model's own precision: residuals are encoded in both. The noise of
+the minibatch and what autocast itself does to the gradient (against float32, nothing encoded) are for comparison.
 """
 
 from __future__ import annotations
