@@ -41,7 +41,10 @@ def seconds(
     Args:
         precisions: of a [rows, m] and b [rows, n]: ``exact``, in `dtype`, or as of :func:`low_precision.multiply`.
     """
-    rows = min(1 << (rows.bit_length() - 1), _MOST_ROWS)
+    rows = min(rows, _MOST_ROWS)
+    rows -= rows % (
+        1 << max(0, rows.bit_length() - 2)
+    )  # 512, 768, 1024, 1536, ...: what is alike has one rate
     m, n = (min(size, _MOST_COLUMNS) for size in (m, n))
     known = _known(device)
     key = f"{dtype} {rows} x {m} x {n}"
