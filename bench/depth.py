@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ import wtacrs_fx
 from bench.accuracy import WORDNET, smollm
 from bench.gradient_error import errors, gradient, minibatch_noise
 from bench.harness import Row, circumstances, record, summarise
+from bench.models import Autocast
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.steps import Step
 
@@ -37,29 +36,15 @@ VARIANTS = {
 }
 
 
-class Autocast(nn.Module):
-    """A language model whose forward runs under autocast, or not."""
-
-    def __init__(self, model: nn.Module, autocast: bool) -> None:
-        super().__init__()
-        self.model, self.autocast = model, autocast
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the loss: a scalar."""
-        with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
-            loss: Tensor = self.model(input_ids=input_ids)
-        return loss
-
-
 def rows(model: nn.Module, batches: Iterator[dict[str, Tensor]], precision: str, draws: int) -> list[Row]:
     """Return the errors of every variant, with layers that are alike compiled once."""
     depth = len(model.model.model.layers)  # type: ignore[union-attr,arg-type]
     inputs = next(batches)
     shapes = f"layers={depth} " + " x ".join(str(size) for size in inputs["input_ids"].shape)
-    plain, run = Autocast(model, False), Autocast(model, precision == "autocast")
-    found = {"minibatch noise": [minibatch_noise(plain, batches, 2 if draws == 1 else 8)]}
+    run = Autocast(model, "cpu") if precision == "autocast" else model
+    found = {"minibatch noise": [minibatch_noise(model, batches, 2 if draws == 1 else 8)]}
     if precision == "autocast":
-        rounded, wanted = (gradient(Step(each, inputs, None)) for each in (run, plain))
+        rounded, wanted = (gradient(Step(each, inputs, None)) for each in (run, model))
         found["the precision itself"] = [float((rounded - wanted).square().sum() / wanted.square().sum())]
     exact = gradient(Step(run, inputs, wtacrs_fx.backend(ALL_ROWS)))
     for variant, fields in VARIANTS.items():

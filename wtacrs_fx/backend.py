@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +16,7 @@ import torch._inductor.config
 from torch import fx
 
 from wtacrs_passes.analyse.annotations import MASK_NAMES
+from wtacrs_passes.files import write_at_once
 from wtacrs_passes.graph import torch_api
 from wtacrs_passes.graph.names import NamedInput, last_name, path_from_source
 from wtacrs_passes.lower.fusion import without_waiting
@@ -185,18 +184,10 @@ def _keep(path: pathlib.Path, received: Sequence[Report]) -> Report | None:
     """
     if received or not path.exists():
         report = received[-1] if received else None
-        _write(path, json.dumps(report.to_dict() if report else None))
+        write_at_once(path, json.dumps(report.to_dict() if report else None))
         return report
     data = json.loads(path.read_text())
     return Report.from_dict({**data, "from_cache": True}) if data else None
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Write a file at once: another rank sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
 
 
 def _report_path(

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 
+from .files import write_at_once
 from .graph.torch_api import cache_dir, real_tensors
 from .maths.low_precision import multiply
 
@@ -42,14 +41,11 @@ def seconds(
         precisions: of a [rows, m] and b [rows, n]: ``exact``, in `dtype`, or as of :func:`low_precision.multiply`.
     """
     rows = min(rows, _MOST_ROWS)
-    rows -= rows % (
-        1 << max(0, rows.bit_length() - 2)
-    )  # 512, 768, 1024, 1536, ...: what is alike has one rate
+    rows -= rows % (1 << max(0, rows.bit_length() - 2))  # 512, 768, 1024, ...: what is alike has one rate
     m, n = (min(size, _MOST_COLUMNS) for size in (m, n))
-    known = _known(device)
+    known = _of_process(_machine(device))
     key = f"{dtype} {rows} x {m} x {n}"
-    missing = [precision for precision in precisions if precision not in known.get(key, {})]
-    if missing:
+    if not known.get(key, {}).keys() >= set(precisions):
         known.setdefault(key, {}).update(_measure(precisions, (rows, m, n), dtype, device))
         if not _is_without_file():
             _write(_machine(device), key, known[key])
@@ -62,10 +58,6 @@ def _of_process(machine: str) -> dict[str, Rates]:
     if not _is_without_file() and not torch._inductor.config.max_autotune:
         known.update(_read().get(machine, {}))
     return known
-
-
-def _known(device: torch.device) -> dict[str, Rates]:
-    return _of_process(_machine(device))
 
 
 def _machine(device: torch.device) -> str:
@@ -98,10 +90,7 @@ def _write(machine: str, key: str, rates: Rates) -> None:
     table = _read()
     table.setdefault(machine, {})[key] = rates
     with contextlib.suppress(OSError):
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as new:
-            json.dump(table, new, indent=1)
-        os.replace(new.name, _file())
+        write_at_once(_file(), json.dumps(table, indent=1))
 
 
 def _measure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -123,18 +123,15 @@ def analyse(graph: fx.Graph, table: Mapping[int, NamedInput], attention: Callabl
         return operand not in activation and operand not in tangent
 
     products, covered = [], set()
-    for node in graph.nodes:
-        sides = [arg in tangent for arg in node.args]
-        if node.target not in GEMMS or sum(sides) != 1:
-            continue
-        if node.args[sides.index(False)] not in activation:
+    for node, side in _products_of_tangents(graph, tangent):
+        if node.args[1 - side] not in activation:
             continue  # a product with a weight: the gradient of an activation
         reached = _reaches(node, gradients, constant)
         if reached:
-            products.append(_make_product(node, sides.index(True), reached[0], numbers, names))
+            products.append(_make_product(node, side, reached[0], numbers, names))
             covered.update(reached)
         elif attention(module_path(node) or ""):
-            products.append(_make_product(node, sides.index(True), "", numbers, names))
+            products.append(_make_product(node, side, "", numbers, names))
     unsampled = tuple(
         (name, _reason_without_product(node))
         for node, name in gradients.items()
@@ -147,15 +144,20 @@ def input_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> list[In
     """Return the products of what is computed from tangents with what parameters alone determine."""
     tangent, activation = tangent_cone(graph), _activations(graph, table)
     found = []
+    for node, side in _products_of_tangents(graph, tangent):
+        weight = node.args[1 - side]
+        if weight not in activation:
+            rows = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+            found.append(InputGradient(node, module_path(node) or "", weight, rows))  # type: ignore[arg-type]
+    return found
+
+
+def _products_of_tangents(graph: fx.Graph, tangent: set[fx.Node]) -> Iterator[tuple[fx.Node, int]]:
+    """Yield the products of two operands of which one is computed from tangents, with its side."""
     for node in graph.nodes:
         sides = [arg in tangent for arg in node.args]
-        if node.target not in GEMMS or sum(sides) != 1:
-            continue
-        weight = node.args[sides.index(False)]
-        if weight not in activation:
-            rows = node.args[0].meta["val"].shape[-1]
-            found.append(InputGradient(node, module_path(node) or "", weight, rows))
-    return found
+        if node.target in GEMMS and sum(sides) == 1:
+            yield node, sides.index(True)
 
 
 def _activations(graph: fx.Graph, table: Mapping[int, NamedInput]) -> set[fx.Node]:

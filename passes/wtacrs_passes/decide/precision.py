@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 
@@ -25,22 +27,35 @@ _WORTH = 0.9
 """Of the time of the exact product, what one in fewer bits takes at most where the choice is ours."""
 
 
+_P = TypeVar("_P", Product, InputGradient)
+
+
 def plan_precision(joint: Joint) -> None:
     """Choose the precision of every product for which the policy names another than the program's."""
+    if not joint.policy.rounds_products:
+        return
     sparse = "the graph makes a sparse tensor" if makes_sparse(joint.graph) else ""
-    planned: list[tuple[Product, Precision, str]] = []
-    for product in joint.analysis.products:
-        sampling = joint.policy.sampling(product.module)
-        if sampling is not None and sampling.product != "exact":
-            chosen = choose_precision(product, sampling, sampling.product)
-            planned.append((product, "exact", sparse) if sparse else (product, *chosen))
-    inputs: list[tuple[InputGradient, Precision, str]] = []
-    for gradient in input_gradients(joint.graph, joint.names) if joint.policy.rounds_products else ():
-        sampling = joint.policy.sampling(gradient.module)
-        if sampling is not None and sampling.product_dx != "exact":
-            chosen = choose_precision(gradient, sampling, sampling.product_dx)
-            inputs.append((gradient, "exact", sparse) if sparse else (gradient, *chosen))
-    joint.plan = dataclasses.replace(joint.plan, precisions=tuple(planned), input_precisions=tuple(inputs))
+
+    def choose(
+        products: Iterable[_P], wanted_by: Callable[[Sampling], PrecisionChoice]
+    ) -> Iterator[tuple[_P, Precision, str]]:
+        for product in products:
+            sampling = joint.policy.sampling(product.module)
+            if sampling is None or wanted_by(sampling) == "exact":
+                continue
+            if sparse:
+                yield product, "exact", sparse
+                continue
+            precision, reason = choose_precision(product, sampling, wanted_by(sampling))
+            yield product, precision, reason
+
+    joint.plan = dataclasses.replace(
+        joint.plan,
+        precisions=tuple(choose(joint.analysis.products, lambda sampling: sampling.product)),
+        input_precisions=tuple(
+            choose(input_gradients(joint.graph, joint.names), lambda sampling: sampling.product_dx)
+        ),
+    )
 
 
 def choose_precision(

@@ -218,13 +218,17 @@ def _precision(loss: WideLoss, products: Mapping[fx.Node, Product], policy: Poli
         return "exact", ""
     if any(result.kind == "product" and result.node not in products for result in loss.results):
         return "exact", "made with a product whose error would reach other gradients"
+    apart: tuple[Precision, str] = (
+        "exact",
+        "made with another product that is multiplied in another precision",
+    )
     if len(wanted) > 1:
-        return "exact", "made with another product that is multiplied in another precision"
+        return apart
     chosen = [
         choose_precision(p, s, s.product) for p, s in zip(made, samplings, strict=True) if s is not None
     ]
-    precision = chosen[0][0] if len({each for each, _ in chosen}) == 1 else "exact"
-    return precision, next((reason for _, reason in chosen if reason), "")
+    exact = [choice for choice in chosen if choice[0] == "exact"]
+    return next(iter(exact), chosen[0] if len(set(chosen)) == 1 else apart)
 
 
 def _draws(editor: Editor, loss: WideLoss, chunk: int) -> list[fx.Node]:
