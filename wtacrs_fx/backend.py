@@ -16,10 +16,12 @@ import torch._inductor.config
 from torch import fx
 
 from wtacrs_passes.analyse.annotations import MASK_NAMES
+from wtacrs_passes.decide.ways import decide, rules
 from wtacrs_passes.files import write_at_once
 from wtacrs_passes.graph import torch_api
 from wtacrs_passes.graph.names import NamedInput, last_name, path_from_source
 from wtacrs_passes.lower.fusion import without_waiting
+from wtacrs_passes.maths.observer import Observer
 from wtacrs_passes.pipeline import WtacrsPartitioner, source_hash
 from wtacrs_passes.policy import Policy, PolicyError, nearest
 from wtacrs_passes.regions import calls_regions, describe_regions
@@ -63,6 +65,7 @@ class Backend:
         self.policy = policy
         self.config = inductor_config(mode, inductor_options)
         self.reports: list[Report] = []
+        self._again: dict[Any, list[tuple[int, int]]] = {}
         self._unmatched = set(policy.unmatched(()))
         self.__name__ = "wtacrs"
 
@@ -82,9 +85,11 @@ class Backend:
                 f"give them to wtacrs_fx.backend(policy, ...) or use backend='wtacrs'"
             )
         table = lifted_inputs(gm)
-        path = _report_path(gm, example_inputs, self.config, self.policy, table)
+        measures = _is_training(example_inputs) and self.policy.has_budgets and self._can_measure(gm)
+        policy = self.policy if measures else self.policy.unmeasured()
+        path = _report_path(gm, example_inputs, self.config, policy, table)
         received: list[Report] = []
-        partitioner = WtacrsPartitioner(self.policy, table, received.append)
+        partitioner = WtacrsPartitioner(policy, table, received.append)
         config = {**self.config, "custom_partitioner_fn": partitioner}
         if calls_regions(gm):
             config["allow_buffer_reuse"] = False  # Inductor would reuse what a region has returned as well
@@ -100,7 +105,13 @@ class Backend:
             _REPORTS.append(report)
             self.reports.append(report)
             self._warn_unmatched(report)
+            if measures:
+                return _Measured(self, compiled, report)
         return compiled
+
+    def _can_measure(self, gm: fx.GraphModule) -> bool:
+        """Tell whether operations of a graph can count steps on the host, and belong to one layer each."""
+        return not (self.config.get("triton.cudagraphs") or calls_regions(gm))
 
     def _warn_unmatched(self, report: Report) -> None:
         modules = sorted({site.module for site in report.sites})
@@ -112,6 +123,44 @@ class Backend:
                 PatternWarning,
                 stacklevel=2,
             )
+
+
+_MOST_COMPILED = 4
+"""Times that a graph is compiled, with what its measurements have led to: PyTorch gives up after eight."""
+
+
+class _Measured:
+    """A compiled graph whose noise is measured: it is compiled again where its budget asks for another way."""
+
+    def __init__(self, backend: Backend, compiled: Callable[..., Any], report: Report) -> None:
+        self._backend, self._compiled, self._report = backend, compiled, report
+        self._code = torch_api.code_in_compilation()
+        waiting = backend._again.get(self._code and self._code[0])
+        steps, self._times = waiting.pop(0) if waiting else (0, 1)
+        self._observer = Observer(steps)
+
+    def __call__(self, *args: Any) -> Any:
+        if self._observer.is_due:
+            self._decide()
+        with self._observer.step():
+            return self._compiled(*args)
+
+    def _decide(self) -> None:
+        """Choose ways by what was measured; the code is compiled again when it is called next."""
+        owner = self._backend
+        ways = decide(self._observer.noise(), owner.policy)
+        if not ways:
+            return
+        new = dataclasses.replace(self._report, noise=tuple(way.report() for way in ways))
+        for kept in (_REPORTS, owner.reports):
+            kept[:] = [new if report is self._report else report for report in kept]
+        self._report = new
+        decided = rules(ways, owner.policy)
+        if set(decided) == set(owner.policy.decided) or self._times == _MOST_COMPILED:
+            return
+        if torch_api.compile_again(self._code, "wtacrs: the noise measured leads to other ways"):
+            owner.policy = dataclasses.replace(owner.policy, decided=decided)
+            owner._again.setdefault(self._code[0], []).append((self._observer.steps, self._times + 1))
 
 
 def backend(policy: Policy | None = None, *, mode: str | None = None, **inductor_options: Any) -> Backend:

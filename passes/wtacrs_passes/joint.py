@@ -45,6 +45,7 @@ class Joint:
         whole_losses: heads of those that are not, with the reason.
         sites: the sampled sites that were built.
         residuals: the encoded residuals that were built.
+        observed: what tells the backward pass whose step it is, where noise is measured.
         parts: forward and backward graph; None before the partition.
     """
 
@@ -61,6 +62,7 @@ class Joint:
     whole_losses: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
     sites: list[SampledSite] = dataclasses.field(default_factory=list)
     residuals: list[EncodedResidual] = dataclasses.field(default_factory=list)
+    observed: list[fx.Node] = dataclasses.field(default_factory=list)
     parts: Partitioned | None = None
 
     @property

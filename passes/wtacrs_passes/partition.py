@@ -39,7 +39,7 @@ def partition(joint: Joint) -> None:
         PartitionError: rows would be drawn twice, or an encoded residual is still saved.
     """
     is_rounded = any(not reason for *_, reason in joint.plan.precisions + joint.plan.input_precisions)
-    is_rewritten = bool(joint.losses or joint.sites or joint.residuals or is_rounded)
+    is_rewritten = bool(joint.losses or joint.sites or joint.residuals or joint.observed or is_rounded)
     written = {n.name for n in written_inputs(joint.graph) if isinstance(n.meta.get("val"), torch.Tensor)}
     if not is_rewritten and not written:
         return  # the graph is partitioned as it came
@@ -78,7 +78,7 @@ def _partition_sites(
     stores_rows = [site.site.encoding == "rows" for site in joint.sites]
     while True:
         pins = [n for s, rows in zip(joint.sites, stores_rows, strict=True) for n in pinned_nodes(s, rows)]
-        pins = list(dict.fromkeys([*pins, *codes, *exact]))
+        pins = list(dict.fromkeys([*pins, *codes, *exact, *joint.observed]))
         forward, backward = _partition_pinned(joint.gm, pins, joint.num_fwd_outputs, joint.partitioner)
         saved, computed = _saved_names(forward, joint), _computed_names(forward)
         redundant = [

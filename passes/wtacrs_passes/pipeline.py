@@ -40,6 +40,7 @@ from .lower.lower_noise import lower_noise
 from .lower.scatter_into_sums import scatter_into_sums
 from .lower.spell_operations import spell_operations
 from .lower.write_once import write_once
+from .maths import ops
 from .partition import partition, saved_tensors
 from .policy import Policy
 from .regions import (
@@ -57,6 +58,7 @@ from .report import MIB, Peak, Report, compared_peaks
 from .rewrite.chunk_losses import chunk_losses
 from .rewrite.encode_residuals import encode_residuals
 from .rewrite.merge_equal import merge_equal
+from .rewrite.observe_noise import observe_noise
 from .rewrite.reassociate import reassociate
 from .rewrite.round_products import round_products
 from .rewrite.sample_rows import sample_rows
@@ -75,6 +77,7 @@ PASSES: tuple[Pass, ...] = (
     reassociate,
     plan_storage,
     encode_residuals,
+    observe_noise,
     plan_precision,
     round_products,
     spell_operations,
@@ -229,6 +232,7 @@ class _Measured:
 def _measure(parts: Partitioned, num_fwd_outputs: int) -> _Measured:
     crossing = saved_tensors(parts[0], num_fwd_outputs)
     saved = [node for node in crossing if not _is_view_of_input(node) and not saved_in_region(node)]
+    saved = [node for node in saved if node.target is not ops.observed_step]
     return _Measured(parts, saved, predict_peak(*parts, num_fwd_outputs))
 
 

@@ -52,7 +52,11 @@ class Sampling:
     """How the rows of one site are sampled.
 
     Args:
-        ratio: share of the rows that are kept, in (0, 1]; 1.0 leaves the product exact, bit for bit.
+        ratio: share of the rows that are kept, in (0, 1]; 1.0 leaves the product exact, bit for bit. None: what `noise`
+            allows.
+        noise: the most variance that sampling and rounding may add to a weight gradient, as a share of the variance
+            that the minibatch gives it, where no ratio is given. Until that is measured, in the first steps, all rows
+            are taken; then the fastest ratio that stays below it.
         min_rows: lower bound on the rows kept; a product with no more rows than this stays exact.
         min_features: a product of an input with fewer features than this stays exact: its input is small
             beside what choosing rows of its output's gradient costs. (B of a LoRA is such a one.)
@@ -73,7 +77,8 @@ class Sampling:
         product: bits of the two factors of a weight gradient, of all rows or of the sampled ones: ``exact``, as the
             program has them; ``int8``, rounded at random, unbiased; ``bfloat16`` and ``float8``, rounded to the
             nearest; ``auto``: of ``exact``, ``bfloat16`` and ``int8`` what is fastest for it on the device, by
-            measured rates. Errors as in `maths.low_precision`.
+            measured rates. Errors as in `maths.low_precision`. None: ``exact`` with a ratio, else ``auto`` as far as
+            `noise` allows.
         product_dx: the same for gradients of inputs, ``dX = dY W``, with a scale for each row of dY and each column of
             W. Their noise reaches the layers below, where it adds up with depth; in the mean it is zero there as well.
 
@@ -81,7 +86,8 @@ class Sampling:
         PolicyError: a value outside its range.
     """
 
-    ratio: float = 0.3
+    ratio: float | None = None
+    noise: float = 0.05
     min_rows: int = 32
     min_features: int = 32
     estimator: Estimator = "wta-systematic"
@@ -90,16 +96,22 @@ class Sampling:
     rounding: Rounding = "nearest"
     center: bool = False
     attention: bool = False
-    product: PrecisionChoice = "exact"
+    product: PrecisionChoice | None = None
     product_dx: PrecisionChoice = "exact"
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
-            raise PolicyError(f"ratio must be a number in (0, 1], got {self.ratio!r}")
-        if not (math.isfinite(self.ratio) and 0 < self.ratio <= 1):
+        if self.ratio is not None:
+            if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
+                raise PolicyError(f"ratio must be a number in (0, 1], or None, got {self.ratio!r}")
+            if not (math.isfinite(self.ratio) and 0 < self.ratio <= 1):
+                raise PolicyError(
+                    f"ratio must be in (0, 1], got {self.ratio}; use 1.0 for exact gradients, "
+                    f"with residuals='exact' to the last bit"
+                )
+        if isinstance(self.noise, bool) or not isinstance(self.noise, int | float) or not self.noise > 0:
             raise PolicyError(
-                f"ratio must be in (0, 1], got {self.ratio}; use 1.0 for exact gradients, "
-                f"with residuals='exact' to the last bit"
+                f"noise must be a number above 0, a share of the minibatch's variance, got {self.noise!r}; "
+                f"use ratio=1.0 for none"
             )
         for name, unit in (("min_rows", "rows"), ("min_features", "features")):
             value = getattr(self, name)
@@ -113,11 +125,25 @@ class Sampling:
         _check_choice("residuals", self.residuals, get_args(Residuals))
         _check_choice("rounding", self.rounding, get_args(Rounding))
         for name in ("product", "product_dx"):
-            _check_choice(name, getattr(self, name), get_args(PrecisionChoice))
+            if name == "product_dx" or self.product is not None:
+                _check_choice(name, getattr(self, name), get_args(PrecisionChoice))
+
+    def _check_budget(self) -> None:
+        """Refuse what no noise budget can be kept with."""
+        for name, value, needed in (
+            ("estimator", self.estimator, ("wta-systematic",)),
+            ("placement", self.placement, ("auto", "backward")),
+        ):
+            if self.ratio is None and value not in needed:
+                raise PolicyError(
+                    f"a noise budget is kept with {name}={needed[-1]!r} alone, as the noise of other draws is not "
+                    f"measured, got {value!r}; give a ratio"
+                )
 
     @property
     def share(self) -> Fraction:
         """The ratio as the decimal fraction that was written: 0.3 is 3/10."""
+        assert self.ratio is not None, "a policy says the ratio of a module"
         return Fraction(repr(float(self.ratio)))
 
     def kept(self, rows: Any) -> Any:
@@ -133,7 +159,7 @@ class Rule:
 
     Args:
         pattern: fnmatch pattern over module paths as ``named_modules()`` prints them.
-        overrides: any of ratio, min_rows, min_features, estimator, placement, residuals, rounding, center,
+        overrides: any of ratio, noise, min_rows, min_features, estimator, placement, residuals, rounding, center,
             attention, product, product_dx.
     """
 
@@ -165,6 +191,7 @@ class Policy(Sampling):
         include: fnmatch patterns over module paths; only these are sampled.
         exclude: fnmatch patterns over module paths that stay exact; wins over `include`.
         rules: :class:`Rule` overrides; the first that matches a module wins.
+        decided: what noise budgets have led to so far: rules for modules that have no ratio else.
         chunk_bytes: a loss over a vocabulary is computed, with its gradients, for so many rows at a time that their
             logits in float32 take no more bytes than this; 0, or `residuals` ``exact`` or ``lossless``: for all rows at
             once. None: 64 MiB, on a GPU at least as much as the gradient of the head's weight in float32, half of it
@@ -181,6 +208,7 @@ class Policy(Sampling):
     exclude: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
     chunk_bytes: int | None = None
+    decided: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,35 +222,85 @@ class Policy(Sampling):
             raise PolicyError(
                 f"chunk_bytes must be a whole number of bytes, 0 for no chunks or None, got {size!r}"
             )
-        for rule in self.rules:
-            if not isinstance(rule, Rule):
-                raise PolicyError(f"rules must be a tuple of Rule, got {rule!r}")
+        object.__setattr__(self, "decided", tuple(self.decided))
+        for name in ("rules", "decided"):
+            for rule in getattr(self, name):
+                if not isinstance(rule, Rule):
+                    raise PolicyError(f"{name} must be a tuple of Rule, got {rule!r}")
+        for fields in self._variants():
+            fields._check_budget()
 
     def sampling(self, module: str) -> Sampling | None:
         """Return how the products of `module` (a path) are sampled, or None where they stay exact."""
+        asked = self.asked(module)
+        if asked is None:
+            return None
+        if asked.ratio is not None:
+            return dataclasses.replace(asked, product=asked.product or "exact")
+        allowed = dataclasses.replace(asked, ratio=1.0, product=asked.product or "auto", placement="backward")
+        found = _first_match(module, self.decided)
+        overrides = dict(found.overrides) if found else {}
+        if asked.product is not None:
+            overrides.pop("product", None)
+        return dataclasses.replace(allowed, **overrides)
+
+    def asked(self, module: str) -> Sampling | None:
+        """Return what is asked for of `module` (a path), apart from `decided`; None where it is excluded."""
         if matches_any(module, self.exclude) or not matches_any(module, self.include):
             return None
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
-        for rule in self.rules:
-            if fnmatch.fnmatchcase(module, rule.pattern):
-                return Sampling(**{**fields, **dict(rule.overrides)})
-        return Sampling(**fields)
+        return _overridden(self._everywhere(), _first_match(module, self.rules))
+
+    def has_budget(self, module: str) -> bool:
+        """Tell whether the products of `module` (a path) are as exact as a noise budget asks."""
+        asked = self.asked(module)
+        return asked is not None and asked.ratio is None
+
+    @property
+    def has_budgets(self) -> bool:
+        """Tell whether any module has a noise budget."""
+        return any(fields.ratio is None for fields in self._variants())
+
+    def unmeasured(self) -> Policy:
+        """Return the policy where no noise can be measured: with all rows where it has a budget."""
+
+        def settled(rule: Rule) -> Rule:
+            overrides = dict(rule.overrides)
+            if overrides.get("ratio", 1.0) is None:
+                overrides["ratio"] = 1.0
+            elif "ratio" in overrides and self.ratio is None:
+                overrides.setdefault("product", self.product or "exact")
+            return Rule(rule.pattern, **overrides)
+
+        if self.ratio is None:
+            settled_fields = {"ratio": 1.0, "product": self.product or "auto"}
+            return dataclasses.replace(self, rules=tuple(map(settled, self.rules)), **settled_fields)
+        return dataclasses.replace(self, rules=tuple(map(settled, self.rules)))
+
+    def _everywhere(self) -> Sampling:
+        return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
+
+    def _variants(self) -> list[Sampling]:
+        """Return what is asked for where no rule matches, and where each does."""
+        return [self._everywhere(), *(_overridden(self._everywhere(), rule) for rule in self.rules)]
 
     def everywhere(self, **fields: Any) -> Policy:
         """Return the policy with these fields of a :class:`Sampling` for all modules, whatever its rules say."""
-        rules = [
-            Rule(rule.pattern, **{k: v for k, v in rule.overrides if k not in fields}) for rule in self.rules
-        ]
-        return dataclasses.replace(self, rules=tuple(rules), **fields)
+        kept = {
+            name: tuple(
+                Rule(rule.pattern, **{k: v for k, v in rule.overrides if k not in fields})
+                for rule in getattr(self, name)
+            )
+            for name in ("rules", "decided")
+        }
+        return dataclasses.replace(self, **kept, **fields)
 
     @property
     def rounds_products(self) -> bool:
         """Tell whether products of any module are in another precision than the program's."""
-        rules = [dict(rule.overrides) for rule in self.rules]
         return any(
-            precision != "exact"
-            for name in ("product", "product_dx")
-            for precision in (getattr(self, name), *(rule.get(name, "exact") for rule in rules))
+            (fields.product or ("auto" if fields.ratio is None else "exact")) != "exact"
+            or fields.product_dx != "exact"
+            for fields in self._variants()
         )
 
     def samples_attention(self, module: str) -> bool:
@@ -235,6 +313,14 @@ class Policy(Sampling):
         paths = list(modules)
         patterns = [*self.include, *self.exclude, *(rule.pattern for rule in self.rules)]
         return tuple(p for p in patterns if p != "*" and not any(fnmatch.fnmatchcase(m, p) for m in paths))
+
+
+def _first_match(module: str, rules: Iterable[Rule]) -> Rule | None:
+    return next((rule for rule in rules if fnmatch.fnmatchcase(module, rule.pattern)), None)
+
+
+def _overridden(sampling: Sampling, rule: Rule | None) -> Sampling:
+    return sampling if rule is None else dataclasses.replace(sampling, **dict(rule.overrides))
 
 
 def matches_any(module: str, patterns: Iterable[str]) -> bool:

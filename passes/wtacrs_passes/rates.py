@@ -20,11 +20,15 @@ from torch import Tensor
 
 from .files import write_at_once
 from .graph.torch_api import cache_dir, real_tensors
+from .maths import ops
+from .maths.estimators import NOISE
 from .maths.low_precision import multiply
 
 Rates = dict[str, float]
 """Seconds by precision."""
 
+DRAWING = "drawing"
+"""Among the precisions: the draw of half of the rows of both factors, without a product."""
 _MOST_ROWS, _MOST_COLUMNS = 4096, 2048
 _ROUNDS = 5
 
@@ -38,7 +42,8 @@ def seconds(
     anew where Inductor is to autotune.
 
     Args:
-        precisions: of a [rows, m] and b [rows, n]: ``exact``, in `dtype`, or as of :func:`low_precision.multiply`.
+        precisions: of a [rows, m] and b [rows, n]: ``exact``, in `dtype`, or as of :func:`low_precision.multiply`, or
+            :data:`DRAWING`.
     """
     rows = min(rows, _MOST_ROWS)
     rows -= rows % (1 << max(0, rows.bit_length() - 2))  # 512, 768, 1024, ...: what is alike has one rate
@@ -114,7 +119,18 @@ def _measure(
 def _call(precision: str, a: Tensor, b: Tensor, draws: Sequence[Tensor]) -> Callable[[], Tensor]:
     if precision == "exact":
         return lambda: a.T @ b
+    if precision == DRAWING:
+        return lambda: _draw(a, b, draws[0])
     return lambda: multiply(a, b, draws, precision, compiled=True)
+
+
+def _draw(a: Tensor, b: Tensor, draws: Tensor) -> Tensor:
+    norms = [ops.row_norms([x]) for x in (a, b)]
+    noise = draws.repeat(NOISE)[:NOISE]
+    indices, scales = ops.choose_rows(norms, noise, max(1, len(a) // 2), "wta-systematic")
+    ops.gather_rows(a, indices, scales)
+    drawn: Tensor = ops.gather_rows(b, indices)
+    return drawn
 
 
 def _time(call: Callable[[], Tensor], device: torch.device) -> float:

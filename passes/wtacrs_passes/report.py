@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import sympy
+
+from .maths.observer import RATIOS
 
 Size: TypeAlias = int | sympy.Expr
 """A number of rows or bytes; an expression in the symbols of batch and sequence where those are dynamic."""
@@ -67,6 +69,33 @@ class InputGradientReport:
 
     module: str
     product: str
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseReport:
+    """The noise of the weight gradients of one site, as a share of the minibatch's variance, and what follows from it.
+
+    Attributes:
+        modules: paths of the linears whose rows are drawn together.
+        minibatch: variance of the gradient between batches, over its mean square.
+        ratio: share of the rows that are drawn; 1.0: all are taken.
+        product: ``auto``: in the fastest precision; ``exact``: 8 bits would leave the budget.
+        added: what is added at most.
+        budget: `Sampling.noise`.
+        rounded: what factors in 8 bits add, of all rows.
+        drawn: what a draw of each of `maths.observer.RATIOS` adds.
+        steps: that were measured.
+    """
+
+    modules: tuple[str, ...]
+    minibatch: float
+    ratio: float
+    product: str
+    added: float
+    budget: float
+    rounded: float
+    drawn: tuple[float, ...]
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +179,7 @@ class Report:
         peak_before, peak_after: predicted without and with the rewrite, see `analyse.peaks`.
         refused: what of the policy is not done because it would raise the peak, with the peak.
         input_gradients: one entry for each for which the policy names a precision.
+        noise: one entry for each site with a noise budget, once it was measured.
     """
 
     sites: tuple[SiteReport, ...]
@@ -162,6 +192,7 @@ class Report:
     peak_after: Peak | None = None
     refused: tuple[str, ...] = ()
     input_gradients: tuple[InputGradientReport, ...] = ()
+    noise: tuple[NoiseReport, ...] = ()
 
     @property
     def sampled(self) -> tuple[SiteReport, ...]:
@@ -185,6 +216,7 @@ class Report:
             "peak_after": self.peak_after and dataclasses.asdict(self.peak_after),
             "refused": list(self.refused),
             "input_gradients": [dataclasses.asdict(entry) for entry in self.input_gradients],
+            "noise": [dataclasses.asdict(entry) for entry in self.noise],
         }
 
     @classmethod
@@ -207,6 +239,10 @@ class Report:
             after,
             tuple(data["refused"]),
             tuple(InputGradientReport(**entry) for entry in data["input_gradients"]),
+            tuple(
+                NoiseReport(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in entry.items()})
+                for entry in data["noise"]
+            ),
         )
 
     def to_json(self) -> str:
@@ -274,9 +310,31 @@ class Report:
         tables = [*align([header, *lines])]
         if residual_lines:
             tables += ["", *align([residual_header, *residual_lines])]
+        if self.noise:
+            tables += ["", *align(list(self._noise_table()))]
         return "\n".join(
             [*tables, "", *map(str, self.losses), *inputs, *refused, total, *lines_of_peak, count]
         )
+
+    def _noise_table(self) -> Iterator[tuple[str, ...]]:
+        yield (
+            "noise of",
+            "minibatch",
+            "8 bits",
+            *(f"rows {ratio}" for ratio in RATIOS),
+            "taken",
+            "added",
+            "budget",
+        )
+        for site in self.noise:
+            rows = "all rows" if site.ratio == 1.0 else f"rows {site.ratio}"
+            yield (
+                ", ".join(site.modules),
+                *(f"{value:.2g}" for value in (site.minibatch, site.rounded, *site.drawn)),
+                f"{rows}, {site.product}",
+                f"{site.added:.2g}",
+                f"{site.budget:g}",
+            )
 
 
 def compared_peaks(before: Peak | None, after: Peak) -> str:

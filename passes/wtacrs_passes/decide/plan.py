@@ -84,6 +84,7 @@ class Plan:
         precisions: how each product is multiplied that is to be in fewer bits, see `Sampling.product`; with the reason
             where it is not.
         input_precisions: the same for gradients of inputs, see `Sampling.product_dx`.
+        observed: products of all rows whose noise is measured for a budget, together as they would share a draw.
         residuals: how everything else that the backward pass reads is stored.
         made_of_inputs: what cheap operations make of inputs that stay as they are.
     """
@@ -92,5 +93,6 @@ class Plan:
     exact: tuple[tuple[Product, str], ...] = ()
     precisions: tuple[tuple[Product, Precision, str], ...] = ()
     input_precisions: tuple[tuple[InputGradient, Precision, str], ...] = ()
+    observed: tuple[Site, ...] = ()
     residuals: tuple[Stored, ...] = ()
     made_of_inputs: frozenset[fx.Node] = frozenset()

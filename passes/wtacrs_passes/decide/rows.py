@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -11,9 +12,10 @@ from torch import fx
 from ..analyse.annotations import Annotations
 from ..analyse.products import Analysis, InputGradient, Product, rows_first
 from ..analyse.zero_rows import zero_rows
-from ..graph.operations import makes_sparse
+from ..graph.operations import aten, makes_sparse
 from ..graph.torch_api import is_unbacked
 from ..joint import Joint
+from ..maths.observer import RATIOS
 from ..policy import Policy, Sampling
 from .at_hand import available_in_backward
 from .modes import MODES
@@ -28,6 +30,7 @@ def plan_rows(joint: Joint) -> None:
 def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: Annotations) -> Plan:
     """Return the sites, and the products that stay exact, of a joint graph."""
     wanted: list[tuple[Product, Sampling]] = []
+    observed: list[tuple[Product, Sampling]] = []
     exact: list[tuple[Product, str]] = []
     sparse = (
         "the graph makes a sparse tensor, whose memory Inductor may use again"
@@ -40,9 +43,24 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: 
         if reason is None:
             assert sampling is not None
             wanted.append((product, sampling))
-        else:
-            exact.append((product, reason))
+            continue
+        if policy.has_budget(product.module) and not sparse and is_matrix_product(product):
+            assert sampling is not None
+            if reason_for_exact(product, dataclasses.replace(sampling, ratio=RATIOS[0])) is None:
+                observed.append((product, sampling))
+                reason = "all rows, by the noise budget"
+        exact.append((product, reason))
+    return Plan(
+        _sites(wanted, analysis, graph, annotations),
+        tuple(exact),
+        observed=_sites(observed, analysis, graph, annotations),
+    )
 
+
+def _sites(
+    wanted: Sequence[tuple[Product, Sampling]], analysis: Analysis, graph: fx.Graph, annotations: Annotations
+) -> tuple[Site, ...]:
+    """Return where and how products are sampled, together where they share a draw."""
     at_hand = available_in_backward(analysis, graph, {product.node for product, _ in wanted})
     sites: list[Site] = []
     order = {product.node: i for i, product in enumerate(analysis.products)}
@@ -66,7 +84,12 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: 
             sites.append(site)
         else:
             sites[shared] = dataclasses.replace(sites[shared], products=(*sites[shared].products, product))
-    return Plan(tuple(sites), tuple(exact))
+    return tuple(sites)
+
+
+def is_matrix_product(product: Product) -> bool:
+    """Tell whether a product is one of two matrices, the only kind whose noise is measured."""
+    return product.node.target is aten.mm.default
 
 
 def reason_for_exact(product: Product, sampling: Sampling | None) -> str | None:

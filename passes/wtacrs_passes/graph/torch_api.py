@@ -12,12 +12,15 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+from torch._dynamo import symbolic_convert
+from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.compile_utils import fx_graph_cse
 from torch._functorch.compilers import nop
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
-from torch._guards import detect_fake_mode
+from torch._guards import CompileContext, detect_fake_mode
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
@@ -37,7 +40,9 @@ __all__ = [
     "FakeTensorMode",
     "GradAOTOutput",
     "cache_dir",
+    "code_in_compilation",
     "collector_at_rest",
+    "compile_again",
     "compile_fx",
     "default_partition",
     "describes_regions",
@@ -70,6 +75,30 @@ make_graph_module = _make_graph_module
 
 _UNBACKED = 4096
 """Stands for a size that only the data know, where a plan needs a number."""
+
+
+def code_in_compilation() -> Any:
+    """Return what names the code that Dynamo compiles now, for :func:`compile_again`; None outside of it."""
+    translator = getattr(symbolic_convert.tls, "current_tx", None)
+    compile_id = CompileContext.current_compile_id()
+    return None if translator is None or compile_id is None else (translator.f_code, compile_id)
+
+
+def compile_again(code: Any, reason: str) -> bool:
+    """Let Dynamo compile code anew when it is called next; tell whether it will.
+
+    Args:
+        code: of :func:`code_in_compilation`, when it was compiled.
+        reason: shown by ``TORCH_LOGS=recompiles``.
+    """
+    if code is None or torch._dynamo.config.error_on_recompile:
+        return False
+    for entry in _debug_get_cache_entry_list(code[0]):
+        manager = entry.guard_manager
+        if entry.compile_id == code[1] and not isinstance(manager, DeletedGuardManagerWrapper):
+            manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper(reason))
+            return True
+    return False
 
 
 def is_unbacked(size: Any) -> bool:

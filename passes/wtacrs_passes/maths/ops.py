@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import chunks, estimators, low_precision
+from . import chunks, estimators, low_precision, observer
 
 _LIBRARY = torch.library.Library("wtacrs", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
@@ -28,6 +28,9 @@ for _schema in (
     "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
     "round_columns(Tensor x, Tensor? of_rows, Tensor? of_columns, str product, bool compiled) -> (Tensor, Tensor)",
     "multiply_codes(Tensor a, Tensor s, Tensor b, Tensor t, ScalarType dtype) -> Tensor",
+    "observed_step() -> Tensor",
+    "observe(Tensor(a!) handle, Tensor x, Tensor[] dys, Tensor[] norms, Tensor? indices, bool center, str modules) "
+    "-> ()",
     "in_chunks(str body, str[] kinds, Tensor[] rowwise, Tensor[] shared, int chunk, Tensor? noise, int[] share, "
     "str estimator, bool center, str product, Tensor[] draws, bool compiled) -> Tensor[]",
 ):
@@ -206,6 +209,8 @@ for _name, _kernel, _fake in (
     ("require_zero", _require_zero, lambda norms, mask: norms.new_empty(())),
     ("round_columns", low_precision.round_columns, low_precision.round_columns_fake),
     ("multiply_codes", low_precision.multiply_codes, low_precision.multiply_codes_fake),
+    ("observed_step", observer.observed_step, lambda: torch.empty(2, dtype=torch.int64)),
+    ("observe", observer.observe, lambda *operands: None),
     ("in_chunks", chunks.in_chunks, chunks.in_chunks_fake),
     ("token_mask", lambda mask: None, lambda mask: None),
     ("norm_state", lambda x, known, fresh: None, lambda x, known, fresh: None),
@@ -264,6 +269,12 @@ round_columns = torch.ops.wtacrs.round_columns.default
 
 multiply_codes = torch.ops.wtacrs.multiply_codes.default
 """As :func:`low_precision.multiply_codes`."""
+
+observed_step = torch.ops.wtacrs.observed_step.default
+"""As :func:`observer.observed_step`."""
+
+observe = torch.ops.wtacrs.observe.default
+"""As :func:`observer.observe`; it writes nothing, but says so, as what writes is kept without a use."""
 
 in_chunks = torch.ops.wtacrs.in_chunks.default
 """As :func:`chunks.in_chunks`."""

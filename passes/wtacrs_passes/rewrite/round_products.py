@@ -25,12 +25,11 @@ import operator
 import torch
 from torch import fx
 
-from ..analyse.products import rows_first
 from ..decide.precision import AT_RANDOM
 from ..graph.edit import Editor
-from ..graph.operations import aten
 from ..joint import Joint
 from ..maths import low_precision, ops
+from .sample_rows import factor_of_rows
 
 
 def round_products(joint: Joint) -> None:
@@ -44,7 +43,7 @@ def round_products(joint: Joint) -> None:
     for node in [node for node in joint.graph.nodes if node in wanted]:
         precision = wanted[node]
         with editor.before(node):
-            factors = [_factor(editor, node, side) for side in (0, 1)]
+            factors = [factor_of_rows(editor, node, side) for side in (0, 1)]
             if precision == "bfloat16":
                 [new] = editor.trace(low_precision.multiply, *factors, draws=(), product=precision)
             else:
@@ -87,8 +86,3 @@ def _multiply(editor: Editor, a: Codes, b: Codes, dtype: torch.dtype) -> fx.Node
         return editor.call(ops.multiply_codes, *a, *b, dtype)
     [product] = editor.trace(low_precision.multiply_codes, *a, *b, dtype=dtype)
     return product
-
-
-def _factor(editor: Editor, node: fx.Node, side: int) -> fx.Node:
-    factor, transposed = rows_first(node, side)
-    return editor.call(aten.permute.default, factor, [1, 0]) if transposed else factor

@@ -181,8 +181,13 @@ def _replace(product: Product, estimate: fx.Node) -> fx.Node:
 
 def _operand(editor: Editor, product: Product, tangent: bool) -> fx.Node:
     side = product.tangent_side if tangent else 1 - product.tangent_side
-    operand, transpose = rows_first(product.node, side)
-    return _transpose(editor, operand) if transpose else operand
+    return factor_of_rows(editor, product.node, side)
+
+
+def factor_of_rows(editor: Editor, node: fx.Node, side: int) -> fx.Node:
+    """Return an operand of a product over rows as ``[..., rows, features]``."""
+    factor, transposed = rows_first(node, side)
+    return _transpose(editor, factor) if transposed else factor
 
 
 def _transpose(editor: Editor, node: fx.Node) -> fx.Node:

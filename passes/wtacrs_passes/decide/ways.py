@@ -1,0 +1,119 @@
+"""Decide, from the measured noise of a site, the fastest way to its weight gradients that a noise budget allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import math
+from collections.abc import Iterable, Sequence
+
+from ..maths.observer import RATIOS, Noise
+from ..policy import Policy, Rule
+from ..rates import DRAWING, seconds
+from ..report import NoiseReport
+from .precision import FASTER, WORTH
+
+_MARGIN = 0.8
+"""Of the budget, what a way takes that is chosen anew: the measurement has noise of its own."""
+_PATIENCE = 1.25
+"""Times the budget, what a way takes at most that was chosen before."""
+_WORTH = 0.9
+"""Of the time of all rows, what drawn rows take at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How the weight gradients of one site are computed, and why.
+
+    Attributes:
+        noise: what was measured.
+        ratio: share of the rows that are drawn, 1.0 for all.
+        rounds: factors may be in 8 bits.
+        share: variance that is added at most, over the minibatch's.
+        budget: what it may be.
+    """
+
+    noise: Noise
+    ratio: float
+    rounds: bool
+    share: float
+
+    budget: float
+
+    def report(self) -> NoiseReport:
+        """Return the figures that the way rests on."""
+        noise = self.noise
+        return NoiseReport(
+            noise.modules,
+            noise.minibatch,
+            self.ratio,
+            "auto" if self.rounds else "exact",
+            self.share,
+            self.budget,
+            _share(noise, 1.0, rounds=True),
+            tuple(_share(noise, ratio, rounds=False) for ratio in RATIOS),
+            noise.steps,
+        )
+
+
+def decide(measured: Iterable[Noise], policy: Policy) -> list[Way]:
+    """Return the way of each site that has a budget under `policy`, whose `decided` it has followed so far."""
+    return [_way(noise, policy) for noise in measured if all(map(policy.has_budget, noise.modules))]
+
+
+def rules(ways: Sequence[Way], policy: Policy) -> tuple[Rule, ...]:
+    """Return a policy's `decided`: a module that is called more than once takes the most careful of its ways.
+
+    What is not among `ways` stays as it is.
+    """
+    found: dict[str, tuple[float, bool]] = {}
+    for way in ways:
+        for module in way.noise.modules:
+            ratio, rounds = found.get(module, (0.0, True))
+            found[module] = max(ratio, way.ratio), rounds and way.rounds
+    new = [
+        Rule(glob.escape(module), ratio=ratio, product="auto" if rounds else "exact")
+        for module, (ratio, rounds) in found.items()
+        if ratio < 1.0 or not rounds
+    ]
+    patterns = {glob.escape(module) for module in found}
+    return (*(rule for rule in policy.decided if rule.pattern not in patterns), *new)
+
+
+def _way(noise: Noise, policy: Policy) -> Way:
+    asked = [sampling for module in noise.modules if (sampling := policy.asked(module)) is not None]
+    budget, product = min(sampling.noise for sampling in asked), asked[0].product
+    roundings = (True, False) if product is None else (product != "exact",)
+
+    def way(ratio: float, rounds: bool) -> Way:
+        return Way(noise, ratio, rounds, _share(noise, ratio, rounds), budget)
+
+    ways = [way(ratio, rounds) for ratio in (1.0, *RATIOS) for rounds in roundings]
+    allowed = [way for way in ways if way.share <= _MARGIN * budget]
+    best = min(allowed, key=_seconds) if allowed else min(ways, key=lambda way: way.share)
+    sampling = policy.sampling(noise.modules[0])
+    assert sampling is not None and sampling.ratio is not None
+    now = way(sampling.ratio, sampling.product != "exact")
+    stays = now.share <= _PATIENCE * budget and _seconds(best) > _WORTH * _seconds(now)
+    return now if stays else best
+
+
+def _share(noise: Noise, ratio: float, rounds: bool) -> float:
+    """Return the variance that is added, over the minibatch's."""
+    added = 0.0 if ratio == 1.0 else noise.added[RATIOS.index(ratio)]
+    added += noise.rounded * noise.drawn / ratio if rounds else 0.0
+    return added / noise.minibatch if noise.minibatch else math.inf if added else 0.0
+
+
+def _seconds(way: Way) -> float:
+    """Return what the weight gradients of a site take."""
+    noise, total = way.noise, 0.0
+    rows = noise.rows if way.ratio == 1.0 else math.ceil(way.ratio * noise.rows)
+    for outputs in noise.outputs:
+        precisions = ["exact", *FASTER.get(noise.dtype, ())] if way.rounds else ["exact"]
+        rates = seconds(precisions, rows, outputs, noise.features, noise.dtype, noise.device)
+        total += min(rates[p] for p in precisions if p == "exact" or rates[p] <= WORTH * rates["exact"])
+    if way.ratio < 1.0:
+        sizes = noise.rows, sum(noise.outputs), noise.features
+        total += seconds([DRAWING], *sizes, noise.dtype, noise.device)[DRAWING]
+    return total
