@@ -47,7 +47,7 @@ def gradients(folder: Path) -> None:
     """Draw the gradient of a linear layer's weight before and after the rewrite."""
     joint = wtacrs_fx.capture(nn.Linear(64, 32), torch.randn(1024, 64))
     draw_gradient(joint, "weight", folder / "gradient-before.svg")
-    sampled = wtacrs_fx.transform(joint, Policy(residuals="exact"))
+    sampled = wtacrs_fx.transform(joint, Policy(ratio=0.3, residuals="exact"))
     draw_gradient(sampled, "weight", folder / "gradient-after.svg")
 
 

@@ -166,11 +166,12 @@ _INDUCTOR = {
     "inductor, auto_chunker": "Inductor, `auto_chunker`",
 }
 _HEADLINE = _INDUCTOR | {
-    "wtacrs": "**wtacrs**, default policy",
-    "wtacrs, all rows": "**wtacrs**, `ratio=1.0`: nothing sampled",
+    "wtacrs, noise budget": "**wtacrs**, default policy",
+    "wtacrs": "**wtacrs**, `ratio=0.3`: a third of the rows",
+    "wtacrs, all rows": "**wtacrs**, `ratio=1.0`: all rows",
     "wtacrs, all rows in 8 bits": '**wtacrs**, `ratio=1.0, product="int8"`: all rows in 8 bits',
 }
-_WITHOUT_HEAD = _INDUCTOR | {"wtacrs 0.3 balanced": "**wtacrs**, default policy"}
+_WITHOUT_HEAD = _INDUCTOR | {"wtacrs 0.3 balanced": "**wtacrs**, `ratio=0.3`"}
 _ON_GPU = ("saved", "peak", "step time", "kernel time")
 TABLES: dict[str, Table] = {
     "memory": _of_models("saved units a layer", "bfloat16", _one_digit),

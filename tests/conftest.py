@@ -91,7 +91,7 @@ def run_passes(gm: fx.GraphModule, *passes: Pass, policy: Policy | None = None) 
     """Run passes over a captured graph, in place; none of them partitions it."""
     table = gm.meta.get(STATIC_INPUTS, ())
     outputs = _forward_outputs(gm.graph)
-    return run(passes, gm, policy or Policy(), table, outputs, torch_api.default_partition)
+    return run(passes, gm, policy or Policy(ratio=0.3), table, outputs, torch_api.default_partition)
 
 
 def adds_up(report: wtacrs_fx.Report) -> bool:

@@ -18,7 +18,7 @@ peft = pytest.importorskip("peft")
 TOKENS = torch.randint(100, (4, 32), generator=torch.Generator().manual_seed(0))
 LINEARS = ["query", "key", "value", "dense"]
 EXACT = Policy(residuals="exact", ratio=1.0)
-ROWS = Policy(residuals="exact")
+ROWS = Policy(ratio=0.3, residuals="exact")
 
 
 class Adapted(nn.Module):
@@ -70,13 +70,15 @@ def test_lora_keeps_nothing_for_frozen_weights(lora: Adapted) -> None:
     }
     assert not any(reason for name, reason in reasons.items() if "lora_A" in name)
     assert report.saved_bytes_after < 0.8 * report.saved_bytes_before
-    balanced = wtacrs_fx.explain(lora, TOKENS, policy=Policy())
+    balanced = wtacrs_fx.explain(lora, TOKENS, policy=Policy(ratio=0.3))
     assert balanced.saved_bytes_after < 0.45 * balanced.saved_bytes_before
     assert adds_up(report) and adds_up(balanced)
 
 
 def test_patterns_reach_adapters(lora: Adapted) -> None:
-    report = wtacrs_fx.explain(lora, TOKENS, policy=Policy(residuals="exact", exclude=("*.query.lora_A.*",)))
+    report = wtacrs_fx.explain(
+        lora, TOKENS, policy=Policy(ratio=0.3, residuals="exact", exclude=("*.query.lora_A.*",))
+    )
     assert [site.module for site in report.sites if site.reason == "excluded by the policy"] == [
         "model.base_model.model.encoder.layer.0.attention.self.query.lora_A.default"
     ]

@@ -154,7 +154,7 @@ def test_integer_rows_of_the_forward_pass_leave_gradients_unbiased() -> None:
 
     model, x = Plain(), torch.randn(128, 32)
     exact = step(model, model, x)
-    policy = Policy(residuals="balanced", placement="forward", rounding="stochastic")
+    policy = Policy(ratio=0.3, residuals="balanced", placement="forward", rounding="stochastic")
     call = torch.compile(model, backend=wtacrs_fx.backend(policy))
     samples = [step(model, call, x) for _ in range(300)]
     for name in ("first.weight", "second.weight"):
@@ -181,7 +181,7 @@ def backward_graph(model: nn.Module, policy: Policy, *inputs: Tensor) -> fx.Grap
 def test_no_product_is_computed_again_and_attention_from_its_rounded_operands() -> None:
     """Two products for each linear layer (embeddings need a gradient too), two attentions."""
     graph = backward_graph(
-        Transformer(layers=2), Policy(residuals="balanced", min_rows=8), torch.randint(50, (4, 32))
+        Transformer(layers=2), Policy(ratio=0.3, residuals="balanced", min_rows=8), torch.randint(50, (4, 32))
     )
     names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert sum("mm.default" in name for name in names) == 2 * (2 * 6 + 1)
@@ -201,7 +201,7 @@ def test_a_residual_that_is_still_saved_is_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(encode_residuals._Rebuild, "__call__", leave_one)
     with pytest.raises(PartitionError, match="was to be kept as recompute and is still saved in full"):
-        wtacrs_fx.explain(Mlp(), torch.randn(48, 64), policy=Policy(residuals="balanced"))
+        wtacrs_fx.explain(Mlp(), torch.randn(48, 64), policy=Policy(ratio=0.3, residuals="balanced"))
 
 
 def test_chains_may_be_longer_than_the_stack_of_python() -> None:
@@ -210,7 +210,7 @@ def test_chains_may_be_longer_than_the_stack_of_python() -> None:
             u = u * 0.99 + 0.001 * torch.tanh(u.roll(i, 0))
         return u
 
-    report = wtacrs_fx.explain(Mlp(long), torch.randn(48, 64), policy=Policy(residuals="balanced"))
+    report = wtacrs_fx.explain(Mlp(long), torch.randn(48, 64), policy=Policy(ratio=0.3, residuals="balanced"))
     assert report.saved_bytes_after < report.saved_bytes_before
 
 
@@ -326,7 +326,7 @@ def test_a_checkpointed_model_stores_what_checkpointing_says() -> None:
 
     model, x = Checkpointed(), torch.randn(256, 64, requires_grad=True)
     with pytest.warns(UserWarning, match="the model uses checkpointing"):
-        report = wtacrs_fx.explain(model, x, policy=Policy(min_rows=8))
+        report = wtacrs_fx.explain(model, x, policy=Policy(ratio=0.3, min_rows=8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wtacrs_fx.explain(model, x, policy=RowsOnly(min_rows=8))  # nothing would be encoded

@@ -86,7 +86,7 @@ def test_the_partition_holds_at_any_memory_budget(budget: float, placement: str)
 @pytest.mark.parametrize("residuals", ["lossless", "balanced"])
 @pytest.mark.parametrize("budget", [0.9, 0.5, 0.1, 0.0])
 def test_encodings_go_with_any_memory_budget(budget: float, residuals: str) -> None:
-    policy = Policy(min_rows=8, residuals=residuals)
+    policy = Policy(ratio=0.3, min_rows=8, residuals=residuals)
     with torch._functorch.config.patch(activation_memory_budget=budget):
         report = wtacrs_fx.explain(Transformer(dropout=0.1), torch.randint(50, (4, 32)), policy=policy)
     if budget >= 0.5:  # below, products are computed again from inputs and hardly anything is stored

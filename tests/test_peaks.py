@@ -39,9 +39,11 @@ def test_the_gradient_of_two_linears() -> None:
 
 def test_loops_take_memory_where_something_else_reads_them() -> None:
     few = predicted(
-        nn.Sequential(linear(), nn.Tanh(), nn.Sigmoid(), nn.ELU()), torch.randn(ROWS, FEATURES), Policy()
+        nn.Sequential(linear(), nn.Tanh(), nn.Sigmoid(), nn.ELU()),
+        torch.randn(ROWS, FEATURES),
+        Policy(ratio=0.3),
     )
-    many = predicted(nn.Sequential(linear(), nn.Tanh()), torch.randn(ROWS, FEATURES), Policy())
+    many = predicted(nn.Sequential(linear(), nn.Tanh()), torch.randn(ROWS, FEATURES), Policy(ratio=0.3))
     assert few[0].size == many[0].size
 
 
@@ -59,7 +61,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "policy", [Policy(ratio=1.0, residuals="exact"), Policy(min_rows=8)], ids=["exact", "default"]
+    "policy", [Policy(ratio=1.0, residuals="exact"), Policy(ratio=0.3, min_rows=8)], ids=["exact", "default"]
 )
 def test_what_is_predicted_is_near_what_is_measured(policy: Policy) -> None:
     torch.manual_seed(0)
@@ -116,7 +118,9 @@ def test_a_part_of_a_step_may_exchange_its_peak_for_what_it_saves(is_part: bool)
 def test_rules_do_not_bring_back_what_raises_the_peak() -> None:
     rules = (Rule("*", ratio=0.5, residuals="small"),)
     report = wtacrs_fx.explain(
-        nn.Linear(4 * FEATURES, 4 * FEATURES), torch.randn(MANY, 4 * FEATURES), policy=Policy(rules=rules)
+        nn.Linear(4 * FEATURES, 4 * FEATURES),
+        torch.randn(MANY, 4 * FEATURES),
+        policy=Policy(ratio=0.3, rules=rules),
     )
     assert report.refused
     assert not report.sampled

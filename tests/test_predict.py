@@ -104,7 +104,7 @@ def two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("two_ways")
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_with_and_without_a_loss(name: str, tmp_path: Path) -> None:
-    found = predict(saved(OTHERS[name], tmp_path), 2, 64, torch.bfloat16, Policy())
+    found = predict(saved(OTHERS[name], tmp_path), 2, 64, torch.bfloat16, Policy(ratio=0.3))
     assert 0 < found.saved[WTACRS] < found.saved[INDUCTOR]
     assert len(found.report.sampled) > 4
 

@@ -131,5 +131,5 @@ def test_of_a_device_that_is_not_here_nothing_is_known() -> None:
     node = joint.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default)[0]
     node.meta["val"] = torch.empty(32, 32, device="meta")
     product: Any = SimpleNamespace(node=node, x=node, rows=64)
-    found = precision.choose_precision(product, Policy(), "auto")
+    found = precision.choose_precision(product, Policy(ratio=0.3), "auto")
     assert found == ("exact", "no meta device to measure rates of")

@@ -106,7 +106,7 @@ def test_a_gradient_that_others_read_stays() -> None:
 
 @pytest.mark.parametrize("function", [own_mish, lambda u: torch.sin(u) * torch.sigmoid(u)])
 def test_a_chain_of_the_users_own_is_tabulated(function: Callable[[Tensor], Tensor]) -> None:
-    report = wtacrs_fx.explain(Chain(function), X, policy=Policy(residuals="balanced"))
+    report = wtacrs_fx.explain(Chain(function), X, policy=Policy(ratio=0.3, residuals="balanced"))
     if function is own_mish:
         assert [r.encoding for r in report.residuals if r.bytes_after] == ["table"]
     else:  # not constant for large arguments

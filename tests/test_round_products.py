@@ -59,7 +59,7 @@ def test_what_is_not_rounded_has_a_reason() -> None:
 def test_two_bytes_are_not_rounded_to_two_bytes() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Tanh()).bfloat16()
     joint = wtacrs_fx.capture(model, torch.randn(64, 32, dtype=torch.bfloat16))
-    report = wtacrs_fx.transform(joint, Policy(product="bfloat16")).report
+    report = wtacrs_fx.transform(joint, Policy(ratio=0.3, product="bfloat16")).report
     assert products(report) == {"0.weight": "exact: torch.bfloat16 has 16 bits already"}
 
 
@@ -163,11 +163,11 @@ def test_all_else_is_as_it_was(product: str) -> None:
 
 def test_a_bad_precision_is_refused() -> None:
     with pytest.raises(wtacrs_fx.PolicyError, match="product must be one of .*did you mean 'int8'"):
-        Policy(product="int9")  # type: ignore[arg-type]
+        Policy(ratio=0.3, product="int9")  # type: ignore[arg-type]
 
 
 def test_a_compiled_step(compiled: object) -> None:
-    model, call, tokens, report = compiled(Policy(product="int8", product_dx="int8"))  # type: ignore[operator]
+    model, call, tokens, report = compiled(Policy(ratio=0.3, product="int8", product_dx="int8"))  # type: ignore[operator]
     assert {site.product for site in report.sites if not site.reason} == {"int8"}
     assert {entry.product for entry in report.input_gradients} == {"int8"}
     model.zero_grad()

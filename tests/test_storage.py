@@ -87,14 +87,16 @@ def test_nothing_is_derived_from_itself(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(storage, "Derivations", derivations)
     wtacrs_fx.explain(
-        Sandwich(lambda u: torch.fmod(u.sigmoid(), X.repeat(1, 2).sigmoid()), lambda u: u), X, policy=Policy()
+        Sandwich(lambda u: torch.fmod(u.sigmoid(), X.repeat(1, 2).sigmoid()), lambda u: u),
+        X,
+        policy=Policy(ratio=0.3),
     )
     [each] = found
     assert all(node not in (operands or ()) for node, operands in each.operands.items())
 
 
 def test_rows_chosen_in_the_forward_pass_are_stored_as_integers() -> None:
-    policy = Policy(residuals="balanced", placement="forward")
+    policy = Policy(ratio=0.3, residuals="balanced", placement="forward")
     report = wtacrs_fx.explain(Sandwich(lambda u: u, lambda u: u), X, policy=policy)
     [residual] = [r for r in report.residuals if r.bytes_after and r.encoding != "exact"]
     assert residual.encoding == "int8"
@@ -111,7 +113,7 @@ def test_a_gated_layer_stores_gate_and_value_and_derives_their_product(residuals
         def forward(self, x: Tensor) -> Tensor:
             return self.down(F.silu(self.gate(x)) * self.up(x)).sum()
 
-    report = wtacrs_fx.explain(Gated(), X, policy=Policy(residuals=residuals))
+    report = wtacrs_fx.explain(Gated(), X, policy=Policy(ratio=0.3, residuals=residuals))
     by_module = {r.module: r.encoding for r in report.residuals if r.bytes_after}
     assert by_module == {"gate": "int4", "up": "int8" if residuals == "balanced" else "int4"}
     assert {site.encoding for site in report.sites if site.module == "down"} == {"recompute"}
@@ -122,7 +124,9 @@ def reports() -> dict[str, wtacrs_fx.Report]:
     tokens = torch.randint(50, (4, 32))
     model = Transformer(dropout=0.1).bfloat16()
     modes = ("exact", "lossless", "balanced", "small")
-    return {m: wtacrs_fx.explain(model, tokens, policy=Policy(residuals=m, min_rows=8)) for m in modes}
+    return {
+        m: wtacrs_fx.explain(model, tokens, policy=Policy(ratio=0.3, residuals=m, min_rows=8)) for m in modes
+    }
 
 
 def test_bytes_shrink_from_mode_to_mode(reports: dict[str, wtacrs_fx.Report]) -> None:
@@ -151,8 +155,10 @@ def test_attention_and_normalisation_are_stored_as_integers(reports: dict[str, w
 def test_modules_outside_the_policy_read_exact_values() -> None:
     tokens = torch.randint(50, (4, 32))
     for policy in (
-        Policy(residuals="balanced", min_rows=8, exclude=("layers.0.down",)),
-        Policy(residuals="balanced", min_rows=8, rules=(Rule("layers.0.down", residuals="exact"),)),
+        Policy(ratio=0.3, residuals="balanced", min_rows=8, exclude=("layers.0.down",)),
+        Policy(
+            ratio=0.3, residuals="balanced", min_rows=8, rules=(Rule("layers.0.down", residuals="exact"),)
+        ),
     ):
         report = wtacrs_fx.explain(Transformer(), tokens, policy=policy)
         encodings = {(r.module, r.encoding) for r in report.residuals}
@@ -161,7 +167,7 @@ def test_modules_outside_the_policy_read_exact_values() -> None:
 
 
 def test_stochastic_rounding_is_reported_as_unbiased() -> None:
-    policy = Policy(residuals="balanced", rounding="stochastic")
+    policy = Policy(ratio=0.3, residuals="balanced", rounding="stochastic")
     report = wtacrs_fx.explain(Sandwich(F.gelu, lambda x: x), X, policy=policy)
     assert [residual.gradient for residual in report.residuals if residual.encoding == "int4"] == [
         "unbiased, error < group peak / 7"
@@ -170,7 +176,9 @@ def test_stochastic_rounding_is_reported_as_unbiased() -> None:
 
 def test_dynamic_shapes_have_symbolic_bytes() -> None:
     model = Sandwich(F.gelu, lambda x: x)
-    call = torch.compile(model, backend=wtacrs_fx.backend(Policy(residuals="balanced")), dynamic=True)
+    call = torch.compile(
+        model, backend=wtacrs_fx.backend(Policy(ratio=0.3, residuals="balanced")), dynamic=True
+    )
     call(X).backward()
     [residual] = [r for r in wtacrs_fx.reports()[-1].residuals if r.encoding == "int4"]
     assert not isinstance(residual.bytes_after, int)
@@ -217,7 +225,7 @@ def test_logits_whose_float32_copy_would_be_the_peak_are_stored_as_they_are(
                     h = layer(h) * layer(h).sigmoid()
                 return F.cross_entropy(self.head(h).float(), labels)
 
-    report = wtacrs_fx.explain(Head(), X, torch.arange(64), policy=Policy())
+    report = wtacrs_fx.explain(Head(), X, torch.arange(64), policy=Policy(ratio=0.3))
     encodings = {r.operation: r.encoding for r in report.residuals if r.bytes_after >= 64 * words}
     assert (encodings.get("aten.exp.default") == "int8") == is_encoded
     assert report.saved_bytes_after < report.saved_bytes_before

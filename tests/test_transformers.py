@@ -83,7 +83,7 @@ def trainer(folder: Path, network: nn.Module | None = None, **arguments: object)
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     """Return a trainer after 12 steps, with a checkpoint at the 6th."""
     one = trainer(tmp_path_factory.mktemp("trained"))
-    enable(one, Policy(min_rows=8), diagnose_steps=8)
+    enable(one, Policy(ratio=0.3, min_rows=8), diagnose_steps=8)
     one.train()
     return one
 
@@ -129,7 +129,7 @@ def test_callbacks_of_the_user_see_the_figures(tmp_path: Path) -> None:
     user = Recorder()
     user.seen = []
     one.add_callback(user)
-    enable(one, Policy(min_rows=8))
+    enable(one, Policy(ratio=0.3, min_rows=8))
     one.train()
     assert "wtacrs/saved_ratio" in user.seen[0]
 
@@ -140,7 +140,7 @@ def test_a_smaller_last_batch_leaves_numbers_in_the_checkpoint(tmp_path: Path) -
         tmp_path, max_steps=-1, num_train_epochs=2, eval_strategy="no", save_steps=1, logging_steps=1
     )
     one.train_dataset = dataset()[: 2 * BATCH + 3]
-    callback = enable(one, Policy(min_rows=8))
+    callback = enable(one, Policy(ratio=0.3, min_rows=8))
     one.train()
     assert not isinstance(callback.backend.reports[-1].saved_bytes_after, int)
     history = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
@@ -149,7 +149,7 @@ def test_a_smaller_last_batch_leaves_numbers_in_the_checkpoint(tmp_path: Path) -
 
 def test_a_model_without_a_trainer() -> None:
     network = model()
-    callback = enable(network, Policy(min_rows=8))
+    callback = enable(network, Policy(ratio=0.3, min_rows=8))
     batch = {name: torch.stack([sample[name] for sample in dataset()[:BATCH]]) for name in dataset()[0]}
     network(**batch).loss.backward()
     [report] = callback.backend.reports
@@ -170,7 +170,7 @@ def test_a_language_model_trains_without_its_logits(tmp_path: Path) -> None:
     one.train_dataset = one.eval_dataset = [
         {"input_ids": sample["input_ids"], "labels": sample["input_ids"]} for sample in dataset()
     ]
-    callback = enable(one, Policy(min_rows=8, chunk_bytes=32 * 512 * 4))
+    callback = enable(one, Policy(ratio=0.3, min_rows=8, chunk_bytes=32 * 512 * 4))
     one.train()
     logs = one.state.log_history
     assert logs[3]["loss"] < logs[0]["loss"] and logs[4]["eval_loss"] > 0
@@ -189,7 +189,7 @@ def test_a_trainer_with_a_loss_of_its_own_keeps_the_logits(tmp_path: Path) -> No
 
     one = trainer(tmp_path)
     one.__class__ = Own
-    enable(one, Policy(min_rows=8))
+    enable(one, Policy(ratio=0.3, min_rows=8))
     batch = {name: torch.stack([sample[name] for sample in dataset()[:BATCH]]) for name in dataset()[0]}
     assert one.compute_loss(one.model.train(), batch).isfinite()
 

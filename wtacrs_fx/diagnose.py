@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wtacrs_passes.decide.rows import BY_BUDGET
+from wtacrs_passes.decide.ways import decide, rules
 from wtacrs_passes.maths.estimators import inclusion_probabilities
+from wtacrs_passes.maths.observer import RATIOS as MEASURED
+from wtacrs_passes.maths.observer import Noise, draw_variance, rounding_variance
 from wtacrs_passes.policy import Policy, Rule
 from wtacrs_passes.report import SiteReport, align
 
@@ -22,7 +26,6 @@ from .capture import explain
 RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 """The ratios at which the added variance is computed."""
 
-_SHARE = 0.1  # of the minibatch noise: what added noise may be without being felt
 _ACROSS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # where the mass of the largest rows is shown
 
 
@@ -37,8 +40,11 @@ class LayerDiagnosis:
     Attributes:
         module: path of the layer; group: of the first layer that shares its draw, itself where none does.
         placement: where its rows are chosen; rows: N of the first batch; kept: k.
-        added: variance of the estimate over ||dW||^2, a mean over batches, at the policy's ratio.
+        added: variance of the estimate over ||dW||^2, a mean over batches, at the policy's ratio, or where a noise
+            budget says it at the smallest that this allows.
         curve: the same at each of :data:`RATIOS`.
+        rounded: variance that factors in 8 bits add, rounded at random.
+        budget: `Policy.noise` of the layer.
         minibatch: variance of dW between batches over its mean square.
         mass: share of the total weight that the k largest rows have (Liu et al. 2023, figure 3).
         masses: the same for the largest 1, 2, 5, ... 100 % of the rows.
@@ -52,26 +58,30 @@ class LayerDiagnosis:
     kept: int
     added: float
     curve: tuple[float, ...]
+    rounded: float
     minibatch: float
+    budget: float
     mass: float
     masses: tuple[float, ...]
     row_bytes: float
 
     @property
     def ratio(self) -> float | None:
-        """The smallest of :data:`RATIOS` at which the added noise is a tenth of the minibatch's."""
-        return next(
-            (r for r, v in zip(RATIOS, self.curve, strict=True) if v <= _SHARE * self.minibatch), None
-        )
+        """The smallest of :data:`RATIOS` at which the added noise is within the budget."""
+        return _smallest(self.curve, self.budget * self.minibatch)
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """The layers of a model under a policy; ``print`` shows a table, :meth:`plot` draws it."""
+    """The layers of a model under a policy; ``print`` shows a table, :meth:`plot` draws it.
+
+    `sites` hold the same for layers that share a draw, as a running step measures it.
+    """
 
     layers: tuple[LayerDiagnosis, ...]
     batches: int
     base: Policy
+    sites: tuple[Noise, ...] = ()
 
     def __str__(self) -> str:
         header = (
@@ -82,7 +92,8 @@ class Diagnosis:
             "added",
             "minibatch",
             "of it",
-            "ratio for 0.1",
+            "8 bits",
+            "ratio in budget",
             "mass",
         )
         lines = [
@@ -94,6 +105,7 @@ class Diagnosis:
                 f"{layer.added:.2g}",
                 f"{layer.minibatch:.2g}",
                 f"{layer.added / layer.minibatch:.2f}" if layer.minibatch else "",
+                f"{layer.rounded / layer.minibatch:.2g}" if layer.minibatch else "",
                 "1.0" if layer.ratio is None else f"{layer.ratio:g}",
                 f"{layer.mass:.2f}",
             )
@@ -151,8 +163,10 @@ class Diagnosis:
     def policy(self, max_bytes: float | None = None) -> Policy:
         """Return the policy with a ratio for each layer: the least noise for the bytes of the rows.
 
+        Where the policy has a noise budget, it comes with the fastest ways that this allows, and goes on measuring.
+
         Where rows cost no bytes (they are chosen in the backward pass), and where `max_bytes` allows, a layer
-        gets the smallest ratio at which its added noise is a tenth of the minibatch's. Otherwise ratios
+        gets the smallest ratio at which its added noise is within `Policy.noise`. Otherwise ratios
         minimise the sum over layers of added over minibatch noise while all rows together take no more.
 
         Args:
@@ -161,6 +175,8 @@ class Diagnosis:
         Raises:
             DiagnosisError: the smallest ratios take more than `max_bytes`.
         """
+        if self.base.ratio is None and max_bytes is None:
+            return dataclasses.replace(self.base, decided=rules(decide(self.sites, self.base), self.base))
         groups: dict[str, list[LayerDiagnosis]] = {}
         for layer in self.layers:
             groups.setdefault(layer.group, []).append(layer)
@@ -177,8 +193,8 @@ class Diagnosis:
                 ratios = {name: _cheapest(layers, 2.0**price) for name, layers in groups.items()}
                 low, high = (price, high) if _bytes(groups, ratios) > max_bytes else (low, price)
             ratios = {name: _cheapest(layers, 2.0**high) for name, layers in groups.items()}
-        rules = tuple(Rule(glob.escape(layer.module), ratio=ratios[layer.group]) for layer in self.layers)
-        return dataclasses.replace(self.base, rules=(*rules, *self.base.rules))
+        new = tuple(Rule(glob.escape(layer.module), ratio=ratios[layer.group]) for layer in self.layers)
+        return dataclasses.replace(self.base, rules=(*new, *self.base.rules))
 
 
 def diagnose(
@@ -215,8 +231,12 @@ def diagnose(
         for path, (x, dy) in rows.items():
             found.setdefault(path, []).append(_measure(x, dy, *weights[path], policy, path))
     minibatch = noise.relative()
-    layers = [_summary(sites[path], found[path], minibatch[path]) for path in sites if path in found]
-    return Diagnosis(tuple(layers), noise.count, policy)
+    layers = [_summary(sites[path], found[path], minibatch[path], policy) for path in sites if path in found]
+    groups: dict[str, list[str]] = {}
+    for layer in layers:
+        groups.setdefault(layer.group, []).append(layer.module)
+    together = (_site([found[path] for path in paths], paths, minibatch) for paths in groups.values())
+    return Diagnosis(tuple(layers), noise.count, policy, tuple(together))
 
 
 def relative_variance(samples: Iterable[Sequence[Tensor]]) -> list[float]:
@@ -232,7 +252,11 @@ def _sites(
 ) -> dict[str, SiteReport]:
     """Return the layers that a policy samples, by path."""
     report = explain(model, *_args(batch), policy=policy, **_kwargs(batch))
-    sites = {site.module: site for site in report.sampled if site.parameter}
+    sites = {
+        site.module: dataclasses.replace(site, placement=site.placement or "backward")
+        for site in report.sites
+        if site.parameter and site.reason in ("", BY_BUDGET)
+    }
     if not sites:
         reasons = sorted({site.reason for site in report.sites})
         raise DiagnosisError(f"the policy samples no layer of the model ({'; '.join(reasons)})")
@@ -272,10 +296,13 @@ class _Layer:
 
     group: str
     square: float
+    kept: int
     added: float
     curve: tuple[float, ...]
-    mass: float
-    masses: tuple[float, ...]
+    rounded: float
+    weights: Tensor
+    x: Tensor  # on the meta device, as dy
+    dy: Tensor
 
 
 def rows_of(
@@ -330,59 +357,86 @@ def _weights(
 
 
 def _measure(x: Tensor, dy: Tensor, group: str, weights: Tensor, policy: Policy, path: str) -> _Layer:
-    x, dy = x.double(), dy.double()
-    rows = len(x)
     sampling = policy.sampling(path)
     assert sampling is not None
-    norms = x.norm(dim=-1) * dy.norm(dim=-1)
+    rounded, kinds = float(rounding_variance(x, [dy])), (x.to("meta"), dy.to("meta"))
+    square = float((x.T.double() @ dy.double()).square().sum())
+    x, dy = x.double(), dy.double()
+    x = x - x.mean(0) if sampling.center else x
+    rows, norms = len(x), x.norm(dim=-1) * dy.norm(dim=-1)
     curve = tuple(_variance(x, dy, norms, weights, max(1, math.ceil(ratio * rows))) for ratio in RATIOS)
-    ordered = weights.sort(descending=True).values.cumsum(0) / weights.sum().clamp(min=1e-300)
-    masses = tuple(float(ordered[max(1, math.ceil(share * rows)) - 1]) for share in _ACROSS)
     kept = int(sampling.kept(rows))
     return _Layer(
-        group,
-        float((x.T @ dy).square().sum()),
-        _variance(x, dy, norms, weights, kept),
-        curve,
-        float(ordered[kept - 1]),
-        masses,
+        group, square, kept, _variance(x, dy, norms, weights, kept), curve, rounded, weights, *kinds
     )
 
 
 def _variance(x: Tensor, dy: Tensor, norms: Tensor, weights: Tensor, kept: int) -> float:
     """Return Hajek's variance of the estimate of x^T dy from `kept` rows."""
-    if kept >= len(x):
-        return 0.0
-    q = inclusion_probabilities(weights, kept)
+    q = inclusion_probabilities(weights, min(kept, len(x)))
     if bool(((q == 0) & (norms > 0)).any()):
         return math.inf
-    c = q * (1 - q)
-    total = c.sum()
-    if total <= 1e-12:
-        return 0.0
-    inverse = torch.where(q > 0, 1 / q, 0.0)
-    mean = (x * (c * inverse).unsqueeze(-1)).T @ dy
-    variance = (c * (norms * inverse).square()).sum() - mean.square().sum() / total
-    return max(0.0, float(variance))
+    mean = (x * torch.where(q > 0, 1 - q, 0.0).unsqueeze(-1)).T @ dy
+    return float(draw_variance(q, norms, mean.square().sum()))
 
 
-def _summary(site: SiteReport, found: Sequence[_Layer], minibatch: float) -> LayerDiagnosis:
+def _summary(site: SiteReport, found: Sequence[_Layer], minibatch: float, policy: Policy) -> LayerDiagnosis:
     square = sum(layer.square for layer in found) or 1.0
-    count = len(found)
-    stores = site.encoding == "rows"
+    asked, rows, stores = policy.asked(site.module), int(site.rows), site.encoding == "rows"
+    assert asked is not None
+    curve = tuple(sum(values) / square for values in zip(*(layer.curve for layer in found), strict=True))
+    kept, added = found[0].kept, sum(layer.added for layer in found) / square
+    if asked.ratio is None:
+        ratio = _smallest(curve, asked.noise * minibatch) or 1.0
+        kept, added = math.ceil(ratio * rows), curve[RATIOS.index(ratio)]
+    masses = [_masses(layer.weights, [kept / rows, *_ACROSS]) for layer in found]
+    mass, *across = (sum(values) / len(found) for values in zip(*masses, strict=True))
     return LayerDiagnosis(
         module=site.module,
         group=found[0].group,
         placement=site.placement,
-        rows=int(site.rows),
-        kept=int(site.kept),
-        added=sum(layer.added for layer in found) / square,
-        curve=tuple(sum(values) / square for values in zip(*(layer.curve for layer in found), strict=True)),
+        rows=rows,
+        kept=kept,
+        added=added,
+        curve=curve,
+        rounded=sum(layer.rounded for layer in found) / square,
         minibatch=minibatch,
-        mass=sum(layer.mass for layer in found) / count,
-        masses=tuple(sum(values) / count for values in zip(*(layer.masses for layer in found), strict=True)),
+        budget=asked.noise,
+        mass=mass,
+        masses=tuple(across),
         row_bytes=float(site.bytes_after) / int(site.kept) if stores else 0.0,
     )
+
+
+def _site(found: Sequence[Sequence[_Layer]], paths: Sequence[str], minibatch: Mapping[str, float]) -> Noise:
+    """Return what was measured of layers that share a draw, together; relative to their gradients' mean square."""
+    squares = [sum(layer.square for layer in layers) for layers in found]
+    total = sum(squares) or 1.0
+    first, every = found[0][0], [layer for layers in found for layer in layers]
+    return Noise(
+        modules=tuple(paths),
+        rows=first.x.shape[0],
+        features=first.x.shape[1],
+        outputs=tuple(layers[0].dy.shape[1] for layers in found),
+        dtype=first.dy.dtype,
+        device=first.weights.device,
+        drawn=1.0,
+        added=tuple(sum(layer.curve[RATIOS.index(ratio)] for layer in every) / total for ratio in MEASURED),
+        rounded=sum(layer.rounded for layer in every) / total,
+        minibatch=sum(minibatch[path] * square for path, square in zip(paths, squares, strict=True)) / total,
+        steps=len(found[0]),
+    )
+
+
+def _smallest(curve: Sequence[float], most: float) -> float | None:
+    """Return the smallest of :data:`RATIOS` whose noise is at most `most`."""
+    return next((ratio for ratio, noise in zip(RATIOS, curve, strict=True) if noise <= most), None)
+
+
+def _masses(weights: Tensor, shares: Sequence[float]) -> list[float]:
+    """Return the share of the total weight that the largest rows have, for several shares of the rows."""
+    ordered = weights.sort(descending=True).values.cumsum(0) / weights.sum().clamp(min=1e-300)
+    return [float(ordered[max(1, math.ceil(share * len(weights) - 1e-9)) - 1]) for share in shares]
 
 
 def _unbounded(layers: Sequence[LayerDiagnosis]) -> float:

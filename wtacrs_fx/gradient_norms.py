@@ -59,7 +59,7 @@ def track_gradient_norms(
 ) -> GradientNorms:
     """Attach a memory of gradient norms to a model, before it is compiled.
 
-    It serves the sites whose rows are chosen in the forward pass (``Policy(placement="forward")``, or
+    It serves the sites whose rows are chosen in the forward pass (``Policy(ratio=0.3, placement="forward")``, or
     ``"auto"`` where the input of a linear is not at hand in the backward pass). Linears that share an input
     share one record. The records are part of the model's ``state_dict``, and are restored with it, though
     the tracker is no child of the model. DistributedDataParallel is told to leave them alone.
@@ -291,7 +291,7 @@ class GradientNorms:
             warnings.warn(
                 f"{_PATIENCE} training steps have recorded no gradient norms: the tracker serves rows chosen "
                 f"in the forward pass, see the column 'weights' of wtacrs_fx.reports()[-1]; use "
-                f"Policy(placement='forward'), or remove the tracker",
+                f"Policy(ratio=0.3, placement='forward'), or remove the tracker",
                 stacklevel=2,
             )
         values, seen = _pooled(fresh[recorded], self.bucket)

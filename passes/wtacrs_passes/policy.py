@@ -48,8 +48,8 @@ def _check_patterns(field: str, value: object) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the rows of one site are sampled.
+class SamplingOptions:
+    """What is asked of the weight gradients of a module.
 
     Args:
         ratio: share of the rows that are kept, in (0, 1]; 1.0 leaves the product exact, bit for bit. None: what `noise`
@@ -125,8 +125,8 @@ class Sampling:
         _check_choice("residuals", self.residuals, get_args(Residuals))
         _check_choice("rounding", self.rounding, get_args(Rounding))
         for name in ("product", "product_dx"):
-            if name == "product_dx" or self.product is not None:
-                _check_choice(name, getattr(self, name), get_args(PrecisionChoice))
+            if (value := getattr(self, name)) is not None or name == "product_dx":
+                _check_choice(name, value, get_args(PrecisionChoice))
 
     def _check_budget(self) -> None:
         """Refuse what no noise budget can be kept with."""
@@ -140,10 +140,20 @@ class Sampling:
                     f"measured, got {value!r}; give a ratio"
                 )
 
+
+_OPTIONS = tuple(field.name for field in dataclasses.fields(SamplingOptions))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(SamplingOptions):
+    """How the weight gradients of a module are computed: what was asked for, and what its noise budget has led to."""
+
+    ratio: float = 1.0
+    product: PrecisionChoice = "exact"
+
     @property
     def share(self) -> Fraction:
         """The ratio as the decimal fraction that was written: 0.3 is 3/10."""
-        assert self.ratio is not None, "a policy says the ratio of a module"
         return Fraction(repr(float(self.ratio)))
 
     def kept(self, rows: Any) -> Any:
@@ -168,13 +178,13 @@ class Rule:
 
     def __init__(self, pattern: str, **overrides: Any) -> None:
         _check_patterns("Rule pattern", (pattern,))
-        valid = [field.name for field in dataclasses.fields(Sampling)]
+        valid = _OPTIONS
         for name in overrides:
             if name not in valid:
                 raise PolicyError(
                     f"Rule({pattern!r}) can override {', '.join(valid)}, got {name!r}{nearest(name, valid)}"
                 )
-        Sampling(**overrides)  # the values are checked where they are written
+        SamplingOptions(**overrides)  # the values are checked where they are written
         object.__setattr__(self, "pattern", pattern)
         object.__setattr__(self, "overrides", tuple(sorted(overrides.items())))
 
@@ -184,8 +194,8 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy(Sampling):
-    """The user's policy: a :class:`Sampling` for every module, and where it applies.
+class Policy(SamplingOptions):
+    """The user's policy: :class:`SamplingOptions` for every module, and where they apply.
 
     Args:
         include: fnmatch patterns over module paths; only these are sampled.
@@ -235,16 +245,15 @@ class Policy(Sampling):
         asked = self.asked(module)
         if asked is None:
             return None
+        fields = {name: getattr(asked, name) for name in _OPTIONS}
         if asked.ratio is not None:
-            return dataclasses.replace(asked, product=asked.product or "exact")
-        allowed = dataclasses.replace(asked, ratio=1.0, product=asked.product or "auto", placement="backward")
+            return Sampling(**{**fields, "product": asked.product or "exact"})
+        fields.update(ratio=1.0, product="auto", placement="backward")
         found = _first_match(module, self.decided)
-        overrides = dict(found.overrides) if found else {}
-        if asked.product is not None:
-            overrides.pop("product", None)
-        return dataclasses.replace(allowed, **overrides)
+        fields.update(found.overrides if found else ())
+        return Sampling(**{**fields, "product": asked.product or fields["product"]})
 
-    def asked(self, module: str) -> Sampling | None:
+    def asked(self, module: str) -> SamplingOptions | None:
         """Return what is asked for of `module` (a path), apart from `decided`; None where it is excluded."""
         if matches_any(module, self.exclude) or not matches_any(module, self.include):
             return None
@@ -271,28 +280,27 @@ class Policy(Sampling):
                 overrides.setdefault("product", self.product or "exact")
             return Rule(rule.pattern, **overrides)
 
-        if self.ratio is None:
-            settled_fields = {"ratio": 1.0, "product": self.product or "auto"}
-            return dataclasses.replace(self, rules=tuple(map(settled, self.rules)), **settled_fields)
-        return dataclasses.replace(self, rules=tuple(map(settled, self.rules)))
+        settled_rules = tuple(map(settled, self.rules))
+        if self.ratio is not None:
+            return dataclasses.replace(self, rules=settled_rules)
+        return dataclasses.replace(self, rules=settled_rules, ratio=1.0, product=self.product or "auto")
 
-    def _everywhere(self) -> Sampling:
-        return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
+    def _everywhere(self) -> SamplingOptions:
+        return SamplingOptions(**{name: getattr(self, name) for name in _OPTIONS})
 
-    def _variants(self) -> list[Sampling]:
+    def _variants(self) -> list[SamplingOptions]:
         """Return what is asked for where no rule matches, and where each does."""
         return [self._everywhere(), *(_overridden(self._everywhere(), rule) for rule in self.rules)]
 
     def everywhere(self, **fields: Any) -> Policy:
-        """Return the policy with these fields of a :class:`Sampling` for all modules, whatever its rules say."""
-        kept = {
-            name: tuple(
-                Rule(rule.pattern, **{k: v for k, v in rule.overrides if k not in fields})
-                for rule in getattr(self, name)
+        """Return the policy with these options for all modules, whatever its rules say."""
+
+        def others(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+            return tuple(
+                Rule(rule.pattern, **{k: v for k, v in rule.overrides if k not in fields}) for rule in rules
             )
-            for name in ("rules", "decided")
-        }
-        return dataclasses.replace(self, **kept, **fields)
+
+        return dataclasses.replace(self, rules=others(self.rules), decided=others(self.decided), **fields)
 
     @property
     def rounds_products(self) -> bool:
@@ -319,8 +327,8 @@ def _first_match(module: str, rules: Iterable[Rule]) -> Rule | None:
     return next((rule for rule in rules if fnmatch.fnmatchcase(module, rule.pattern)), None)
 
 
-def _overridden(sampling: Sampling, rule: Rule | None) -> Sampling:
-    return sampling if rule is None else dataclasses.replace(sampling, **dict(rule.overrides))
+def _overridden(options: SamplingOptions, rule: Rule | None) -> SamplingOptions:
+    return options if rule is None else dataclasses.replace(options, **dict(rule.overrides))
 
 
 def matches_any(module: str, patterns: Iterable[str]) -> bool:

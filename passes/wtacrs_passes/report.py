@@ -240,7 +240,7 @@ class Report:
             tuple(data["refused"]),
             tuple(InputGradientReport(**entry) for entry in data["input_gradients"]),
             tuple(
-                NoiseReport(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in entry.items()})
+                NoiseReport(**{**entry, "modules": tuple(entry["modules"]), "drawn": tuple(entry["drawn"])})
                 for entry in data["noise"]
             ),
         )

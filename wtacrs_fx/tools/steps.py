@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -50,17 +50,25 @@ class Step:
         )
         earlier = len(reports())
         began = time.perf_counter()
-        with torch._dynamo.config.patch(
-            recompile_limit=256
-        ):  # by default 8 variants of one code object are kept
+        with _many_variants():
             self()
         self.first_call_seconds = time.perf_counter() - began
+        self._expected = self._graphs
         self.reports = reports()[earlier:]
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         assert self._backend is not None
         self._graphs += 1
         return self._backend(graph, inputs)
+
+    def settle(self, batches: Iterable[dict[str, Tensor]]) -> None:
+        """Take steps over other batches, in which a noise budget is measured and the code compiled again."""
+        inputs, earlier = self.inputs, len(reports())
+        with _many_variants():
+            for self.inputs in batches:
+                self()
+        self.inputs, self._expected = inputs, self._graphs
+        self.reports += reports()[earlier:]
 
     def __call__(self) -> Tensor:
         """Leave fresh gradients in the model; return the loss without its graph."""
@@ -76,11 +84,15 @@ class Step:
 
     def check(self) -> None:
         """Raise if this step ran another variant's code or was compiled again while it was measured."""
-        expected = int(self._backend is not None)
-        if self._graphs != expected:
+        if self._graphs != self._expected or (self._backend is not None and not self._graphs):
             raise RuntimeError(
-                f"a variant must compile {expected} graph(s), this one compiled {self._graphs}"
+                f"a variant must compile {self._expected or 1} graph(s), this one compiled {self._graphs}"
             )
+
+
+def _many_variants() -> Any:
+    """Let Dynamo keep more variants of one code object than the 8 of its default."""
+    return torch._dynamo.config.patch(recompile_limit=256)
 
 
 def saved_bytes(step: Step) -> int:

@@ -21,6 +21,9 @@ from .at_hand import available_in_backward
 from .modes import MODES
 from .plan import Encoding, Plan, Site
 
+BY_BUDGET = "all rows, by the noise budget"
+"""Why the rows of a product are not sampled whose noise is measured."""
+
 
 def plan_rows(joint: Joint) -> None:
     """Choose sampling and placement for every weight-gradient product."""
@@ -48,7 +51,7 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: 
             assert sampling is not None
             if reason_for_exact(product, dataclasses.replace(sampling, ratio=RATIOS[0])) is None:
                 observed.append((product, sampling))
-                reason = "all rows, by the noise budget"
+                reason = BY_BUDGET
         exact.append((product, reason))
     return Plan(
         _sites(wanted, analysis, graph, annotations),

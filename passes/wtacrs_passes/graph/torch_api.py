@@ -94,9 +94,9 @@ def compile_again(code: Any, reason: str) -> bool:
     if code is None or torch._dynamo.config.error_on_recompile:
         return False
     for entry in _debug_get_cache_entry_list(code[0]):
-        manager = entry.guard_manager
-        if entry.compile_id == code[1] and not isinstance(manager, DeletedGuardManagerWrapper):
-            manager.extra_state.invalidate(entry, DeletedGuardManagerWrapper(reason))
+        manager, state = entry.guard_manager, entry.guard_manager.extra_state
+        if entry.compile_id == code[1] and state and not isinstance(manager, DeletedGuardManagerWrapper):
+            state.invalidate(entry, DeletedGuardManagerWrapper(reason))
             return True
     return False
 

@@ -36,6 +36,8 @@ RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
 _SIGNS = 8  # columns of the sketch
 _BLOCK = 512  # rows that are in float32 at a time
 _WINDOWS = ((8, 24), (104, 120))  # steps of the first two measurements, ends excluded
+SETTLED = _WINDOWS[0][1] + 2
+"""Steps after which a graph has been compiled with what the first window led to."""
 _EVERY, _LENGTH = 1000, 16  # steps of the others: the last 16 of each thousand
 
 
@@ -218,14 +220,19 @@ def measure(
         scaled = (part.unsqueeze(-1) * sketch[: len(part)].unsqueeze(1)).flatten(1)
         means.addmm_(_less(rows[: len(part)], mean).T, scaled)
     spread = means.double().square().sum(0).view(len(kept), columns).mean(-1)
-    draws = [_draw_variance(q, weights, square) for q, square in zip(probabilities, spread, strict=True)]
-    return [gradient, _rounding_variance(x, dys), *draws]
+    draws = [draw_variance(q, weights, square) for q, square in zip(probabilities, spread, strict=True)]
+    return [gradient, rounding_variance(x, dys), *draws]
 
 
-def _draw_variance(q: Tensor, weights: Tensor, mean_square: Tensor) -> Tensor:
-    """Return Hajek's variance: `mean_square` is ``||sum_i c_i g_i / q_i||^2``."""
+def draw_variance(q: Tensor, norms: Tensor, mean_square: Tensor) -> Tensor:
+    """Return Hajek's variance of ``sum_i g_i`` from rows of inclusion probabilities q: a float64 scalar.
+
+    Args:
+        q, norms: [rows], float64; of g.
+        mean_square: ``||sum_i c_i g_i / q_i||^2``.
+    """
     total = (q * (1 - q)).sum()
-    variance = torch.where(q > 0, (1 - q) / q, 0.0) @ weights.square() - mean_square / total
+    variance = torch.where(q > 0, (1 - q) / q, 0.0) @ norms.square() - mean_square / total
     return torch.where(total > _SMALLEST, variance.clamp(min=0.0), 0.0)
 
 
@@ -243,7 +250,7 @@ def _signs(outputs: Sequence[int], seed: int, device: torch.device) -> list[Tens
     return [signs.to(device) for signs in made]
 
 
-def _rounding_variance(x: Tensor, dys: Sequence[Tensor]) -> Tensor:
+def rounding_variance(x: Tensor, dys: Sequence[Tensor]) -> Tensor:
     """Return the variance of the products of factors in 8 bits, one scale a column: a float64 scalar."""
     scales = [operand.abs().amax(0).float() / 127 for operand in (x, *dys)]
     total = x.new_zeros((), dtype=torch.float64)
