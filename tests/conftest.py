@@ -28,7 +28,7 @@ from wtacrs_passes.graph import torch_api
 from wtacrs_passes.joint import Joint
 from wtacrs_passes.pipeline import Pass, run
 
-RowsOnly = functools.partial(Policy, residuals="exact", min_features=1)
+RowsOnly = functools.partial(Policy, ratio=0.3, residuals="exact", min_features=1)
 """A policy that samples rows and stores everything else as Inductor would."""
 
 torch.set_num_threads(2)

@@ -14,7 +14,7 @@ TOKENS = torch.randint(50, (4, 32))
 def test_capture_on_meta_allocates_nothing() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(4096, 16384), nn.GELU(), nn.Linear(16384, 4096))
-        report = wtacrs_fx.explain(model, torch.empty(64, 512, 4096))
+        report = wtacrs_fx.explain(model, torch.empty(64, 512, 4096), policy=wtacrs_fx.Policy(ratio=0.3))
     assert report.saved_bytes_before >= 2**32  # bytes: could not have been computed here
     assert report.sites[0].rows == 64 * 512
     assert report.sites[0].kept == 9831

@@ -149,9 +149,11 @@ def test_table_and_plot(backward: Diagnosis, tmp_path: Path) -> None:
             "minibatch",
             "of",
             "it",
+            "8",
+            "bits",
             "ratio",
-            "for",
-            "0.1",
+            "in",
+            "budget",
             "mass",
         )
     ]
@@ -161,7 +163,7 @@ def test_table_and_plot(backward: Diagnosis, tmp_path: Path) -> None:
     assert backward.to_dict()["layers"][0]["rows"] == 256
 
 
-def test_ratios_for_a_tenth_of_the_noise(backward: Diagnosis) -> None:
+def test_ratios_for_a_share_of_the_noise(backward: Diagnosis) -> None:
     policy = backward.policy()
     for layer in backward.layers:
         sampling = policy.sampling(layer.module)

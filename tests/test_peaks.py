@@ -12,6 +12,7 @@ from wtacrs_fx.tools.measure import peak_bytes
 from wtacrs_passes.policy import Rule
 from wtacrs_passes.report import Peak, Report
 
+POLICY = Policy(ratio=0.3)
 ROWS, FEATURES = 256, 16
 UNIT = ROWS * FEATURES * 4
 WEIGHT = FEATURES * FEATURES * 4
@@ -85,7 +86,7 @@ MANY = 32_768
 def test_what_would_raise_the_peak_is_not_done() -> None:
     x = torch.randn(MANY, 4 * FEATURES)
     model = nn.Linear(4 * FEATURES, 4 * FEATURES)
-    report = wtacrs_fx.explain(model, x)  # x lives anyway; gathered rows of it are beside it
+    report = wtacrs_fx.explain(model, x, policy=POLICY)  # x lives anyway; gathered rows of it are beside it
     assert not report.sampled
     assert report.peak_after == report.peak_before
     assert [each.partition(":")[0] for each in report.refused] == ["residuals 'balanced'", "sampled rows"]
@@ -93,14 +94,14 @@ def test_what_would_raise_the_peak_is_not_done() -> None:
     assert f"not done, as it raises the predicted peak: {report.refused[0]}" in str(report)
     assert Report.from_dict(report.to_dict()) == report
 
-    transformed = wtacrs_fx.transform(wtacrs_fx.capture(model, x))
+    transformed = wtacrs_fx.transform(wtacrs_fx.capture(model, x), POLICY)
     assert transformed.report == report
     assert not [node for node in transformed.graph.nodes if "wtacrs" in str(node.target)]
 
 
 def test_a_peak_that_allocators_do_not_see_is_not_raised() -> None:
     assert wtacrs_fx.explain(
-        nn.Linear(4 * FEATURES, 4 * FEATURES), torch.randn(MANY // 8, 4 * FEATURES)
+        nn.Linear(4 * FEATURES, 4 * FEATURES), torch.randn(MANY // 8, 4 * FEATURES), policy=POLICY
     ).sampled
 
 
@@ -141,7 +142,7 @@ class Head(nn.Module):
 def test_a_loss_in_chunks_is_not_given_up() -> None:
     with torch.device("meta"):
         model, x, labels = Head(512, 32_768), torch.randn(512, 512), torch.zeros(512, dtype=torch.int64)
-    report = wtacrs_fx.explain(model, x, labels, policy=Policy(chunk_bytes=2**22))
+    report = wtacrs_fx.explain(model, x, labels, policy=Policy(ratio=0.3, chunk_bytes=2**22))
     assert report.losses[0].chunk < 512
     assert report.peak_after.size > report.peak_before.size + 2**21
     assert report.refused == ()

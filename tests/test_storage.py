@@ -38,7 +38,9 @@ def stored(
     **fields: object,
 ) -> dict[str, list[str]]:
     """Return the encodings of what a sandwich stores, by operation."""
-    report = wtacrs_fx.explain(Sandwich(function, after), X, policy=Policy(residuals=residuals, **fields))
+    report = wtacrs_fx.explain(
+        Sandwich(function, after), X, policy=Policy(**{"ratio": 0.3, "residuals": residuals, **fields})
+    )
     found: dict[str, list[str]] = {}
     for residual in report.residuals:
         if residual.bytes_after:

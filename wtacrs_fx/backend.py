@@ -160,7 +160,7 @@ class _Measured:
             return
         if torch_api.compile_again(self._code, "wtacrs: the noise measured leads to other ways"):
             owner.policy = dataclasses.replace(owner.policy, decided=decided)
-            owner._again.setdefault(self._code[0], []).append((self._observer.steps, self._times + 1))
+            owner._again.setdefault(self._code[0], []).append((self._observer.steps + 1, self._times + 1))
 
 
 def backend(policy: Policy | None = None, *, mode: str | None = None, **inductor_options: Any) -> Backend:

@@ -241,9 +241,10 @@ def _milder(policy: Policy) -> Iterator[tuple[str, Policy]]:
 
     Nothing is given up where a loss is computed in chunks: all logits at once would be back.
     """
-    if policy.rounds_products:
-        yield f"product {policy.product!r}, product_dx {policy.product_dx!r}", policy
-        policy = policy.everywhere(product="exact", product_dx="exact")
+    for name in ("product_dx", "product"):
+        if policy.rounds(name):
+            yield f"{name} {getattr(policy, name) or 'auto'!r}", policy
+            policy = policy.everywhere(**{name: "exact"})
     yield f"residuals {policy.residuals!r}", policy
     yield "sampled rows", policy.everywhere(residuals="exact")
     yield "", policy.everywhere(residuals="exact", ratio=1.0)

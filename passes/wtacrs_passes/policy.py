@@ -302,13 +302,16 @@ class Policy(SamplingOptions):
 
         return dataclasses.replace(self, rules=others(self.rules), decided=others(self.decided), **fields)
 
-    @property
-    def rounds_products(self) -> bool:
-        """Tell whether products of any module are in another precision than the program's."""
+    def rounds(self, name: str) -> bool:
+        """Tell whether products of any module may be in another precision than the program's.
+
+        Args:
+            name: ``product`` or ``product_dx``.
+        """
+        by_itself = "auto" if name == "product" else "exact"
         return any(
-            (fields.product or ("auto" if fields.ratio is None else "exact")) != "exact"
-            or fields.product_dx != "exact"
-            for fields in self._variants()
+            (getattr(options, name) or ("exact" if options.ratio is not None else by_itself)) != "exact"
+            for options in self._variants()
         )
 
     def samples_attention(self, module: str) -> bool:

@@ -38,7 +38,7 @@ _P = TypeVar("_P", Product, InputGradient)
 
 def plan_precision(joint: Joint) -> None:
     """Choose the precision of every product for which the policy names another than the program's."""
-    if not joint.policy.rounds_products:
+    if not (joint.policy.rounds("product") or joint.policy.rounds("product_dx")):
         return
     sparse = "the graph makes a sparse tensor" if makes_sparse(joint.graph) else ""
 

@@ -74,10 +74,16 @@ def rules(ways: Sequence[Way], policy: Policy) -> tuple[Rule, ...]:
     new = [
         Rule(glob.escape(module), ratio=ratio, product="auto" if rounds else "exact")
         for module, (ratio, rounds) in found.items()
-        if ratio < 1.0 or not rounds
+        if ratio < 1.0 or (not rounds and _may_round(policy, module))
     ]
     patterns = {glob.escape(module) for module in found}
     return (*(rule for rule in policy.decided if rule.pattern not in patterns), *new)
+
+
+def _may_round(policy: Policy, module: str) -> bool:
+    """Tell whether the precision of a module is for its budget to say."""
+    asked = policy.asked(module)
+    return asked is not None and asked.product is None
 
 
 def _way(noise: Noise, policy: Policy) -> Way:

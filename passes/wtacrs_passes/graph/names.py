@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from .edit import output_of
-from .operations import VIEWS, content_of, mutates
+from .operations import VIEWS, content_of, mutates, written_operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def written_inputs(graph: fx.Graph) -> set[fx.Node]:
     written = {node for node in inputs if node.meta.get("desc") in changed}
     for node in graph.nodes:
         if node.op == "call_function" and mutates(node):
-            written.update(content_of(arg, VIEWS) for arg in node.all_input_nodes)
+            written.update(content_of(arg, VIEWS) for arg in written_operands(node))
     return written.intersection(inputs)
 
 

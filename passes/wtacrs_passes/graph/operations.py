@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ..maths import ops
 from .torch_api import inductor_prims, py_sym_types
@@ -193,6 +194,19 @@ def mutates(node: fx.Node) -> bool:
     """Tell whether a node writes to an operand, or may: what is no operator of PyTorch's."""
     schema = getattr(node.target, "_schema", None)
     return not isinstance(node.target, torch._ops.OpOverload) or bool(schema and schema.is_mutable)
+
+
+def written_operands(node: fx.Node) -> list[fx.Node]:
+    """Return the operands that a node which :func:`mutates` writes to, or may."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not isinstance(node.target, torch._ops.OpOverload):
+        return node.all_input_nodes
+    values = {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
+    values |= node.kwargs
+    named = [
+        values.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return [value for value in pytree.tree_leaves(named) if isinstance(value, fx.Node)]
 
 
 def is_view(node: fx.Node) -> bool:
