@@ -31,11 +31,11 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainin
 from torch import Tensor, nn
 
 from bench.gradient_variance import Loss
-from bench.harness import BASELINE, RESULTS, VARIANTS, Row, circumstances, record, summarise
+from bench.harness import BASELINE, BUDGET, RESULTS, VARIANTS, Row, circumstances, record, summarise
 from wtacrs_fx import GradientNorms, track_gradient_norms
 from wtacrs_fx.tools.classification import Classifier, load_encoder
 
-VARIANTS_SHOWN = (BASELINE, "wtacrs 0.3 backward", "wtacrs 0.3 balanced", "wtacrs 0.3 small")
+VARIANTS_SHOWN = (BASELINE, BUDGET, "wtacrs 0.3 backward", "wtacrs 0.3 balanced", "wtacrs 0.3 small")
 REMEMBERED = (BASELINE, "wtacrs 0.3 remembered", "wtacrs 0.1 remembered", "wtacrs 0.3 forward")
 WORDNET = Path("/usr/share/wordnet/data.noun")
 Batch = dict[str, Tensor]
@@ -51,7 +51,8 @@ class Task:
         samples: of the training set.
         length: tokens of a sample.
         batches: seed -> endless batches with the numbers of their samples.
-        evaluate: the figure of merit on held-out data.
+        evaluate: the figure of merit on held-out data, in float32.
+        precision: of training: float32 or autocast.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Task:
     length: int
     batches: Callable[[int], Iterator[tuple[list[int], Batch]]]
     evaluate: Callable[[nn.Module], float]
+    precision: str = "float32"
 
 
 def glosses(path: Path) -> list[tuple[str, int]]:
@@ -187,7 +189,8 @@ def train(
             group["lr"] = task.learning_rate * min((step + 1) / (0.1 * steps), 1 - step / steps)
         ids, inputs = next(stream)
         with tracker.batch(ids) if tracker else nullcontext():
-            loss = call(**inputs)
+            with torch.autocast("cpu", torch.bfloat16, enabled=task.precision == "autocast"):
+                loss = call(**inputs)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -201,11 +204,13 @@ def study(
     task: Task, variant: str, initial: dict[str, Tensor], steps: int, seeds: int, progress: Progress
 ) -> list[Run]:
     """Train with one variant from `initial`, once a seed."""
-    backend = VARIANTS[variant]()
-    call = torch.compile(task.model, backend=backend, fullgraph=True) if backend else task.model
     bar = progress.add_task(f"{task.name}: {variant}", total=steps * seeds)
-    runs = []
+    runs: list[Run] = []
     for seed in range(seeds):
+        if not runs or variant == BUDGET:  # which begins without a measurement
+            torch._dynamo.reset()
+            backend = VARIANTS[variant]()
+            call = torch.compile(task.model, backend=backend, fullgraph=True) if backend else task.model
         task.model.load_state_dict(initial)
         remembers = variant.endswith("remembered")
         tracker = track_gradient_norms(task.model, task.samples, task.length) if remembers else None
@@ -229,7 +234,17 @@ def rows_of(task: Task, variant: str, runs: list[Run], exact: list[Run] | None, 
             merit - other for merit, (_, other) in zip(merits, exact, strict=True)
         ]
     return [
-        Row("accuracy", task.name, variant, name, unit=task.unit, shapes=shapes, **figure, **circumstances())
+        Row(
+            "accuracy",
+            task.name,
+            variant,
+            name,
+            unit=task.unit,
+            shapes=shapes,
+            dtype=task.precision,
+            **figure,
+            **circumstances(),
+        )
         for metric, values in figures.items()
         for name, figure in (
             (metric, {**summarise(values), "value": statistics.mean(values)}),
@@ -273,6 +288,7 @@ def main(
     variant: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(VARIANTS)}.")] = None,
     steps: Annotated[int, typer.Option(help="0: 300 for wordnet, 60 for smollm.")] = 0,
     seeds: int = 3,
+    precision: Annotated[str, typer.Option(help="float32 or autocast.")] = "float32",
     wordnet_file: Annotated[Path, typer.Option("--wordnet")] = WORDNET,
     quick: Annotated[bool, typer.Option(help="Two steps, one seed; keep no rows.")] = False,
 ) -> None:
@@ -280,12 +296,14 @@ def main(
     makers: dict[str, tuple[Callable[..., Task], int, int, int, int, tuple[str, ...]]] = {
         "wordnet": (wordnet, 32, 48, 2000, 300, VARIANTS_SHOWN),
         "epochs": (wordnet_epochs, 32, 48, 2000, 300, REMEMBERED),
-        "smollm": (smollm, 2, 256, 32, 60, (BASELINE, "wtacrs 0.3 balanced")),
+        "smollm": (smollm, 2, 256, 32, 60, (BASELINE, BUDGET, "wtacrs 0.3 balanced")),
     }
     for name in task or makers:
         maker, batch, length, held_out, default_steps, shown = makers[name]
         torch.manual_seed(0)
         made = maker(wordnet_file, batch, length, 20 if quick else held_out)
+        if precision == "autocast":
+            made.precision, made.name = precision, f"{made.name}, autocast"
         count = 2 if quick else steps or default_steps
         columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
         initial = {name: value.clone() for name, value in made.model.state_dict().items()}

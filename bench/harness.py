@@ -27,6 +27,8 @@ from wtacrs_passes.report import MIB
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "inductor"
+BUDGET = "wtacrs, noise budget"
+"""The default policy."""
 
 
 # Variants
@@ -46,6 +48,7 @@ VARIANTS: dict[str, Callable[[], Compiler | None]] = {
     "inductor budget 0.7": lambda: inductor(0.7),
     "inductor budget 0.5": lambda: inductor(0.5),
     "inductor budget 0.3": lambda: inductor(0.3),
+    BUDGET: wtacrs_fx.backend,
     "wtacrs 0.3 auto": lambda: wtacrs(0.3, "auto"),
     "wtacrs 0.3 forward": lambda: wtacrs(0.3, "forward"),
     "wtacrs 0.3 backward": lambda: wtacrs(0.3, "backward"),

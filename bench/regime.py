@@ -19,14 +19,13 @@ from torch import nn
 
 import wtacrs_fx
 from bench.frontier import CHECKPOINTING
-from bench.harness import Row, circumstances, compare, record
+from bench.harness import BUDGET, Row, circumstances, compare, record
 from bench.models import PRECISIONS, TINY, WORDS, Shape, build, language_batch
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.steps import Compiler, Step, inductor
 from wtacrs_passes.maths.observer import SETTLED
 
 CHUNKER = "inductor, auto_chunker"
-BUDGET = "wtacrs, noise budget"
 ONCE = "wtacrs, layers once"
 IN_8_BITS = "wtacrs, all rows in 8 bits"
 POLICIES = {

@@ -434,7 +434,7 @@ def test_the_input_factor_of_an_adapter_is_sampled(
 
     model, batch = copy.deepcopy(news[0]), news[1]
     getattr(optimizers, name)(model)
-    report = wtacrs_fx.explain(model.train(), **batch)
+    report = wtacrs_fx.explain(model.train(), **batch, policy=wtacrs_fx.Policy(ratio=0.3))
     sampled = [site.parameter for site in report.sampled]
     assert len(sampled) == 6 and {path.rpartition(".")[2] for path in sampled} == {"a"}
 
