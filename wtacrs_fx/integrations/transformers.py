@@ -10,19 +10,23 @@ The model is compiled in place (``model.compile``): its class, its parameters' n
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import itertools
+import json
 import logging
 import statistics
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
-from wtacrs_passes.policy import Policy
+from wtacrs_passes.files import write_at_once
+from wtacrs_passes.policy import Policy, Rule
 from wtacrs_passes.report import MIB
 
 from ..backend import Backend, backend
@@ -50,6 +54,8 @@ class WtacrsCallback(_callback_class()):  # type: ignore[misc]
                                 for fixed shapes
     ``wtacrs/saved_ratio``      the same, to what Inductor would save
     ``wtacrs/peak_mib``         most MiB allocated on the GPU since the last log; on CPU, of the process
+    ``wtacrs/added_noise``      with a noise budget, once it was measured: variance that sampling and rounding add
+                                to a weight gradient over the minibatch's, the largest of the layers
     ``wtacrs/added_variance``   variance that sampling adds to dW over ||dW||^2, the median of the layers
     ==========================  ====================================================================
 
@@ -68,6 +74,20 @@ class WtacrsCallback(_callback_class()):  # type: ignore[misc]
         """Measure the added variance where its turn has come."""
         if self.diagnose_steps and state.global_step % self.diagnose_steps == 0:
             self._variance = _added_variance(kwargs["model"], kwargs["train_dataloader"], self.backend.policy)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep in the checkpoint what noise budgets have led to."""
+        path = _checkpoint(args, state)
+        if path.parent.is_dir() and state.is_world_process_zero:
+            decided = [[rule.pattern, dict(rule.overrides)] for rule in self.backend.policy.decided]
+            write_at_once(path, json.dumps(decided))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start a resumed run with it."""
+        path = _checkpoint(args, state)
+        if state.global_step and path.is_file():
+            decided = tuple(Rule(pattern, **overrides) for pattern, overrides in json.loads(path.read_text()))
+            self.backend.policy = dataclasses.replace(self.backend.policy, decided=decided)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -102,6 +122,9 @@ class WtacrsCallback(_callback_class()):  # type: ignore[misc]
             torch.cuda.reset_peak_memory_stats(device)
         else:
             found["wtacrs/peak_mib"] = psutil.Process().memory_info().rss / MIB
+        added = [site.added for report in graphs.values() for site in report.noise]
+        if added:
+            found["wtacrs/added_noise"] = max(added)
         if self._variance is not None:
             found["wtacrs/added_variance"] = self._variance
         return found
@@ -181,6 +204,11 @@ def _leave_logits_out(model: nn.Module) -> None:
         return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
     model.forward = without_logits
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    """Return where a trainer's checkpoint of this step has the rules of its noise budgets."""
+    return Path(args.output_dir, f"checkpoint-{state.global_step}", "wtacrs_decided.json")
 
 
 def _added_variance(model: nn.Module, loader: Any, policy: Policy) -> float:
