@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 import wtacrs_fx
 from wtacrs_fx import Policy, Rule
 from wtacrs_passes.maths import chunks
+from wtacrs_passes.rewrite import chunk_losses
 
 BATCH, TOKENS, D, WORDS = 3, 20, 16, 200
 CHUNK_BYTES = 16 * 4 * WORDS
@@ -714,3 +716,25 @@ def test_gradients_that_are_accumulated() -> None:
     for (name, p), q in zip(model.named_parameters(), compiled.parameters(), strict=True):
         assert p.grad is not None and q.grad is not None
         assert distance(q.grad, p.grad) < 0.001, name
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found"),
+    [
+        ((("int8", ""), ("int8", "")), ("int8", "")),
+        ((("int8", ""), ("exact", "too small")), ("exact", "too small")),
+        (
+            (("int8", ""), ("bfloat16", "")),
+            ("exact", "made with another product that is multiplied in another precision"),
+        ),
+    ],
+)
+def test_products_of_one_loss_have_one_precision(
+    chosen: tuple[tuple[str, str], ...], found: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choices = iter(chosen)
+    monkeypatch.setattr(chunk_losses, "choose_precision", lambda *_: next(choices))
+    results = [SimpleNamespace(node=name, kind="product") for name in "ab"]
+    products = {name: SimpleNamespace(module=name) for name in "ab"}
+    policy = Policy(ratio=1.0, product="auto")
+    assert chunk_losses._precision(SimpleNamespace(results=results), products, policy) == found  # type: ignore[arg-type]

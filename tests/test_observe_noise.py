@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Transformer
 from torch import Tensor, fx, nn
 
 import wtacrs_fx
-from tests.conftest import Transformer
 from wtacrs_fx import Policy, Rule
 from wtacrs_fx.backend import Backend
 from wtacrs_passes import rates

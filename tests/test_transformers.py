@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from wtacrs_fx import Policy
+from wtacrs_fx import Policy, Rule
 from wtacrs_fx.integrations.transformers import IntegrationError, enable
 
 SAMPLES, TOKENS, BATCH = 64, 16, 8
@@ -102,6 +103,22 @@ def test_parameter_names_and_checkpoints_stay(trained: Trainer) -> None:
     assert set(trained.model.state_dict()) == set(model().state_dict())
     loaded = BertForSequenceClassification.from_pretrained(f"{trained.args.output_dir}/checkpoint-6")
     assert loaded.config.num_hidden_layers == 1
+
+
+def test_a_checkpoint_holds_what_a_noise_budget_has_led_to(trained: Trainer) -> None:
+    path = Path(trained.args.output_dir, "checkpoint-6", "wtacrs_decided.json")
+    assert json.loads(path.read_text()) == []
+    callback = enable(model())
+    decided = (Rule("bert.*.query", ratio=0.5, product="exact"), Rule("b[[]0]", ratio=0.3, product="auto"))
+    callback.backend.policy = Policy(decided=decided)
+    at_6 = SimpleNamespace(global_step=6, is_world_process_zero=True)
+    callback.on_save(trained.args, at_6, None)
+    resumed = enable(model())
+    resumed.on_train_begin(trained.args, SimpleNamespace(global_step=0), None)
+    assert resumed.backend.policy == Policy()
+    resumed.on_train_begin(trained.args, at_6, None)
+    assert resumed.backend.policy == Policy(decided=decided)
+    path.write_text("[]")
 
 
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:

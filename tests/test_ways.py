@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from test_observer import noise_of
 
-from tests.test_observer import noise_of
 from wtacrs_passes.decide import ways
 from wtacrs_passes.decide.ways import decide, rules
 from wtacrs_passes.policy import Policy, Rule
