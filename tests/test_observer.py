@@ -136,6 +136,37 @@ def test_the_noise_of_the_minibatch_is_that_between_batches() -> None:
     assert list(noise.added) == sorted(noise.added, reverse=True)
 
 
+def test_the_order_of_backward_passes_does_not_matter() -> None:
+    """As with two micro-batches whose losses are added up."""
+    found = []
+    batches = [(torch.randn(64, 32), torch.randn(64, 16)) for _ in range(24)]
+    for swaps in (False, True):
+        observer, handles = Observer(), []
+        for _ in batches:
+            with observer.step():
+                handles.append(ops.observed_step())
+        for step in range(24):
+            which = step ^ swaps
+            ops.observe(handles[which], batches[which][0], [batches[which][1]], [], None, False, "layer")
+        found += observer.noise()
+    assert found[0].minibatch > 0.5 and found[0].minibatch == pytest.approx(found[1].minibatch)
+
+
+def test_the_scale_of_a_loss_does_not_matter() -> None:
+    torch.manual_seed(8)
+    found = []
+    batches = [(torch.randn(64, 32), torch.randn(64, 16)) for _ in range(24)]
+    for scale in (1.0, 1e15):
+        observer = Observer()
+        for step, (x, dy) in enumerate(batches):
+            with observer.step():
+                handle = ops.observed_step()
+            ops.observe(handle, x, [dy * (scale if step >= 12 else 1.0)], [], None, False, "layer")
+        found += observer.noise()
+    assert found[0].minibatch == pytest.approx(found[1].minibatch)
+    assert found[0].added == pytest.approx(found[1].added)
+
+
 def test_equal_batches_have_no_noise() -> None:
     observer, x, dy = Observer(), torch.randn(64, 32), torch.randn(64, 16)
     for _ in range(24):

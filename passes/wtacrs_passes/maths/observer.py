@@ -114,13 +114,14 @@ class Observer:
         sites, self._sites, self._calls = self._sites, {}, {}
         found = []
         for (key, _), sums in sites.items():
-            steps, square, difference, rounded, drawn, *added = sums.totals.tolist()
-            if steps > 1 and square > 0:
+            pairs, *totals = sums.totals.tolist()
+            if pairs:
+                minibatch, rounded, drawn, *added = (total / pairs for total in totals)
+                minibatch = max(minibatch - drawn, 0.0)  # the difference of two drawn gradients
                 found.append(
                     Noise(
-                        tuple(key.split("|")), *sums.sizes, sums.drawn,
-                        tuple(value / square for value in added),
-                        rounded / square, max(difference - drawn, 0.0) / square, int(steps),
+                        tuple(key.split("|")), *sums.sizes, sums.drawn, tuple(added), rounded, minibatch,
+                        2 * int(pairs),
                     )
                 )  # fmt: skip
         return found
@@ -148,29 +149,33 @@ class Drawn:
 
 
 class _Sums:
-    """Sums over the measured steps of one site, on its device: those of :func:`measure`."""
+    """Sums over the measured pairs of steps of one site, on its device: each pair in units of its mean square.
+
+    So a loss that is scaled, or a batch with a far larger gradient than others, counts as much as any.
+    """
 
     def __init__(self) -> None:
-        self.totals = torch.zeros(5 + len(RATIOS), dtype=torch.float64)
+        self.totals = torch.zeros(4 + len(RATIOS), dtype=torch.float64)
         self.drawn = 1.0
         self.sizes: tuple[int, int, tuple[int, ...], torch.dtype, torch.device] = (
             0, 0, (), torch.float32, torch.device("cpu"),
         )  # fmt: skip
-        self._before: tuple[int, Tensor, list[Tensor]] | None = None
+        self._first: tuple[int, list[Tensor], list[Tensor]] | None = None
 
     def add(self, step: int, x: Tensor, dys: Sequence[Tensor], drawn: Drawn | None, center: bool) -> None:
-        before, self._before = self._before, None
-        if before is not None and before[0] != step - 1:
-            before = None
-        signs = _signs([dy.shape[1] for dy in dys], step, x.device) if before is None else before[2]
-        gradient, *others = measure(x, dys, signs, drawn, center)
-        if before is None:
-            self._before = step, gradient, signs
-            difference = x.new_zeros((), dtype=torch.float64)
-        else:  # of both steps, so that the mean over steps is that over pairs
-            difference = (gradient - before[1]).double().square().sum()
-        square = gradient.double().square().sum() / _SIGNS
-        values = torch.stack([torch.ones_like(square), square, difference / _SIGNS, *others])
+        pair, first, self._first = step // 2, self._first, None
+        if first is None or first[0] != pair:  # the backward passes of a pair may come in either order
+            signs = _signs([dy.shape[1] for dy in dys], pair, x.device)
+            self._first = pair, measure(x, dys, signs, drawn, center), signs
+            return
+        (gradient, *variances), (other, *others) = measure(x, dys, first[2], drawn, center), first[1]
+        gradient, other = gradient.double(), other.double()
+        square = (gradient.square().sum() + other.square().sum()) / 2
+        of_both = [(a + b) / 2 for a, b in zip(variances, others, strict=True)]
+        figures = (
+            torch.stack([(gradient - other).square().sum() / 2, *(_SIGNS * v for v in of_both)]) / square
+        )
+        values = torch.cat([torch.ones_like(figures[:1]), figures])
         self.totals = self.totals.to(x.device) + torch.where(values.isfinite().all(), values, 0.0)
 
 
