@@ -116,7 +116,7 @@ def steps(observer: Observer, number: int, mean: float = 0.0) -> None:
     """Take steps over batches of independent rows: G has the variance of their sum."""
     for _ in range(number):
         x, dy = torch.randn(64, 32) + mean, torch.randn(64, 16) + mean
-        with observer.step():
+        with observer.forward_pass():
             handle = ops.observed_step()
         ops.observe(handle, x, [dy], [], None, False, "layer")
 
@@ -143,7 +143,7 @@ def test_the_order_of_backward_passes_does_not_matter() -> None:
     for swaps in (False, True):
         observer, handles = Observer(), []
         for _ in batches:
-            with observer.step():
+            with observer.forward_pass():
                 handles.append(ops.observed_step())
         for step in range(24):
             which = step ^ swaps
@@ -159,7 +159,7 @@ def test_the_scale_of_a_loss_does_not_matter() -> None:
     for scale in (1.0, 1e15):
         observer = Observer()
         for step, (x, dy) in enumerate(batches):
-            with observer.step():
+            with observer.forward_pass():
                 handle = ops.observed_step()
             ops.observe(handle, x, [dy * (scale if step >= 12 else 1.0)], [], None, False, "layer")
         found += observer.noise()
@@ -170,7 +170,7 @@ def test_the_scale_of_a_loss_does_not_matter() -> None:
 def test_equal_batches_have_no_noise() -> None:
     observer, x, dy = Observer(), torch.randn(64, 32), torch.randn(64, 16)
     for _ in range(24):
-        with observer.step():
+        with observer.forward_pass():
             handle = ops.observed_step()
         ops.observe(handle, x, [dy], [], None, False, "layer")
     assert observer.noise()[0].minibatch == 0
@@ -183,7 +183,7 @@ def test_a_step_with_an_overflow_is_left_out() -> None:
         x, dy = torch.randn(64, 32), torch.randn(64, 16)
         if step == 10:
             dy[3, 3] = torch.inf
-        with observer.step():
+        with observer.forward_pass():
             handle = ops.observed_step()
         ops.observe(handle, x, [dy], [], None, False, "layer")
     [noise] = observer.noise()
@@ -192,22 +192,33 @@ def test_a_step_with_an_overflow_is_left_out() -> None:
 
 
 def test_only_windows_are_measured() -> None:
-    due = []
+    due, measured = [], []
     observer = Observer()
     for step in range(3001):
-        observer.steps = step
         if observer.is_due:
             due.append(step)
+            assert observer.noise() == [] and not observer.is_due
+        if observer.measures(step):
+            measured.append(step)
+            assert observer.measures(step)  # another site of the same step
     assert due == [24, 120, 1000, 2000, 3000]
-    measured = [step for step in range(2000) if Observer.measures(step)]
-    assert measured == [*range(8, 24), *range(104, 120), *range(984, 1000), *range(1984, 2000)]
+    windows = [range(8, 24), range(104, 120), *(range(end - 16, end) for end in (1000, 2000, 3000))]
+    assert measured == [step for window in windows for step in window]
     assert SETTLED > 24
+
+
+def test_a_window_that_ends_between_two_forward_passes_is_told_of() -> None:
+    observer = Observer()
+    for step in range(25):  # as the backward passes of several micro-batches at once
+        observer.measures(step)
+    assert observer.is_due
+    assert not Observer(steps=25).is_due and not Observer(steps=24).is_due
 
 
 def test_a_layer_that_is_called_twice_has_two_sites() -> None:
     observer, x, dy = Observer(steps=8), torch.randn(64, 32), torch.randn(64, 16)
     for factor in (1.0, 2.0):
-        with observer.step():
+        with observer.forward_pass():
             handle = ops.observed_step()
         ops.observe(handle, x, [dy], [], None, False, "layer")
         ops.observe(handle, x, [factor * dy], [], None, False, "layer")
@@ -220,7 +231,7 @@ def test_a_step_that_nobody_asks_about_is_not_measured() -> None:
     x, dy = torch.randn(64, 32), torch.randn(64, 16)
     ops.observe(ops.observed_step(), x, [dy], [], None, False, "layer")
     observer = Observer(steps=8)
-    with observer.step():
+    with observer.forward_pass():
         handle = ops.observed_step()
     del observer
     ops.observe(handle, x, [dy], [], None, False, "layer")  # its graph is gone
@@ -229,7 +240,7 @@ def test_a_step_that_nobody_asks_about_is_not_measured() -> None:
 def test_a_gradient_of_zeros_has_no_noise_to_compare_with() -> None:
     observer = Observer(steps=8)
     for _ in range(2):
-        with observer.step():
+        with observer.forward_pass():
             handle = ops.observed_step()
         ops.observe(handle, torch.randn(64, 32), [torch.zeros(64, 16)], [], None, False, "layer")
     assert observer.noise() == []

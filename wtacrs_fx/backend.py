@@ -142,7 +142,7 @@ class _Measured:
     def __call__(self, *args: Any) -> Any:
         if self._observer.is_due:
             self._decide()
-        with self._observer.step():
+        with self._observer.forward_pass():
             return self._compiled(*args)
 
     def _decide(self) -> None:

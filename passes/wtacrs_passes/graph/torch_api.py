@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import fx
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-from torch._dynamo import symbolic_convert
+from torch._dynamo import eval_frame, symbolic_convert
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput
 from torch._functorch.aot_autograd import aot_module_simplified
@@ -91,7 +91,7 @@ def compile_again(code: Any, reason: str) -> bool:
         code: of :func:`code_in_compilation`, when it was compiled.
         reason: shown by ``TORCH_LOGS=recompiles``.
     """
-    if code is None or torch._dynamo.config.error_on_recompile:
+    if code is None or torch._dynamo.config.error_on_recompile or _may_not_compile():
         return False
     for entry in _debug_get_cache_entry_list(code[0]):
         manager, state = entry.guard_manager, entry.guard_manager.extra_state
@@ -99,6 +99,12 @@ def compile_again(code: Any, reason: str) -> bool:
             state.invalidate(entry, DeletedGuardManagerWrapper(reason))
             return True
     return False
+
+
+def _may_not_compile() -> bool:
+    """Tell whether the user has said that nothing more is compiled."""
+    stance = getattr(eval_frame, "_stance", None)
+    return getattr(stance, "stance", "default") in ("fail_on_recompile", "eager_on_recompile", "force_eager")
 
 
 def is_unbacked(size: Any) -> bool:

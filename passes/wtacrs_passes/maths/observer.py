@@ -76,22 +76,23 @@ _RUNNING = threading.local()  # its handle, in the thread that runs the forward 
 class Observer:
     """Measures the steps of one compiled graph; nothing on the way waits for the device.
 
-    A call of the compiled graph is a step. Steps are measured in pairs of neighbours, in windows.
+    A backward pass is a step. Steps are measured in pairs that follow each other, in windows.
     """
 
     def __init__(self, steps: int = 0) -> None:
         self.steps = steps
         self._id = next(_IDS)
         _OBSERVERS[self._id] = self
+        self._forward_passes = itertools.count()
+        self._current, self._told = -1, steps
         self._sites: dict[tuple[str, int], _Sums] = {}
         self._calls: dict[str, tuple[int, int]] = {}
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Count a step, and let what runs inside know whose it is."""
+    def forward_pass(self) -> Iterator[None]:
+        """Let the backward pass of what runs inside know whose it is."""
         outer = getattr(_RUNNING, "handle", None)
-        _RUNNING.handle = torch.tensor([self._id, self.steps])
-        self.steps += 1
+        _RUNNING.handle = torch.tensor([self._id, next(self._forward_passes)])
         try:
             yield
         finally:
@@ -99,19 +100,22 @@ class Observer:
 
     @property
     def is_due(self) -> bool:
-        """Tell whether a window has ended with the last step."""
-        return any(self.steps == end for _, end in _WINDOWS) or (
-            self.steps > _WINDOWS[-1][1] and self.steps % _EVERY == 0
-        )
+        """Tell whether a window has ended of which :meth:`noise` has not told yet."""
+        ends = [end for _, end in _WINDOWS if end <= self.steps]
+        return max([*ends, self.steps // _EVERY * _EVERY]) > self._told
 
-    @staticmethod
-    def measures(step: int) -> bool:
-        """Tell whether a step is measured."""
+    def measures(self, forward_pass: int) -> bool:
+        """Tell whether the step is measured whose backward pass this is; count it where it is a new one."""
+        if forward_pass != self._current:
+            self._current = forward_pass
+            self.steps += 1
+        step = self.steps - 1
         return any(start <= step < end for start, end in _WINDOWS) or step % _EVERY >= _EVERY - _LENGTH
 
     def noise(self) -> list[Noise]:
         """Return what was measured since the last call, of sites with a finite gradient; the host waits for it."""
         sites, self._sites, self._calls = self._sites, {}, {}
+        self._told = self.steps
         found = []
         for (key, _), sums in sites.items():
             pairs, *totals = sums.totals.tolist()
@@ -126,10 +130,9 @@ class Observer:
                 )  # fmt: skip
         return found
 
-    def add(
-        self, step: int, key: str, x: Tensor, dys: Sequence[Tensor], drawn: Drawn | None, center: bool
-    ) -> None:
-        """Measure one site in one step."""
+    def add(self, key: str, x: Tensor, dys: Sequence[Tensor], drawn: Drawn | None, center: bool) -> None:
+        """Measure one site in this step."""
+        step = self.steps - 1
         last, number = self._calls.get(key, (-1, 0))
         number = number + 1 if last == step else 0  # a module may be called several times
         self._calls[key] = step, number
@@ -164,7 +167,7 @@ class _Sums:
 
     def add(self, step: int, x: Tensor, dys: Sequence[Tensor], drawn: Drawn | None, center: bool) -> None:
         pair, first, self._first = step // 2, self._first, None
-        if first is None or first[0] != pair:  # the backward passes of a pair may come in either order
+        if first is None or first[0] != pair:
             signs = _signs([dy.shape[1] for dy in dys], pair, x.device)
             self._first = pair, measure(x, dys, signs, drawn, center), signs
             return
@@ -275,7 +278,7 @@ def _squares_and_errors(rows: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def observed_step() -> Tensor:
-    """Return whose step this is and its number: int64 [2], on the CPU; negative where nobody asks."""
+    """Return whose forward pass this is and its number: int64 [2], on the CPU; negative where nobody asks."""
     handle = getattr(_RUNNING, "handle", None)
     return torch.tensor([-1, -1]) if handle is None else handle.clone()
 
@@ -296,10 +299,10 @@ def observe(
         x, dys, center: as of :func:`measure`; norms, indices: of :class:`Drawn`, where rows are drawn.
         key: paths of the modules, ``|`` between them.
     """
-    number, step = handle.tolist()
+    number, forward_pass = handle.tolist()
     observer = _OBSERVERS.get(number)
-    if observer is None or not observer.measures(step):
+    if observer is None or not observer.measures(forward_pass):
         return
     with torch.no_grad():
         drawn = None if indices is None else Drawn(norms, indices)
-        observer.add(step, key, x.detach(), [dy.detach() for dy in dys], drawn, center)
+        observer.add(key, x.detach(), [dy.detach() for dy in dys], drawn, center)
