@@ -148,6 +148,10 @@ _MEMORY = ("weights", "gradients", "optimizer state")
 _BY_BACKEND = ("saved", "all", "last loss")
 
 
+def _spread(row: Row) -> str:
+    return f"{row.value:.2f} ({row.p20:.2f} to {row.p80:.2f})"
+
+
 def _of_backend(row: Row) -> str:
     return row.metric if row.metric in _MEMORY else f"{row.metric}, {row.variant.split()[0]}"
 
@@ -292,6 +296,14 @@ TABLES: dict[str, Table] = {
         _variant,
         lambda row: f"{row.dtype}, {row.shapes.split()[0]}",
         lambda row: f"{row.value:.1e}",
+    ),
+    "noise-budget": Table(
+        "noise_budget",
+        "",
+        _any,
+        lambda row: f"{row.model}, {row.dtype}",
+        lambda row: row.metric,
+        lambda row: _spread(row) if row.metric == "predicted over measured" else f"{row.value:.2g}",
     ),
     "encodings": Table(
         "encodings",

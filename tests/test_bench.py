@@ -470,3 +470,18 @@ def test_a_loss_in_chunks_counts_once_a_chunk() -> None:
     assert step.reports[0].losses[0].chunk == 32
     operations = sum(kernel.operations for kernel in recorder.kernels())
     assert operations == 3 * 2 * rows * TINY.d * 512  # logits, and both gradients, of all rows
+
+
+def test_the_noise_of_batches_is_their_variance(mlp: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    from bench.noise_budget import gradients, noise_of_batches
+    from wtacrs_passes.report import NoiseReport
+
+    model, inputs = mlp
+    step = Step(model, inputs, None)
+    batches = [{name: torch.randn_like(value) for name, value in inputs.items()} for _ in range(3)]
+    names = list(gradients(step, inputs))
+    sites = tuple(NoiseReport((name,), 1.0, 1.0, "auto", 0.0, 0.05, 0.0, (), 2) for name in names)
+    found = noise_of_batches(step, batches, sites)
+    for name, variance in zip(names, found, strict=True):
+        wanted = torch.stack([gradients(step, batch)[name].clone() for batch in batches]).var(0).sum()
+        assert variance == pytest.approx(float(wanted), rel=1e-4)
