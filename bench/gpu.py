@@ -42,7 +42,7 @@ from wtacrs_fx.tools.steps import Step
 from wtacrs_passes.maths import ops
 from wtacrs_passes.maths.estimators import NOISE
 
-PARTS = {f"wtacrs, {size} MiB of logits": Policy(chunk_bytes=size * 2**20) for size in (64, 256)}
+PARTS = {f"wtacrs, {size} MiB of logits": Policy(ratio=0.3, chunk_bytes=size * 2**20) for size in (64, 256)}
 """What a head alone is measured with beside the default."""
 ALL = (BASELINE, "inductor budget 0.9", "inductor budget 0.5", CHECKPOINTING, *regime.POLICIES)
 FEW = (BASELINE, "inductor budget 0.9", *regime.POLICIES)

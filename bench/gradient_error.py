@@ -28,6 +28,8 @@ from wtacrs_passes.decide.modes import MODES, Mode
 
 MIXTURES = {
     "int8": Mode("int8", "int8", 4),
+    "int8, int6 before functions": Mode("int8", "int6", 3),
+    "int6": Mode("int6", "int6", 3),
     "int8, int4 before functions": Mode("int8", "int4", 3),
     "int4, int8 before functions": Mode("int4", "int8", 3),
     "int4": Mode("int4", "int4", 2),
@@ -73,6 +75,7 @@ def main(
     stage: Annotated[
         list[int] | None, typer.Option(help="Steps of fine-tuning; 0 and 60 by default.")
     ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="All by default.")] = None,
     draws: int = 5,
     seed: int = 0,
     quick: Annotated[bool, typer.Option(help="Short texts, one draw; keep no rows.")] = False,
@@ -89,11 +92,10 @@ def main(
         exact, kept = gradient(baseline), saved_bytes(baseline)
         rows = []
 
-        def describe(variant: str, metric: str, unit: str, step: int = now, **figures: object) -> Row:
+        def describe(stored: str, metric: str, unit: str, step: int = now, **figures: object) -> Row:
             shapes = f"batch={batch} length={length}"
-            name = f"MiniLM, step {step}"
             return Row(
-                "gradient_error", name, variant, metric, unit=unit, shapes=shapes, seed=seed,
+                "gradient_error", f"MiniLM, step {step}", stored, metric, unit=unit, shapes=shapes, seed=seed,
                 **figures, **circumstances(),
             )  # fmt: skip
 
@@ -102,15 +104,20 @@ def main(
         exactly, default = Policy(residuals="balanced", ratio=1.0), MODES["balanced"]
         policies = {f"{name}, ratio 1": (exactly, mixture) for name, mixture in MIXTURES.items()}
         for name in ("exact", "balanced", "small"):
-            policies[f"{name}, ratio 0.3"] = Policy(residuals=name, placement="backward"), default
-        for variant, (policy, mixture) in policies.items():
+            policies[f"{name}, ratio 0.3"] = (
+                Policy(ratio=0.3, residuals=name, placement="backward"),
+                default,
+            )
+        for name, (policy, mixture) in policies.items():
+            if variant and name not in variant:
+                continue
             with mode(mixture):
                 step = Step(model, fixed, wtacrs_fx.backend(policy))
             size = saved_bytes(step)
             found = errors(step, exact, draws if policy.ratio < 1 else 1)
             figures = {**summarise(found), "value": sum(found) / len(found)}
-            rows.append(describe(variant, "relative squared error", "1", **figures))
-            rows.append(describe(variant, "saved", "MiB", value=size / MIB, ratio=size / kept))
+            rows.append(describe(name, "relative squared error", "1", **figures))
+            rows.append(describe(name, "saved", "MiB", value=size / MIB, ratio=size / kept))
         rows.append(describe(BASELINE, "saved", "MiB", value=kept / MIB, ratio=1.0))
         record(rows, keep=not quick)
 

@@ -31,14 +31,18 @@ from wtacrs_passes.maths.tables import tabulate
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 SHAPES = st.lists(st.integers(0, 5), max_size=2).flatmap(
-    lambda head: st.sampled_from([1, 2, 3, 17, 31, 64, 96, 100, 128]).map(lambda last: (*head, last))
+    lambda head: st.sampled_from([1, 2, 3, 17, 31, 64, 96, 100, 128, 192, 576]).map(
+        lambda last: (*head, last)
+    )
 )
 
 
 def decoded(x: Tensor, bits: int, *noises: Tensor) -> Tensor:
-    codes, peaks = quantise(x, *noises, bits=bits)
-    assert codes.element_size() == 1 and codes.shape[-1] == math.ceil(x.shape[-1] * bits / 8)
-    return dequantise(codes, peaks, bits=bits, features=x.shape[-1], dtype=x.dtype)
+    *codes, peaks = quantise(x, *noises, bits=bits)
+    assert all(plane.element_size() == 1 for plane in codes)
+    widths = (4, 2) if bits == 6 else (bits,)
+    assert [plane.shape[-1] for plane in codes] == [math.ceil(x.shape[-1] * width / 8) for width in widths]
+    return dequantise(*codes, peaks, bits=bits, features=x.shape[-1], dtype=x.dtype)
 
 
 def bound(x: Tensor, bits: int) -> Tensor:
@@ -53,7 +57,7 @@ def bound(x: Tensor, bits: int) -> Tensor:
 @given(
     SHAPES,
     st.sampled_from(FLOATS),
-    st.sampled_from([4, 8]),
+    st.sampled_from([4, 6, 8]),
     st.sampled_from([1e-38, 1e-4, 1.0, 1e4]),
     st.booleans(),
 )
@@ -68,7 +72,7 @@ def test_integers_round_within_half_a_step(
     assert bool(((decoded(x, bits).double() - x.double()).abs() <= bound(x, bits)).all())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_constant_and_zero_rows(bits: int, dtype: torch.dtype) -> None:
     assert bool((decoded(torch.zeros(3, 64, dtype=dtype), bits) == 0).all())
@@ -76,7 +80,7 @@ def test_constant_and_zero_rows(bits: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(decoded(x, bits), x, rtol=2**-6, atol=0)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_carried_through(bits: int, value: float) -> None:
     x = torch.randn(2, 128)
@@ -87,7 +91,7 @@ def test_what_is_not_finite_is_carried_through(bits: int, value: float) -> None:
     assert bool(y[0, group:].isfinite().all()) and bool(y[1].isfinite().all())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 6, 8])
 def test_stochastic_rounding_is_unbiased(bits: int) -> None:
     x = torch.randn(4, 64)
     runs = torch.stack([decoded(x, bits, torch.rand(4, 1), torch.rand(64)).flatten() for _ in range(2000)])
@@ -166,6 +170,8 @@ def test_bits_of_an_element() -> None:
     assert encoded_bits("int8", 768, 2) == 8.25 and encoded_bits("int4", 768, 4) == 5
     assert encoded_bits("bits", 768, 1) == 1 and encoded_bits("table", 768, 2, bits=3) == 3
     assert encoded_bits("exact", 768, 2) == 16
-    assert set(INTEGER_BITS) == {"int8", "int4"}
+    assert encoded_bits("int6", 768, 2) == 6.25
+    assert set(INTEGER_BITS) == {"int8", "int6", "int4"}
+    assert [group_size(n, 6) for n in (64, 576, 768, 100, 431, 17)] == [16, 48, 64, 25, 431, 17]
     assert [group_size(n, 8) for n in (64, 768, 100, 431, 17)] == [64, 64, 50, 431, 17]
     assert [group_size(n, 4) for n in (64, 768, 100, 431, 17)] == [32, 32, 25, 431, 17]

@@ -19,8 +19,8 @@ class Mode:
         masks: booleans are packed, and what can be derived from something stored is.
     """
 
-    integers: Literal["exact", "int8", "int4"] = "exact"
-    sources: Literal["exact", "int8", "int4"] = "exact"
+    integers: Literal["exact", "int8", "int6", "int4"] = "exact"
+    sources: Literal["exact", "int8", "int6", "int4"] = "exact"
     table_bits: int = 0
     masks: bool = True
 

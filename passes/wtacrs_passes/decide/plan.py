@@ -12,10 +12,10 @@ from ..analyse.products import InputGradient, Product
 from ..maths.encodings import Table
 from ..policy import Precision, Sampling
 
-Encoding: TypeAlias = Literal["exact", "rows", "int8", "int4", "table", "bits", "recompute"]
+Encoding: TypeAlias = Literal["exact", "rows", "int8", "int6", "int4", "table", "bits", "recompute"]
 """How a residual reaches the backward pass.
 
-``exact``: as the partitioner likes; ``rows``: k rows; ``int8``, ``int4``: integers; ``table``: a few bits of a
+``exact``: as the partitioner likes; ``rows``: k rows; ``int8``, ``int6``, ``int4``: integers; ``table``: few bits of a
 tabulated function; ``bits``: packed booleans; ``recompute``: not stored, computed from what is.
 """
 

@@ -6,6 +6,7 @@ The rewrite traces these very functions into the joint graph, so what the tests 
 name        stored                                  error of an element
 ==========  ======================================  =========================================
 ``int8``    8 bits, one peak for each group         at most half a step, step = peak / 127
+``int6``    6 bits, one peak for each group         at most half a step, step = peak / 31
 ``int4``    4 bits, one peak for each group         at most half a step, step = peak / 7
 ``table``   1 to 4 bits: which piece of a           that of the best piecewise constant
             piecewise constant function             (Novikov et al. 2022, equation 4)
@@ -21,12 +22,13 @@ neither is hidden; a group with a peak below 1e-36 decodes to zeros.
 from __future__ import annotations
 
 import dataclasses
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-GROUP = {8: 64, 4: 32}
+GROUP = {8: 64, 6: 64, 4: 32}
 """Elements that share a peak, by bits."""
 _SMALLEST_GROUP = 16
 
@@ -34,13 +36,16 @@ _SMALLEST_GROUP = 16
 def group_size(features: Any, bits: int) -> Any:
     """Return how many elements share a peak: the largest divisor of `features` up to ``GROUP[bits]``.
 
-    All of them where that divisor is below 16, or where `features` is symbolic.
+    Of 6 bits one of which neighbours can share bytes, if there is one. All elements where that divisor is below 16, or
+    where `features` is symbolic.
     """
     if not isinstance(features, int):
         return features
-    largest = min(GROUP[bits], features)
-    divisor = next((size for size in range(largest, 0, -1) if features % size == 0), features)
-    return divisor if divisor >= _SMALLEST_GROUP else features
+    sizes = range(min(GROUP[bits], features), _SMALLEST_GROUP - 1, -1)
+    divisors = [size for size in sizes if features % size == 0]
+    if bits == 6:
+        divisors = [size for size in divisors if _shares_bytes(features, size, bits)] or divisors
+    return divisors[0] if divisors else features
 
 
 def levels(bits: int) -> int:
@@ -66,23 +71,24 @@ def encoded_bits(encoding: str, features: Any, itemsize: int, bits: int = 0) -> 
     return 8.0 * itemsize
 
 
-INTEGER_BITS = {"int8": 8, "int4": 4}
+INTEGER_BITS = {"int8": 8, "int6": 6, "int4": 4}
 
 
 def quantise(
     x: Tensor, of_rows: Tensor | None = None, of_features: Tensor | None = None, *, bits: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Encode `x` as integers with one peak for each group.
 
     Args:
         x: [..., features], float.
         of_rows, of_features: [..., 1] and [features], independent and uniform in [0, 1): round stochastically, by
             the fraction of their sum; to the nearest without them.
-        bits: 8 or 4.
+        bits: 8, 6 or 4.
 
     Returns:
         codes: int8 [..., features] for 8 bits, uint8 [..., ceil(features / 2)] for 4: two neighbouring groups share
-            bytes, or the two halves of a row;
+            bytes, or the two halves of a row; for 6 those of the lower four bits, and [..., ceil(features / 4)] of the
+            others, four to a byte;
         peaks: [..., groups], of the dtype of `x` (float32 for float64).
     """
     features = x.shape[-1]
@@ -91,7 +97,7 @@ def quantise(
     draws = None
     if of_rows is not None and of_features is not None:
         draws = _blocks((of_rows + of_features).frac(), -1, group)
-    pairs = bits == 4 and _shares_bytes(features, group)
+    pairs = bits == 4 and _shares_bytes(features, group, bits)
     if pairs:  # each of a pair by itself, so that one loop over both finds their peaks and packs them
         parts = [(_of_pairs(groups, i), None if draws is None else _of_pairs(draws, i)) for i in (0, 1)]
     else:
@@ -104,7 +110,19 @@ def quantise(
     shifted = [(steps + 2 ** (bits - 1)).to(torch.uint8) for steps in rounded]
     if pairs:
         return (shifted[0] | (shifted[1] << 4)).flatten(-2), stored
-    return pack(shifted[0].view(x.shape), bits), stored
+    if _shares_bytes(features, group, bits):
+        planes = tuple(_pack_groups((shifted[0] >> low) & (2**w - 1), w) for low, w in _planes(bits))
+    else:
+        whole = shifted[0].view(x.shape)
+        planes = tuple(pack((whole >> low) & (2**width - 1), width) for low, width in _planes(bits))
+    return (*planes, stored)
+
+
+def _pack_groups(codes: Tensor, bits: int) -> Tensor:
+    """Pack the codes of neighbouring groups into the same bytes: [..., groups, group] to [..., bytes]."""
+    neighbours: Tensor = codes.unflatten(-2, (-1, 8 // bits))  # type: ignore[no-untyped-call]
+    packed = [neighbours.select(-2, i) << (bits * i) for i in range(8 // bits)]
+    return reduce(torch.bitwise_or, packed).flatten(-2)
 
 
 def _round(groups: Tensor, draws: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
@@ -138,12 +156,13 @@ def to_whole(steps: Tensor, draws: Tensor | None) -> Tensor:
     return steps.round() if draws is None else (steps + draws).floor()
 
 
-def _shares_bytes(features: Any, group: Any) -> bool:
-    """Tell whether codes of 4 bits of two neighbouring groups lie in the same bytes, not those of halves of a row.
+def _shares_bytes(features: Any, group: Any, bits: int) -> bool:
+    """Tell whether codes of neighbouring groups lie in the same bytes, not those of parts of a row.
 
     Runs of a whole group are what vectors of a CPU and blocks of Triton read at once.
     """
-    return isinstance(features, int) and features % (2 * group) == 0
+    narrowest = min(width for _, width in _planes(bits))
+    return isinstance(features, int) and features % (8 // narrowest * group) == 0
 
 
 def _of_pairs(groups: Tensor, which: int) -> Tensor:
@@ -152,21 +171,28 @@ def _of_pairs(groups: Tensor, which: int) -> Tensor:
     return pairs.select(-2, which)
 
 
-def dequantise(codes: Tensor, peaks: Tensor, *, bits: int, features: Any, dtype: torch.dtype) -> Tensor:
+def dequantise(*stored: Tensor, bits: int, features: Any, dtype: torch.dtype) -> Tensor:
     """Decode what :func:`quantise` returned: ``[..., features]`` of `dtype`."""
+    *codes, peaks = stored
     group = group_size(features, bits)
     if bits == 8:
-        steps = _blocks(codes.float(), -1, group)
-    elif _shares_bytes(features, group):
-        steps = _spread(_blocks(codes, -1, group), bits).flatten(-3, -2).float() - 2 ** (bits - 1)
+        steps = _blocks(codes[0].float(), -1, group)
     else:
-        steps = _blocks(unpack(codes, bits, features).float() - 2 ** (bits - 1), -1, group)
+        shares = _shares_bytes(features, group, bits)
+        planes = [
+            (
+                _spread(_blocks(plane, -1, group), width).flatten(-3, -2)
+                if shares
+                else _blocks(unpack(plane, width, features), -1, group)
+            ).float()
+            * 2**low
+            for plane, (low, width) in zip(codes, _planes(bits), strict=True)
+        ]
+        steps = reduce(torch.add, planes) - 2 ** (bits - 1)
     return (steps * (peaks.float() * (1 / levels(bits))).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-def dequantise_shares(
-    codes: Tensor, peaks: Tensor, *, bits: int, features: Any, dtype: torch.dtype
-) -> Tensor:
+def dequantise_shares(*stored: Tensor, bits: int, features: Any, dtype: torch.dtype) -> Tensor:
     """Decode rows that sum to one, as those of a softmax, so that they do so again.
 
     The gradient of a softmax does not change where one number is added to all gradients of a row; that number may
@@ -175,7 +201,7 @@ def dequantise_shares(
     Returns:
         ``[..., features]`` of `dtype`.
     """
-    rounded = dequantise(codes, peaks, bits=bits, features=features, dtype=torch.float32)
+    rounded = dequantise(*stored, bits=bits, features=features, dtype=torch.float32)
     return (rounded / rounded.sum(-1, keepdim=True).clamp(min=0.5)).to(dtype)
 
 
