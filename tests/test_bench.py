@@ -255,7 +255,7 @@ def test_a_mixture_of_encodings_is_taken_back() -> None:
     from bench.gradient_error import MIXTURES, mode
     from wtacrs_passes.decide.modes import MODES
 
-    assert MIXTURES["int8, int4 before functions"] == MODES["balanced"]
+    assert MIXTURES["int6"] == MODES["balanced"]
     before = dict(MODES)
     with mode(MIXTURES["int4"]):
         assert MODES["balanced"] == MIXTURES["int4"]

@@ -33,7 +33,7 @@ class Mode:
 MODES = {
     "exact": Mode(masks=False),
     "lossless": Mode(),
-    "balanced": Mode("int8", "int4", 3),
+    "balanced": Mode("int6", "int6", 3),
     "small": Mode("int4", "int4", 2),
 }
 
