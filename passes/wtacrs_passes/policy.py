@@ -67,8 +67,8 @@ class SamplingOptions:
             ``||x_i|| ||dy_i||`` in the backward pass; ``auto`` draws in the backward pass wherever
             the full residual is at hand there anyway.
         residuals: how everything but the sampled rows is stored; ``exact``: as Inductor would;
-            ``lossless``: booleans packed, gradients as Inductor's; ``balanced``: 8 bits, 4 for what enters
-            a nonlinear function, 3 for bounded coefficients; ``small``: 4 bits, 2 for coefficients.
+            ``lossless``: booleans packed, gradients as Inductor's; ``balanced``: 6 bits, 8 for what is
+            sensitive, 3 for bounded coefficients; ``small``: 4 bits, 2 for coefficients.
         rounding: of residuals stored as integers; ``stochastic`` makes their error zero in the mean.
         center: subtract the mean row before sampling and add its exact product: less noise where rows have a
             common direction, as in language models.
