@@ -160,7 +160,7 @@ def test_integer_rows_of_the_forward_pass_leave_gradients_unbiased() -> None:
     for name in ("first.weight", "second.weight"):
         runs = torch.stack([run[name].flatten() for run in samples])
         assert is_unbiased(runs, exact[name].flatten()), name
-    assert "int6" in {residual.encoding for residual in wtacrs_fx.reports()[-1].residuals}
+    assert "int8" in {residual.encoding for residual in wtacrs_fx.reports()[-1].residuals}
 
 
 def backward_graph(model: nn.Module, policy: Policy, *inputs: Tensor) -> fx.Graph:

@@ -23,6 +23,7 @@ from wtacrs_passes.maths.encodings import (
     group_size,
     pack,
     pack_mask,
+    packs_well,
     quantise,
     unpack,
     unpack_mask,
@@ -172,6 +173,8 @@ def test_bits_of_an_element() -> None:
     assert encoded_bits("exact", 768, 2) == 16
     assert encoded_bits("int6", 768, 2) == 6.25
     assert set(INTEGER_BITS) == {"int8", "int6", "int4"}
-    assert [group_size(n, 6) for n in (64, 576, 768, 100, 431, 17)] == [16, 48, 64, 25, 431, 17]
+    assert [group_size(n, 6) for n in (64, 576, 768, 384, 100, 431, 17)] == [64, 64, 64, 32, 50, 431, 17]
+    assert [packs_well(n, 6) for n in (64, 576, 768, 384)] == [False, False, True, True]
+    assert packs_well(64, 4) and packs_well(17, 8)
     assert [group_size(n, 8) for n in (64, 768, 100, 431, 17)] == [64, 64, 50, 431, 17]
     assert [group_size(n, 4) for n in (64, 768, 100, 431, 17)] == [32, 32, 25, 431, 17]

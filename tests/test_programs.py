@@ -116,7 +116,9 @@ def _bound(variants: Variants, name: str) -> float:
     if name != "balanced":
         return 0.0
     reports = [graph.partitions[name].report for graph in variants.graphs]
-    rounded = [r for report in reports if report for r in report.residuals if r.encoding in ("int6", "int4", "table")]
+    rounded = [
+        r for report in reports if report for r in report.residuals if r.encoding in ("int6", "int4", "table")
+    ]
     return ROUNDED * max(1, len(rounded))
 
 

@@ -11,7 +11,7 @@ from ..analyse.functions import Unary, is_float, rounding_error
 from ..graph.names import module_path
 from ..graph.operations import aten, content_of
 from ..graph.torch_api import hint, real_tensors
-from ..maths.encodings import INTEGER_BITS, Table, encoded_bits
+from ..maths.encodings import INTEGER_BITS, Table, encoded_bits, packs_well
 from ..maths.tables import serves, tabulate
 from .derivations import Derivations
 from .exactness import Exactness
@@ -108,7 +108,8 @@ class Choices:
         table = self._table(node, mode)
         if table is not None:
             return "table", table
-        return (self._of_source(node, mode) if node in self._functions else mode.integers), None
+        integers = self._of_source(node, mode) if node in self._functions else mode.integers
+        return self._packed(integers, node), None
 
     def _of_source(self, node: fx.Node, mode: Mode) -> Encoding:
         """Return the integers of a node of which nonlinear functions are read: more bits for a sharp bend."""
@@ -116,6 +117,11 @@ class Choices:
         functions = (self.facts.function(each) for each in self._functions[node])
         bends = any(rounding_error(function, bits) > _ROUNDED for function in functions)
         return "int8" if bends else mode.sources
+
+    def _packed(self, encoding: Encoding, node: fx.Node) -> Encoding:
+        """Return an encoding, or 8 bits where its codes would not be packed fast."""
+        features = node.meta["val"].shape[-1]
+        return encoding if encoding != "int6" or packs_well(features, 6) else "int8"
 
     def _table(self, node: fx.Node, mode: Mode) -> Table | None:
         """Return the table of a node that only scales tangents and is a bounded function of one tensor."""

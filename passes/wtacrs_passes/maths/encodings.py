@@ -31,21 +31,27 @@ from torch import Tensor
 GROUP = {8: 64, 6: 64, 4: 32}
 """Elements that share a peak, by bits."""
 _SMALLEST_GROUP = 16
+_NEIGHBOURS = {6: 4, 4: 2}
+"""Groups whose codes lie in the same bytes."""
 
 
 def group_size(features: Any, bits: int) -> Any:
     """Return how many elements share a peak: the largest divisor of `features` up to ``GROUP[bits]``.
 
-    Of 6 bits one of which neighbours can share bytes, if there is one. All elements where that divisor is below 16, or
-    where `features` is symbolic.
+    Half of ``GROUP[bits]`` where neighbours can share bytes then. All elements where that divisor is below 16, or where
+    `features` is symbolic.
     """
     if not isinstance(features, int):
         return features
+    if bits == 6 and packs_well(features, bits):
+        return GROUP[bits] if _shares_bytes(features, GROUP[bits], bits) else GROUP[bits] // 2
     sizes = range(min(GROUP[bits], features), _SMALLEST_GROUP - 1, -1)
-    divisors = [size for size in sizes if features % size == 0]
-    if bits == 6:
-        divisors = [size for size in divisors if _shares_bytes(features, size, bits)] or divisors
-    return divisors[0] if divisors else features
+    return next((size for size in sizes if features % size == 0), features)
+
+
+def packs_well(features: Any, bits: int) -> bool:
+    """Tell whether codes of so many bits are read and written in runs of a whole group, or need not be packed."""
+    return bits == 8 or (isinstance(features, int) and features % (_NEIGHBOURS[bits] * GROUP[bits] // 2) == 0)
 
 
 def levels(bits: int) -> int:
@@ -97,9 +103,13 @@ def quantise(
     draws = None
     if of_rows is not None and of_features is not None:
         draws = _blocks((of_rows + of_features).frac(), -1, group)
-    pairs = bits == 4 and _shares_bytes(features, group, bits)
-    if pairs:  # each of a pair by itself, so that one loop over both finds their peaks and packs them
-        parts = [(_of_pairs(groups, i), None if draws is None else _of_pairs(draws, i)) for i in (0, 1)]
+    shares = bits < 8 and _shares_bytes(features, group, bits)
+    if shares:  # neighbours each by themselves, so that one loop over all finds their peaks and packs them
+        count = _NEIGHBOURS[bits]
+        parts = [
+            (_of_neighbours(groups, i, count), None if draws is None else _of_neighbours(draws, i, count))
+            for i in range(count)
+        ]
     else:
         parts = [(groups, draws)]
     rounded, peaks = zip(*(_round(*part, bits) for part in parts), strict=True)
@@ -107,22 +117,24 @@ def quantise(
     stored = torch.cat([peak.to(dtype) for peak in peaks], -1).flatten(-2)
     if bits == 8:
         return rounded[0].to(torch.int8).view(x.shape), stored
-    shifted = [(steps + 2 ** (bits - 1)).to(torch.uint8) for steps in rounded]
-    if pairs:
-        return (shifted[0] | (shifted[1] << 4)).flatten(-2), stored
-    if _shares_bytes(features, group, bits):
-        planes = tuple(_pack_groups((shifted[0] >> low) & (2**w - 1), w) for low, w in _planes(bits))
-    else:
-        whole = shifted[0].view(x.shape)
-        planes = tuple(pack((whole >> low) & (2**width - 1), width) for low, width in _planes(bits))
-    return (*planes, stored)
+    codes = [(steps + 2 ** (bits - 1)).to(torch.uint8) for steps in rounded]
+    if not shares:
+        whole = codes[0].view(x.shape)
+        return (*(pack(_bits_of(whole, *plane), plane[1]) for plane in _planes(bits)), stored)
+    return (*(_lay([_bits_of(each, *plane) for each in codes], plane[1]) for plane in _planes(bits)), stored)
 
 
-def _pack_groups(codes: Tensor, bits: int) -> Tensor:
-    """Pack the codes of neighbouring groups into the same bytes: [..., groups, group] to [..., bytes]."""
-    neighbours: Tensor = codes.unflatten(-2, (-1, 8 // bits))  # type: ignore[no-untyped-call]
-    packed = [neighbours.select(-2, i) << (bits * i) for i in range(8 // bits)]
-    return reduce(torch.bitwise_or, packed).flatten(-2)
+def _bits_of(codes: Tensor, low: int, width: int) -> Tensor:
+    part: Tensor = (codes >> low) & (2**width - 1)
+    return part
+
+
+def _lay(neighbours: list[Tensor], width: int) -> Tensor:
+    """Lay the codes of neighbouring groups, each [..., runs, group], over each other: [..., bytes]."""
+    each = 8 // width
+    shifted = [codes << (width * (i % each)) for i, codes in enumerate(neighbours)]
+    runs = [reduce(torch.bitwise_or, shifted[i : i + each]) for i in range(0, len(shifted), each)]
+    return torch.stack(runs, -2).flatten(-3) if len(runs) > 1 else runs[0].flatten(-2)
 
 
 def _round(groups: Tensor, draws: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
@@ -161,14 +173,13 @@ def _shares_bytes(features: Any, group: Any, bits: int) -> bool:
 
     Runs of a whole group are what vectors of a CPU and blocks of Triton read at once.
     """
-    narrowest = min(width for _, width in _planes(bits))
-    return isinstance(features, int) and features % (8 // narrowest * group) == 0
+    return isinstance(features, int) and features % (_NEIGHBOURS[bits] * group) == 0
 
 
-def _of_pairs(groups: Tensor, which: int) -> Tensor:
-    """Return the first or the second of each pair of neighbouring groups."""
-    pairs: Tensor = groups.unflatten(-2, (-1, 2))  # type: ignore[no-untyped-call]
-    return pairs.select(-2, which)
+def _of_neighbours(groups: Tensor, which: int, count: int) -> Tensor:
+    """Return the first, second, ... of so many neighbouring groups."""
+    neighbours: Tensor = groups.unflatten(-2, (-1, count))  # type: ignore[no-untyped-call]
+    return neighbours.select(-2, which)
 
 
 def dequantise(*stored: Tensor, bits: int, features: Any, dtype: torch.dtype) -> Tensor:
