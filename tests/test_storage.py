@@ -187,7 +187,7 @@ def test_dynamic_shapes_have_symbolic_bytes() -> None:
     [residual] = [r for r in wtacrs_fx.reports()[-1].residuals if r.encoding == "int6"]
     assert not isinstance(residual.bytes_after, int)
     assert residual.bytes_after.subs(dict.fromkeys(residual.bytes_after.free_symbols, 64)) == 64 * (
-        32 + 16 + 16
+        64 + 32 + 16
     )
 
 
