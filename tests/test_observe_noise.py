@@ -26,10 +26,10 @@ D, WIDE = 64, 128
 class Tagger(nn.Module):
     """Labels for some tokens of each sample; the others have no gradient."""
 
-    def __init__(self) -> None:
+    def __init__(self, wide: int = WIDE) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.up, self.down = nn.Linear(D, WIDE), nn.Linear(WIDE, D)
+        self.up, self.down = nn.Linear(D, wide), nn.Linear(wide, D)
         self.head = nn.Linear(D, 40)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -122,11 +122,11 @@ def test_a_step_is_compiled_again_with_what_its_budget_allows(dtype: torch.dtype
     call, backend = compiled(model, Policy(product="exact"))
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         train(call, model, labelled=12, number=24)
-        assert len(backend.reports) == 1 and not backend.policy.decided and not backend.reports[0].sampled
+        assert len(backend.reports) == 1 and not backend.decided and not backend.reports[0].sampled
         train(call, model, labelled=12, number=SETTLED - 24)
         first, second = backend.reports
         # A fifth of the rows has a gradient, so 0.2 of them, the winners, are all that there is to draw.
-        assert {rule.pattern: dict(rule.overrides)["ratio"] for rule in backend.policy.decided} == {
+        assert {rule.pattern: dict(rule.overrides)["ratio"] for rule in backend.decided} == {
             "up": 0.2, "down": 0.2, "head": 0.2,
         }  # fmt: skip
         assert {site.module for site in second.sampled} == {"up", "down", "head"}
@@ -155,7 +155,7 @@ def test_a_layer_that_leaves_its_budget_gets_its_rows_back() -> None:
     assert all(site.ratio > 0.2 for site in backend.reports[1].noise)
     train(call, model, labelled=64, number=1)
     assert len(backend.reports) == 3
-    assert all(rule.pattern not in backend.policy.decided for rule in backend.policy.decided)
+    assert all(dict(rule.overrides)["ratio"] > 0.2 for rule in backend.decided)
     assert all(site.kept > 0.5 * site.rows for site in backend.reports[2].sites)
 
 
@@ -174,7 +174,7 @@ def test_a_resumed_run_decides_alike() -> None:
     model = Tagger()
     call, backend = compiled(model, Policy(product="exact"))
     train(call, model, labelled=12, number=SETTLED)
-    resumed, again = compiled(Tagger(), eval(repr(backend.policy)))
+    resumed, again = compiled(Tagger(), Policy(product="exact", decided=eval(repr(backend.decided))))
     train(resumed, model, labelled=12, number=1)
     assert [site.kept for site in again.reports[0].sites] == [site.kept for site in backend.reports[1].sites]
 
@@ -185,3 +185,16 @@ def test_recorded_steps_are_not_measured() -> None:
     train(torch.compile(model, backend=backend), model, labelled=12, number=1)
     reasons = {site.reason for site in backend.reports[0].sites}
     assert reasons == {"ratio 1.0"}
+
+
+def test_models_of_other_sizes_decide_by_themselves() -> None:
+    """As two models of one process do, both with ``backend="wtacrs"``."""
+    torch.manual_seed(0)
+    first, second = Tagger(), Tagger(2 * WIDE)
+    backend = wtacrs_fx.backend(Policy(product="exact"))
+    calls = [torch.compile(model, backend=backend) for model in (first, second)]
+    train(calls[0], first, labelled=12, number=25)  # decided, not yet compiled again
+    train(calls[1], second, labelled=64, number=1)
+    assert not backend.reports[1].sampled
+    train(calls[0], first, labelled=12, number=1)
+    assert len(backend.reports) == 3 and backend.reports[2].sampled

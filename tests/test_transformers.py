@@ -110,14 +110,14 @@ def test_a_checkpoint_holds_what_a_noise_budget_has_led_to(trained: Trainer) -> 
     assert json.loads(path.read_text()) == []
     callback = enable(model())
     decided = (Rule("bert.*.query", ratio=0.5, product="exact"), Rule("b[[]0]", ratio=0.3, product="auto"))
-    callback.backend.policy = Policy(decided=decided)
+    callback.backend.decided = decided
     at_6 = SimpleNamespace(global_step=6, is_world_process_zero=True)
     callback.on_save(trained.args, at_6, None)
     resumed = enable(model())
     resumed.on_train_begin(trained.args, SimpleNamespace(global_step=0), None)
     assert resumed.backend.policy == Policy()
     resumed.on_train_begin(trained.args, at_6, None)
-    assert resumed.backend.policy == Policy(decided=decided)
+    assert resumed.backend.policy == Policy(decided=decided) and resumed.backend.decided == decided
     path.write_text("[]")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import pathlib
@@ -23,7 +24,7 @@ from wtacrs_passes.graph.names import NamedInput, last_name, path_from_source
 from wtacrs_passes.lower.fusion import without_waiting
 from wtacrs_passes.maths.observer import Observer
 from wtacrs_passes.pipeline import WtacrsPartitioner, source_hash
-from wtacrs_passes.policy import Policy, PolicyError, nearest
+from wtacrs_passes.policy import Policy, PolicyError, Rule, nearest
 from wtacrs_passes.regions import calls_regions, describe_regions
 from wtacrs_passes.report import Report
 
@@ -54,6 +55,7 @@ class Backend:
 
     Attributes:
         reports: of the training graphs that this object compiled, in order.
+        decided: what the noise budgets of all its graphs have led to so far: ``Policy.decided`` of a resumed run.
 
     Raises:
         PolicyError: an option that Inductor does not know, or one that this backend sets itself.
@@ -65,7 +67,8 @@ class Backend:
         self.policy = policy
         self.config = inductor_config(mode, inductor_options)
         self.reports: list[Report] = []
-        self._again: dict[Any, list[tuple[int, int]]] = {}
+        self.decided = policy.decided
+        self._again: dict[_Identity, _Progress] = {}
         self._unmatched = set(policy.unmatched(()))
         self.__name__ = "wtacrs"
 
@@ -86,7 +89,11 @@ class Backend:
             )
         table = lifted_inputs(gm)
         measures = _is_training(example_inputs) and self.policy.has_budgets and self._can_measure(gm)
-        policy = self.policy if measures else self.policy.unmeasured()
+        code, policy, progress = torch_api.code_in_compilation(), self.policy.unmeasured(), _Progress()
+        if measures:
+            identity = _identity(gm, code)
+            progress = self._again.pop(identity, _Progress(self.policy.decided))
+            policy = dataclasses.replace(self.policy, decided=progress.decided)
         path = _report_path(gm, example_inputs, self.config, policy, table)
         received: list[Report] = []
         partitioner = WtacrsPartitioner(policy, table, received.append)
@@ -106,7 +113,7 @@ class Backend:
             self.reports.append(report)
             self._warn_unmatched(report)
             if measures:
-                return _Measured(self, compiled, report)
+                return _Measured(self, compiled, report, policy, code, identity, progress)
         return compiled
 
     def _can_measure(self, gm: fx.GraphModule) -> bool:
@@ -129,15 +136,42 @@ _MOST_COMPILED = 4
 """Times that a graph is compiled, with what its measurements have led to: PyTorch gives up after eight."""
 
 
+_Identity = tuple[Any, tuple[Any, ...]]
+
+
+def _identity(gm: fx.GraphModule, code: Any) -> _Identity:
+    """Return what tells a graph from another: its code and its parameters' shapes; models alike share a graph."""
+    arguments = (node.meta.get("grapharg") for node in gm.graph.find_nodes(op="placeholder"))
+    values = (getattr(argument, "example", None) for argument in arguments)
+    shapes = (tuple(value.shape) for value in values if isinstance(value, torch.nn.Parameter))
+    return code and code[0], tuple(shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    """What is known of a graph that is compiled again: what was decided, steps so far, times it was compiled before."""
+
+    decided: tuple[Rule, ...] = ()
+    steps: int = 0
+    times: int = 0
+
+
 class _Measured:
     """A compiled graph whose noise is measured: it is compiled again where its budget asks for another way."""
 
-    def __init__(self, backend: Backend, compiled: Callable[..., Any], report: Report) -> None:
-        self._backend, self._compiled, self._report = backend, compiled, report
-        self._code = torch_api.code_in_compilation()
-        waiting = backend._again.get(self._code and self._code[0])
-        steps, self._times = waiting.pop(0) if waiting else (0, 1)
-        self._observer = Observer(steps)
+    def __init__(
+        self,
+        owner: Backend,
+        compiled: Callable[..., Any],
+        report: Report,
+        policy: Policy,
+        code: Any,
+        identity: _Identity,
+        progress: _Progress,
+    ) -> None:
+        self._owner, self._compiled, self._report, self._policy = owner, compiled, report, policy
+        self._code, self._identity, self._progress = code, identity, progress
+        self._observer = Observer(progress.steps)
 
     def __call__(self, *args: Any) -> Any:
         if self._observer.is_due:
@@ -147,20 +181,22 @@ class _Measured:
 
     def _decide(self) -> None:
         """Choose ways by what was measured; the code is compiled again when it is called next."""
-        owner = self._backend
-        ways = decide(self._observer.noise(), owner.policy)
+        ways = decide(self._observer.noise(), self._policy)
         if not ways:
             return
         new = dataclasses.replace(self._report, noise=tuple(way.report() for way in ways))
-        for kept in (_REPORTS, owner.reports):
+        for kept in (_REPORTS, self._owner.reports):
             kept[:] = [new if report is self._report else report for report in kept]
         self._report = new
-        decided = rules(ways, owner.policy)
-        if set(decided) == set(owner.policy.decided) or self._times == _MOST_COMPILED:
+        decided, times = rules(ways, self._policy), self._progress.times + 1
+        if set(decided) == set(self._policy.decided) or times == _MOST_COMPILED:
             return
         if torch_api.compile_again(self._code, "wtacrs: the noise measured leads to other ways"):
-            owner.policy = dataclasses.replace(owner.policy, decided=decided)
-            owner._again.setdefault(self._code[0], []).append((self._observer.steps + 1, self._times + 1))
+            self._owner._again[self._identity] = _Progress(decided, self._observer.steps + 1, times)
+            modules = {module for way in ways for module in way.noise.modules}
+            patterns = {glob.escape(module) for module in modules}
+            others = [rule for rule in self._owner.decided if rule.pattern not in patterns]
+            self._owner.decided = (*others, *(rule for rule in decided if rule.pattern in patterns))
 
 
 def backend(policy: Policy | None = None, *, mode: str | None = None, **inductor_options: Any) -> Backend:

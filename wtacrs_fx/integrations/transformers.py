@@ -79,7 +79,7 @@ class WtacrsCallback(_callback_class()):  # type: ignore[misc]
         """Keep in the checkpoint what noise budgets have led to."""
         path = _checkpoint(args, state)
         if path.parent.is_dir() and state.is_world_process_zero:
-            decided = [[rule.pattern, dict(rule.overrides)] for rule in self.backend.policy.decided]
+            decided = [[rule.pattern, dict(rule.overrides)] for rule in self.backend.decided]
             write_at_once(path, json.dumps(decided))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -87,6 +87,7 @@ class WtacrsCallback(_callback_class()):  # type: ignore[misc]
         path = _checkpoint(args, state)
         if state.global_step and path.is_file():
             decided = tuple(Rule(pattern, **overrides) for pattern, overrides in json.loads(path.read_text()))
+            self.backend.decided = decided
             self.backend.policy = dataclasses.replace(self.backend.policy, decided=decided)
 
     def on_log(
