@@ -71,7 +71,7 @@ def measure(
         if variant == BUDGET and rounds:
             dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
             step.settle(language_batch(name, shape, dtype, device) for _ in range(SETTLED))
-            print(step.reports[-1], flush=True)
+            print(*step.reports, sep="\n\n", flush=True)
     return [
         Row(
             "regime", name, variant, metric, unit=unit, shapes=str(shape), dtype=precision,

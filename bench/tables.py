@@ -38,6 +38,7 @@ class Table:
     column: Callable[[Row], str]
     cell: Callable[[Row], str]
     columns: tuple[str, ...] = ()  # the order; as measured where empty
+    lines: tuple[str, ...] = ()  # likewise
 
     def render(self, folder: Path = RESULTS) -> str:
         """Return a markdown table of the latest row of each cell, and where it was measured."""
@@ -46,7 +47,8 @@ class Table:
             latest[self.line(row), self.column(row)] = row
         if not latest:
             return f"No results yet: `python -m bench.{self.benchmark}`."
-        lines = list(dict.fromkeys(line for line, _ in latest))
+        lines = [name for name in self.lines if any(line == name for line, _ in latest)]
+        lines = lines or list(dict.fromkeys(line for line, _ in latest))
         columns = [name for name in self.columns if any(column == name for _, column in latest)]
         columns = columns or list(dict.fromkeys(column for _, column in latest))
         cells = [
@@ -252,6 +254,7 @@ TABLES: dict[str, Table] = {
         lambda row: row.metric,
         _ratio,
         ("saved", "peak", "step time"),
+        tuple(_HEADLINE.values()),
     ),
     "regime-precisions": Table(
         "regime",

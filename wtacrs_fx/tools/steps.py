@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx
 
+from wtacrs_passes.report import Report
+
 from ..backend import reports
 from . import measure
 from .progress import Progress, silent
@@ -54,7 +56,12 @@ class Step:
             self()
         self.first_call_seconds = time.perf_counter() - began
         self._expected = self._graphs
-        self.reports = reports()[earlier:]
+        self._places = list(range(earlier, len(reports())))
+
+    @property
+    def reports(self) -> list[Report]:
+        """The reports of its graphs as they are now: a noise budget adds to them."""
+        return [reports()[place] for place in self._places]
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         assert self._backend is not None
@@ -68,7 +75,7 @@ class Step:
             for self.inputs in batches:
                 self()
         self.inputs, self._expected = inputs, self._graphs
-        self.reports += reports()[earlier:]
+        self._places += range(earlier, len(reports()))
 
     def __call__(self) -> Tensor:
         """Leave fresh gradients in the model; return the loss without its graph."""
