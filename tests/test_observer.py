@@ -152,7 +152,7 @@ def test_the_order_of_backward_passes_does_not_matter() -> None:
     assert found[0].minibatch > 0.5 and found[0].minibatch == pytest.approx(found[1].minibatch)
 
 
-def test_the_scale_of_a_loss_does_not_matter() -> None:
+def test_a_jump_of_the_loss_scale_does_not_matter() -> None:
     torch.manual_seed(8)
     found = []
     batches = [(torch.randn(64, 32), torch.randn(64, 16)) for _ in range(24)]
@@ -161,10 +161,11 @@ def test_the_scale_of_a_loss_does_not_matter() -> None:
         for step, (x, dy) in enumerate(batches):
             with observer.forward_pass():
                 handle = ops.observed_step()
-            ops.observe(handle, x, [dy * (scale if step >= 12 else 1.0)], [], None, False, "layer")
+            ops.observe(handle, x, [dy * (scale if step == 12 else 1.0)], [], None, False, "layer")
         found += observer.noise()
-    assert found[0].minibatch == pytest.approx(found[1].minibatch)
-    assert found[0].added == pytest.approx(found[1].added)
+    assert (found[0].steps, found[1].steps) == (16, 14)
+    assert found[0].minibatch == pytest.approx(found[1].minibatch, rel=0.3)
+    assert found[0].added == pytest.approx(found[1].added, rel=0.3)
 
 
 def test_equal_batches_have_no_noise() -> None:

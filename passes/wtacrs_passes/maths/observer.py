@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import statistics
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ RATIOS = (0.1, 0.2, 0.3, 0.5, 0.7)
 """The ratios whose added variance is measured."""
 
 _SIGNS = 8  # columns of the sketch
+_FAR = 1e3  # times the usual square: that of a pair of steps under another loss scale
 _BLOCK = 512  # rows that are in float32 at a time
 _WINDOWS = ((8, 24), (104, 120))  # steps of the first two measurements, ends excluded
 SETTLED = _WINDOWS[0][1] + 2
@@ -118,14 +120,14 @@ class Observer:
         self._told = self.steps
         found = []
         for (key, _), sums in sites.items():
-            pairs, *totals = sums.totals.tolist()
+            pairs, means = sums.means() if sums.pairs else (0, [])
             if pairs:
-                minibatch, rounded, drawn, *added = (total / pairs for total in totals)
+                minibatch, rounded, drawn, *added = means
                 minibatch = max(minibatch - drawn, 0.0)  # the difference of two drawn gradients
                 found.append(
                     Noise(
                         tuple(key.split("|")), *sums.sizes, sums.drawn, tuple(added), rounded, minibatch,
-                        2 * int(pairs),
+                        2 * pairs,
                     )
                 )  # fmt: skip
         return found
@@ -152,13 +154,10 @@ class Drawn:
 
 
 class _Sums:
-    """Sums over the measured pairs of steps of one site, on its device: each pair in units of its mean square.
-
-    So a loss that is scaled, or a batch with a far larger gradient than others, counts as much as any.
-    """
+    """The figures of the measured pairs of steps of one site, on its device: mean square, minibatch, and variances."""
 
     def __init__(self) -> None:
-        self.totals = torch.zeros(4 + len(RATIOS), dtype=torch.float64)
+        self.pairs: list[Tensor] = []
         self.drawn = 1.0
         self.sizes: tuple[int, int, tuple[int, ...], torch.dtype, torch.device] = (
             0, 0, (), torch.float32, torch.device("cpu"),
@@ -175,11 +174,20 @@ class _Sums:
         gradient, other = gradient.double(), other.double()
         square = (gradient.square().sum() + other.square().sum()) / 2
         of_both = [(a + b) / 2 for a, b in zip(variances, others, strict=True)]
-        figures = (
-            torch.stack([(gradient - other).square().sum() / 2, *(_SIGNS * v for v in of_both)]) / square
-        )
-        values = torch.cat([torch.ones_like(figures[:1]), figures])
-        self.totals = self.totals.to(x.device) + torch.where(values.isfinite().all(), values, 0.0)
+        difference = (gradient - other).square().sum() / 2
+        self.pairs.append(torch.stack([square, difference, *(_SIGNS * each for each in of_both)]))
+
+    def means(self) -> tuple[int, list[float]]:
+        """Return how many pairs count, and the means of their figures, in units of the mean square.
+
+        An overflow does not count, nor does a pair whose square is of another order than others': a loss scale that
+        jumped.
+        """
+        found = [pair for pair in torch.stack(self.pairs).tolist() if all(map(math.isfinite, pair))]
+        usual = statistics.median(square for square, *_ in found) if found else 0.0
+        kept = [pair for pair in found if usual / _FAR <= pair[0] <= usual * _FAR and pair[0] > 0]
+        square, *others = (sum(column) for column in zip(*kept, strict=True)) if kept else (1.0,)
+        return len(kept), [other / square for other in others]
 
 
 def measure(
