@@ -83,6 +83,8 @@ def rows(name: str, precision: str, quick: bool, wordnet: Path) -> list[Row]:
     budget.settle(itertools.islice(batches, SETTLED))
     sites = next(report.noise for report in reversed(budget.reports) if report.noise)
     exact = Step(run, first, wtacrs_fx.backend(Policy(ratio=1.0, residuals="exact")))
+    of_their_own = gradients(exact, first).keys()  # a head that is tied to the embedding has none
+    sites = tuple(site for site in sites if of_their_own >= set(site.modules))
     of_minibatch = noise_of_batches(exact, list(itertools.islice(batches, 4 if quick else 24)), sites)
     added, draws = [0.0] * len(sites), 2 if quick else 6
     fixed = list(itertools.islice(batches, 1 if quick else 4))
