@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 import wtacrs_fx
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.circumstances import commit, processor
 from wtacrs_fx.tools.measure import percentiles
 from wtacrs_fx.tools.steps import Compiler, Step, inductor, measure_steps
+from wtacrs_passes.maths.observer import SETTLED
 from wtacrs_passes.policy import Placement, Residuals
 from wtacrs_passes.report import MIB
 
@@ -32,6 +34,15 @@ BUDGET = "wtacrs, noise budget"
 
 
 # Variants
+
+
+def settle(step: Step) -> None:
+    """Let a noise budget be measured, on batches of the same tokens in other orders, and the code compiled with it."""
+
+    def shuffled(value: Tensor) -> Tensor:
+        return value.flatten()[torch.randperm(value.numel()).to(value.device)].view_as(value)
+
+    step.settle({name: shuffled(value) for name, value in step.inputs.items()} for _ in range(SETTLED))
 
 
 def wtacrs(

@@ -139,22 +139,19 @@ def make_language_model(
     """
     torch.manual_seed(seed)
     words = shape.words or WORDS[name]
-    batch = language_batch(name, shape, dtype, device)
-    if name == "head":
-        return Head(shape.d, words).to(device, dtype), batch
-    return Loss(LANGUAGE_MODELS[name](shape, words)).to(device, dtype).train(), batch
-
-
-def language_batch(
-    name: str, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> dict[str, Tensor]:
-    """Return a random batch for a language model, by the generator of PyTorch as it is."""
-    tokens = torch.randint(shape.words or WORDS[name], (shape.batch, shape.seq))
+    tokens = torch.randint(words, (shape.batch, shape.seq))
     if name == "head":
         hidden = torch.randn(*tokens.shape, shape.d, dtype=dtype)
-        return {"hidden": hidden.to(device), "labels": tokens.to(device)}
-    labels = tokens.where(torch.rand(tokens.shape) < 0.15, -100) if name == "bert-lm" else tokens
-    return {"input_ids": tokens.to(device), "labels": labels.to(device)}
+        return Head(shape.d, words).to(device, dtype), {
+            "hidden": hidden.to(device),
+            "labels": tokens.to(device),
+        }
+    model = Loss(LANGUAGE_MODELS[name](shape, words)).to(device, dtype).train()
+    asked = (
+        torch.rand(tokens.shape) < 0.15 if name == "bert-lm" else torch.ones_like(tokens, dtype=torch.bool)
+    )
+    inputs = {"input_ids": tokens, "labels": tokens.where(asked, -100)}
+    return model, {key: value.to(device) for key, value in inputs.items()}
 
 
 def make(

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 import typer
 from torch import nn
 
 import wtacrs_fx
 from bench.frontier import CHECKPOINTING
-from bench.harness import BUDGET, Row, circumstances, compare, record
-from bench.models import PRECISIONS, TINY, WORDS, Shape, build, language_batch
+from bench.harness import BUDGET, Row, circumstances, compare, record, settle
+from bench.models import PRECISIONS, TINY, WORDS, Shape, build
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.steps import Compiler, Step, inductor
-from wtacrs_passes.maths.observer import SETTLED
 
 CHUNKER = "inductor, auto_chunker"
 ONCE = "wtacrs, layers once"
@@ -69,8 +67,7 @@ def measure(
         step = steps[variant] = Step(model, inputs, compiler(variant))
         print(f"{name}, {variant}: compiled in {step.first_call_seconds:.0f} s", flush=True)
         if variant == BUDGET and rounds:
-            dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-            step.settle(language_batch(name, shape, dtype, device) for _ in range(SETTLED))
+            settle(step)
             print(*step.reports, sep="\n\n", flush=True)
     return [
         Row(

@@ -62,9 +62,18 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "policy", [Policy(ratio=1.0, residuals="exact"), Policy(ratio=0.3, min_rows=8)], ids=["exact", "default"]
+    ("policy", "most"),
+    [
+        (Policy(ratio=1.0, residuals="exact"), 0.25),
+        (Policy(ratio=0.3, min_rows=8, residuals="small"), 0.25),
+        (
+            Policy(ratio=0.3, min_rows=8),
+            0.35,
+        ),  # a loop that packs codes is fused with what writes their source
+    ],
+    ids=["exact", "small", "default"],
 )
-def test_what_is_predicted_is_near_what_is_measured(policy: Policy) -> None:
+def test_what_is_predicted_is_near_what_is_measured(policy: Policy, most: float) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(*[Block(64) for _ in range(3)]), torch.randn(2048, 64)
     _, after = predicted(model, x, policy)
@@ -76,8 +85,7 @@ def test_what_is_predicted_is_near_what_is_measured(policy: Policy) -> None:
 
     step()
     measured = peak_bytes(step, torch.device("cpu"))
-    # More than is measured where a loop that packs codes is fused with what writes its source.
-    assert -0.25 < after.size / measured - 1 < 0.35
+    assert -0.25 < after.size / measured - 1 < most
 
 
 MANY = 32_768

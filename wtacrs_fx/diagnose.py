@@ -373,7 +373,9 @@ def _measure(x: Tensor, dy: Tensor, group: str, weights: Tensor, policy: Policy,
 
 def _variance(x: Tensor, dy: Tensor, norms: Tensor, weights: Tensor, kept: int) -> float:
     """Return Hajek's variance of the estimate of x^T dy from `kept` rows."""
-    q = inclusion_probabilities(weights.double(), min(kept, len(x)))
+    if kept >= len(x):
+        return 0.0
+    q = inclusion_probabilities(weights.double(), kept)
     if bool(((q == 0) & (norms > 0)).any()):
         return math.inf
     mean = (x * torch.where(q > 0, 1 - q, 0.0).unsqueeze(-1)).T @ dy

@@ -55,7 +55,7 @@ class Step:
         with _many_variants():
             self()
         self.first_call_seconds = time.perf_counter() - began
-        self._expected = self._graphs
+        self._expected = int(compiled)
         self._places = list(range(earlier, len(reports())))
 
     @property
@@ -70,11 +70,12 @@ class Step:
 
     def settle(self, batches: Iterable[dict[str, Tensor]]) -> None:
         """Take steps over other batches, in which a noise budget is measured and the code compiled again."""
-        inputs, earlier = self.inputs, len(reports())
+        inputs, earlier, graphs = self.inputs, len(reports()), self._graphs
         with _many_variants():
             for self.inputs in batches:
                 self()
-        self.inputs, self._expected = inputs, self._graphs
+        self.inputs = inputs
+        self._expected += self._graphs - graphs
         self._places += range(earlier, len(reports()))
 
     def __call__(self) -> Tensor:
@@ -91,9 +92,9 @@ class Step:
 
     def check(self) -> None:
         """Raise if this step ran another variant's code or was compiled again while it was measured."""
-        if self._graphs != self._expected or (self._backend is not None and not self._graphs):
+        if self._graphs != self._expected:
             raise RuntimeError(
-                f"a variant must compile {self._expected or 1} graph(s), this one compiled {self._graphs}"
+                f"a variant must compile {self._expected} graph(s), this one compiled {self._graphs}"
             )
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
-from ..analyse.products import Product
+from ..decide.plan import Site
 from ..decide.rows import is_matrix_product
 from ..graph.edit import Editor
 from ..joint import Joint
@@ -35,19 +35,23 @@ def observe_noise(joint: Joint) -> None:
     if not joint.plan.observed and not sampled:
         return
     editor = Editor(joint.graph)
+    places = {node: place for place, node in enumerate(joint.graph.nodes)}
     first = next(node for node in joint.graph.nodes if node.op != "placeholder")
     with editor.before(first):
         handle = editor.call(ops.observed_step)
     joint.observed = [handle]
     for site in joint.plan.observed:
-        _observe(editor, joint, handle, site.products, [], None, site.sampling.center)
+        nodes = [joint.products[product.node] for product in site.products]
+        with editor.before(max(nodes, key=places.__getitem__)):
+            _observe(editor, site, nodes, handle, [], None)
     for built in sampled:
         norms = list(built.draw.args[0])  # type: ignore[arg-type]
         indices = next(
             user for user in built.draw.users if user.args[1] == 0 and user.target is operator.getitem
         )
-        site = built.site
-        _observe(editor, joint, handle, site.products, norms, indices, site.sampling.center)
+        nodes = [joint.products[product.node] for product in built.site.products]
+        with editor.before(max(nodes, key=places.__getitem__)):
+            _observe(editor, built.site, nodes, handle, norms, indices)
 
 
 def _has_budget(joint: Joint, built: SampledSite) -> bool:
@@ -57,18 +61,15 @@ def _has_budget(joint: Joint, built: SampledSite) -> bool:
 
 def _observe(
     editor: Editor,
-    joint: Joint,
+    site: Site,
+    nodes: Sequence[fx.Node],
     handle: fx.Node,
-    products: Sequence[Product],
     norms: list[fx.Node],
     indices: fx.Node | None,
-    center: bool,
 ) -> None:
-    nodes = [joint.products[product.node] for product in products]
-    last = max(nodes, key={node: place for place, node in enumerate(joint.graph.nodes)}.__getitem__)
-    with editor.before(last):
-        x = factor_of_rows(editor, nodes[0], 1 - products[0].tangent_side)
-        dys = [factor_of_rows(editor, n, p.tangent_side) for n, p in zip(nodes, products, strict=True)]
-        modules = "|".join(product.module for product in products)
-        call = editor.call(ops.observe, handle, x, dys, norms, indices, center, modules)
+    sides = [product.tangent_side for product in site.products]
+    x = factor_of_rows(editor, nodes[0], 1 - sides[0])
+    dys = [factor_of_rows(editor, node, side) for node, side in zip(nodes, sides, strict=True)]
+    modules = "|".join(product.module for product in site.products)
+    call = editor.call(ops.observe, handle, x, dys, norms, indices, site.sampling.center, modules)
     call.meta["partitioner_tag"] = "is_backward"  # else the partitioner takes a mutation for the forward's
