@@ -178,15 +178,18 @@ def backward_graph(model: nn.Module, policy: Policy, *inputs: Tensor) -> fx.Grap
     return graphs[0]
 
 
-def test_no_product_is_computed_again_and_attention_from_its_rounded_operands() -> None:
+@pytest.mark.parametrize(("residuals", "again"), [("balanced", 0), ("small", 2)])
+def test_no_product_is_computed_again_and_attention_where_bytes_come_first(
+    residuals: Any, again: int
+) -> None:
     """Two products for each linear layer (embeddings need a gradient too), two attentions."""
     graph = backward_graph(
-        Transformer(layers=2), Policy(ratio=0.3, residuals="balanced", min_rows=8), torch.randint(50, (4, 32))
+        Transformer(layers=2), Policy(ratio=0.3, residuals=residuals, min_rows=8), torch.randint(50, (4, 32))
     )
     names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert sum("mm.default" in name for name in names) == 2 * (2 * 6 + 1)
     assert sum("attention" in name and "backward" in name for name in names) == 2
-    assert sum("attention" in name and "backward" not in name for name in names) == 2
+    assert sum("attention" in name and "backward" not in name for name in names) == again
 
 
 def test_a_residual_that_is_still_saved_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

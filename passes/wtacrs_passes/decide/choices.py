@@ -34,7 +34,7 @@ class Choices:
         # What meets gradients that are zero but for few elements: the data choose these, so they are none of those
         # that a table or 4 bits are right for in the mean.
         self._sparse = facts.with_sources(n for n in facts.residuals if not facts.readers.are_dense(n))
-        self._queries_and_keys = self._logits()
+        self._of_attention = self._logits_and_outputs()
         self._subtracted = self._differences()
         self._functions: dict[fx.Node, list[fx.Node]] = {}
         for node in derivations.operands:
@@ -64,11 +64,18 @@ class Choices:
         derived = self._derivations.operands[node] is not None and self._derivations.shape(node) == "smooth"
         return node in self._sparse and derived and self(node)[0] != "exact"
 
-    def _logits(self) -> set[fx.Node]:
-        """Return queries and keys that attention computes its logits from again: exponentials enlarge an error."""
+    def _logits_and_outputs(self) -> set[fx.Node]:
+        """Return queries and keys of attention, as exponentials enlarge an error, and outputs that are stored.
+
+        These stand for the mean gradient of a row of probabilities, of which little is left when it is taken out.
+        """
         calls = self.facts.attention.values()
+        outputs = (user for call in calls for user in call.users if user.args[1] == 0)
         return self.facts.with_sources(
-            arg for call in calls for arg in call.args[:2] if isinstance(arg, fx.Node)
+            [
+                *(arg for call in calls for arg in call.args[:2] if isinstance(arg, fx.Node)),
+                *(output for output in outputs if output not in self.facts.again),
+            ]
         )
 
     def _differences(self) -> set[fx.Node]:
@@ -101,7 +108,7 @@ class Choices:
             return "exact", None
         if node in self.facts.estimates:
             return "int8", None
-        if node in self._sparse or node in self._queries_and_keys or node in self._subtracted:
+        if node in self._sparse or node in self._of_attention or node in self._subtracted:
             return "int8", None
         if node in self._functions and self.facts.ranges.is_bounded(node):
             return "int8", None  # its function may vanish at the ends: (1 - y^2) of a tanh

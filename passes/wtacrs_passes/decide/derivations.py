@@ -51,12 +51,12 @@ class Derivations:
 
     def is_form(self, node: fx.Node) -> bool:
         """Tell whether a node is a view or copy of what it is derived from, which is stored in its place."""
-        again = node in self.facts.attention or node.target in _ALIKE or node.target is aten.expand.default
+        again = node in self.facts.again or node.target in _ALIKE or node.target is aten.expand.default
         return again and self.operands[node] is not None
 
     def _derivation(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
-        if node in self.facts.attention:
-            return tuple(tensor_operands(self.facts.attention[node]))
+        if node in self.facts.again:
+            return tuple(tensor_operands(self.facts.again[node]))
         if not is_derivable(node):
             return None
         operands, root = tuple(tensor_operands(node)), self.facts.roots[node]

@@ -14,8 +14,6 @@ from ..graph.operations import (
     ATTENTION_BACKWARD,
     FORMS,
     GATHERS,
-    VIEWS,
-    content_of,
     is_derivable,
     packet,
     same_content,
@@ -64,11 +62,11 @@ class Exactness:
 
     def _refusal_of_attention(self, node: fx.Node) -> str:
         calls = [reader for reader in self.facts.readers.of[node] if reader.target in ATTENTION_BACKWARD]
-        again = all(
-            any(content_of(arg, VIEWS) in self.facts.attention for arg in call.all_input_nodes)
-            for call in calls
+        return (
+            ""
+            if all(call in self.facts.attention for call in calls)
+            else "attention with dropout, which cannot be computed again"
         )
-        return "" if again else "attention with dropout, which cannot be computed again"
 
     def _refusal_of_opaque(self, node: fx.Node) -> str:
         """Refuse what an inverse or a factorisation reads: its gradient cancels to the last bit, or does not."""

@@ -16,6 +16,7 @@ from ..graph.operations import (
     ATTENTION_BACKWARD,
     FORMS,
     GATHERS,
+    TAKES_ANY_LOG_SUM_EXP,
     VIEWS,
     aten,
     content_of,
@@ -47,7 +48,9 @@ class Facts:
         tangent: everything computed from tangents.
         roots: of `unary_roots`; `ranges`, `readers`: see there.
         residuals: what the backward pass reads and does not have at hand.
-        attention: outputs and log-sum-exps that the backward pass computes again, with the attention.
+        attention: backward passes of attention whose operands may be rounded, with the attention.
+        again: outputs and log-sum-exps that the backward pass computes again, with the attention; those of the others
+            are stored.
         statistics: what is small beside what it summarises.
         is_region: the graph is called for each layer.
     """
@@ -64,7 +67,7 @@ class Facts:
         self.ranges = Ranges(graph, self.tangent, self.roots, statics)
         self.readers = Readers(graph, self.tangent, self.ranges, statics)
         self.residuals = [node for node in self.readers.of if not self.is_at_hand(node)]
-        self.attention = self._attention(graph)
+        self.attention, self.again = self._attention(graph)
         self.statistics = _statistics(graph)
         self.is_region = bool(graph.find_nodes(op="call_function", target=ops.receive))
 
@@ -100,13 +103,15 @@ class Facts:
                 stack += [content_of(node, FORMS | GATHERS), self.roots[node] or node]
         return found
 
-    def _attention(self, graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-        """Return outputs and log-sum-exps that the backward pass computes again, with the attention.
+    def _attention(self, graph: fx.Graph) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
+        """Return what the attributes `attention` and `again` hold.
 
         Probabilities made from rounded queries and keys and an exact log-sum-exp do not sum to one, and what
-        cancels in their gradient does not: so both come from the rounded operands.
+        cancels in their gradient does not. Both come from the rounded operands, or the keys are centred (see
+        :func:`maths.attention.center_keys`) and the output is stored.
         """
-        found: dict[fx.Node, fx.Node] = {}
+        attention: dict[fx.Node, fx.Node] = {}
+        again: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
             if node.target not in ATTENTION_BACKWARD:
                 continue
@@ -114,14 +119,17 @@ class Facts:
             made = {
                 result: result.all_input_nodes[0] for result in results if result.target is operator.getitem
             }
-            again = {
+            mode = self.mode(module_path(node))
+            of_call = {
                 out: call for out, call in made.items()
                 if packet(call.target) in ATTENTION and out.args[1] in (0, 1)
-                and not _drops(call) and self.mode(module_path(node)).lossy
+                and not _drops(call) and mode.lossy
             }  # fmt: skip
-            if len(again) == 2 and len(set(again.values())) == 1:
-                found.update(again)
-        return found
+            if len(of_call) == 2 and len(set(of_call.values())) == 1:
+                attention[node] = next(iter(of_call.values()))
+                if mode.attends_twice or node.target not in TAKES_ANY_LOG_SUM_EXP:
+                    again.update(of_call)
+        return attention, again
 
 
 def _drops(attention: fx.Node) -> bool:

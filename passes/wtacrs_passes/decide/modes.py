@@ -17,12 +17,15 @@ class Mode:
         sources: for residuals of which the backward pass reads a nonlinear function.
         table_bits: for coefficients that are a bounded function of one tensor.
         masks: booleans are packed, and what can be derived from something stored is.
+        attends_twice: attention is computed again from rounded operands, wherever that is possible, and its output not
+            stored: fewer bytes, more time.
     """
 
     integers: Literal["exact", "int8", "int6", "int4"] = "exact"
     sources: Literal["exact", "int8", "int6", "int4"] = "exact"
     table_bits: int = 0
     masks: bool = True
+    attends_twice: bool = True
 
     @property
     def lossy(self) -> bool:
@@ -33,7 +36,7 @@ class Mode:
 MODES = {
     "exact": Mode(masks=False),
     "lossless": Mode(),
-    "balanced": Mode("int6", "int6", 3),
+    "balanced": Mode("int6", "int6", 3, attends_twice=False),
     "small": Mode("int4", "int4", 2),
 }
 

@@ -87,6 +87,7 @@ class Plan:
         observed: products of all rows whose noise is measured for a budget, together as they would share a draw.
         residuals: how everything else that the backward pass reads is stored.
         made_of_inputs: what cheap operations make of inputs that stay as they are.
+        centered: backward passes of attention that read a stored output, and centred keys where anything is rounded.
     """
 
     sites: tuple[Site, ...] = ()
@@ -96,3 +97,4 @@ class Plan:
     observed: tuple[Site, ...] = ()
     residuals: tuple[Stored, ...] = ()
     made_of_inputs: frozenset[fx.Node] = frozenset()
+    centered: frozenset[fx.Node] = frozenset()

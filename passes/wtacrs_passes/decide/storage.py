@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Set
 
 from torch import fx
 
@@ -31,7 +30,7 @@ from .exactness import Exactness
 from .facts import Facts
 from .modes import modes
 from .network import minimum_cut
-from .plan import Stored
+from .plan import Plan, Stored
 
 
 def plan_storage(joint: Joint) -> None:
@@ -48,8 +47,7 @@ def plan_storage(joint: Joint) -> None:
             stacklevel=2,
         )
         return
-    made = made_of_inputs(joint)
-    joint.plan = dataclasses.replace(joint.plan, residuals=choose_storage(joint, made), made_of_inputs=made)
+    joint.plan = choose_storage(joint)
 
 
 def _is_checkpointed(graph: fx.Graph) -> bool:
@@ -58,9 +56,9 @@ def _is_checkpointed(graph: fx.Graph) -> bool:
     return any(node.meta.get("recompute") in again for node in graph.nodes)
 
 
-def choose_storage(joint: Joint, made: Set[fx.Node]) -> tuple[Stored, ...]:
-    """Return how each residual is stored, and what is derived from something encoded, or made of inputs."""
-    facts = Facts(joint)
+def choose_storage(joint: Joint) -> Plan:
+    """Return the plan with how each residual is stored, what is derived from those, and what is made of inputs."""
+    facts, made = Facts(joint), made_of_inputs(joint)
     exactness = Exactness(facts)
     derivations = Derivations(facts, exactness)
     choices = Choices(facts, exactness, derivations)
@@ -71,11 +69,17 @@ def choose_storage(joint: Joint, made: Set[fx.Node]) -> tuple[Stored, ...]:
     for node in near:  # in graph order
         if node not in stored and any(operand in encoded for operand in derivations.operands[node] or ()):
             encoded.add(node)
-            if choices(node)[0] != "exact" or node in facts.attention:
+            if choices(node)[0] != "exact" or node in facts.again:
                 chosen.append(Stored(node, "recompute", node, module=module_path(node) or ""))
     planned = {item.node for item in chosen}
     again = [node for node in facts.residuals if node in made and node not in planned]
-    return (*chosen, *map(_made, filter(_takes_memory, again)))
+    twice = set(facts.again.values())
+    return dataclasses.replace(
+        joint.plan,
+        residuals=(*chosen, *map(_made, filter(_takes_memory, again))),
+        made_of_inputs=made,
+        centered=frozenset(backward for backward, call in facts.attention.items() if call not in twice),
+    )
 
 
 def _takes_memory(node: fx.Node) -> bool:

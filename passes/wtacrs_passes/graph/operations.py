@@ -69,6 +69,8 @@ ATTENTION_BACKWARD = {
     aten._scaled_dot_product_efficient_attention_backward.default,
     aten._scaled_dot_product_cudnn_attention_backward.default,
 }
+TAKES_ANY_LOG_SUM_EXP = {aten._scaled_dot_product_flash_attention_for_cpu_backward.default}
+"""Of these, those that can be given another log-sum-exp: natural logarithms, [batch, heads, queries]."""
 MIXING = ATTENTION | {
     aten.mm,
     aten.bmm,

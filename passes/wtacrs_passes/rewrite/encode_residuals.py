@@ -11,7 +11,8 @@ After, with encoding ``int4`` of u (the first two lines run in the forward pass)
     codes, peaks = quantise(u)                    # stored instead of u
     dx = mul(t, function(dequantise(codes, peaks)))
 
-What lies between a stored residual and its readers is computed again from the decoded value.
+What lies between a stored residual and its readers is computed again from the decoded value. Attention that reads a
+stored output reads centred keys.
 """
 
 from __future__ import annotations
@@ -26,9 +27,16 @@ from torch import Tensor, fx
 
 from ..decide.plan import Stored
 from ..graph.edit import Editor
-from ..graph.operations import aten, is_derivable, is_loop, same_content, tensor_operands
+from ..graph.operations import (
+    aten,
+    is_derivable,
+    is_loop,
+    same_content,
+    tensor_operands,
+)
 from ..joint import Joint
 from ..maths import encodings
+from ..maths.attention import center_keys
 
 ROUNDING = "rounding"
 """Owner in ``meta[NOISE_OF]`` of the random numbers of stochastic rounding."""
@@ -69,10 +77,13 @@ def encode_residuals(joint: Joint) -> None:
     editor.tag = "must_be_in_backward"  # what is decoded is no residual
     for node in list(graph.nodes):
         if node in tangent and node.op == "call_function":
+            before = node.args
             with editor.before(node):
                 for operand in list(tensor_operands(node)):
                     if operand not in tangent:
                         node.replace_input_with(operand, rebuild(operand))
+                if node in joint.plan.centered and before != node.args:
+                    _center_keys(editor, node)
     graph.eliminate_dead_code()
     joint.residuals = [
         EncodedResidual(item, encoded.get(item.node, ()), names[item.node]) for item in changed
@@ -97,6 +108,15 @@ def _encode(editor: Editor, item: Stored, tangent: set[fx.Node]) -> tuple[fx.Nod
             editor.noise(size, source.meta["val"].device, ROUNDING) for size in ([*rows, 1], [features])
         )
         return editor.trace(encodings.quantise, source, *noises, bits=bits)
+
+
+def _center_keys(editor: Editor, attention: fx.Node) -> None:
+    """Let a backward pass of attention read centred keys."""
+    gradient, query, key, value, output, logsumexp, *rest = attention.args
+    assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(logsumexp, fx.Node)
+    scale = attention.kwargs.get("scale")
+    centered, shifted = editor.trace(center_keys, query, key, logsumexp, scale=scale)
+    attention.args = (gradient, query, centered, value, output, shifted, *rest)
 
 
 def _features(editor: Editor, node: fx.Node) -> Any:

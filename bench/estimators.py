@@ -1,0 +1,320 @@
+"""Ways to a weight gradient by noise and time, with the factors of real models on real text.
+
+    python -m bench.estimators
+    python -m bench.estimators --model minilm --precision autocast
+    python -m bench.estimators --quick            # short texts, one round: does it run? keeps no rows
+
+A site is an input X and the gradients dY of all linears that read it, side by side. Noise is the variance of ``X^T dY``
+in closed form, over the minibatch's own. Time is that of the product, with what its rounding and drawing take, over the
+exact one in the same precision; SmolLM2 has 8 x 256 tokens, MiniLM 32 x 48, padded.
+
+A few directions may be taken exactly, so that rows are drawn for the rest alone. With X = Z V^T + R::
+
+    X^T dY = V (Z^T dY) + R^T dY
+
+``mean`` has one, the mean row; ``8 directions`` the principal ones of X in the batch before; ``both`` treats dY alike. What
+finding them takes is not counted: it would be once in many steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import torch
+import typer
+from torch import Tensor, nn
+
+from bench.accuracy import WORDNET, smollm
+from bench.gradient_variance import fine_tune, load, sampled_linears
+from bench.harness import RESULTS, Row, circumstances, record, summarise
+from bench.products import EXACT, Product, exact, int8, rounded
+from wtacrs_fx.diagnose import relative_variance, rows_of
+from wtacrs_fx.tools import measure
+from wtacrs_fx.tools.steps import interleave
+from wtacrs_passes.maths.estimators import NOISE, inclusion_probabilities
+from wtacrs_passes.maths.observer import RATIOS, draw_variance, rounding_variance
+
+MODELS = ("smollm", "minilm")
+PRECISIONS = {"autocast": torch.bfloat16, "float32": torch.float32}
+LAYERS = (0, 7, 15, 22, 29)
+"""Of SmolLM2, those that are looked at."""
+BUDGETS = (0.05, 0.2, 1.0)
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What of a factor is exact: the mean row, or the part along some directions of it, or of both factors."""
+
+    name: str
+    directions: int = 0
+    both: bool = False
+    mean: bool = False
+
+
+WHOLE = Split("")
+SPLITS = (
+    WHOLE,
+    Split("mean", mean=True),
+    Split("8 directions", 8),
+    Split("32 directions", 32),
+    Split("32 directions of both", 32, both=True),
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """All rows or some, of the whole or of what a split leaves, multiplied in some precision."""
+
+    ratio: float
+    split: Split
+    precision: str
+
+    def __str__(self) -> str:
+        rows = "all rows" if self.ratio == 1.0 else f"rows {self.ratio}"
+        return ", ".join(
+            filter(None, (rows, self.split.name, self.precision if self.precision != EXACT else ""))
+        )
+
+
+def ways(dtype: torch.dtype) -> list[Way]:
+    """Return all ways to products of factors of a precision; the exact one is the first."""
+    fewer = ("bfloat16", "int8") if dtype == torch.float32 else ("int8",)
+    all_rows = [Way(1.0, WHOLE, precision) for precision in (EXACT, *fewer)]
+    drawn = itertools.product(RATIOS, SPLITS, (EXACT, "int8"))
+    return [*all_rows, *(Way(ratio, split, precision) for ratio, split, precision in drawn)]
+
+
+@dataclass(frozen=True)
+class Site:
+    """The factors of one site, and what is known of them.
+
+    Attributes:
+        x: [rows, m]; dy: [rows, n]; of the precision in which they are multiplied.
+        v, u: principal directions of X and dY in the batch before: [m, 32], [n, 32], orthonormal.
+        minibatch: variance of ``x^T dy`` between batches, over its mean square.
+    """
+
+    x: Tensor
+    dy: Tensor
+    v: Tensor
+    u: Tensor
+    minibatch: float
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return len(self.x), self.x.shape[1], self.dy.shape[1]
+
+
+def principal_directions(x: Tensor, count: int) -> Tensor:
+    """Return orthonormal directions of the rows of `x` [rows, m] with the most of their squares: [m, count]."""
+    torch.manual_seed(0)
+    _, _, v = torch.svd_lowrank(x.float(), count + 8, niter=4)
+    return v[:, :count].to(x.dtype)
+
+
+# Noise
+
+
+def without(x: Tensor, directions: Tensor) -> Tensor:
+    """Return what is left of rows without their part along orthonormal directions: [rows, m]."""
+    return x - (x @ directions) @ directions.T
+
+
+def added(site: Site, way: Way) -> float:
+    """Return the variance of a way to a site's gradient, over that of the minibatch."""
+    x, dy, split = site.x.float(), site.dy.float(), way.split
+    square = float((x.T @ dy).square().sum())
+    total = float(rounding_variance(x, [dy])) / way.ratio if way.precision == "int8" else 0.0
+    if way.ratio < 1.0:
+        x = x - x.mean(0) if split.mean else x
+        x = without(x, site.v[:, : split.directions].float()) if split.directions else x
+        dy = without(dy, site.u[:, : split.directions].float()) if split.both else dy
+        weights = (x.norm(dim=-1) * dy.norm(dim=-1)).double()
+        q = inclusion_probabilities(weights, max(1, math.ceil(way.ratio * len(x))))
+        mean = (x * torch.where(q > 0, 1 - q, 0.0).float().unsqueeze(-1)).T @ dy
+        total += float(draw_variance(q, weights, mean.square().sum()))
+    return total / square / site.minibatch
+
+
+# Time
+
+
+def drawn(
+    x: Tensor, dy: Tensor, v: Tensor, u: Tensor, ratio: float, split: Split, multiply: Product
+) -> Tensor:
+    """Return an estimate of ``x^T dy``: [m, n].
+
+    Args:
+        v, u: [m, r], [n, r]; of `split` where it has directions.
+    """
+    gather = torch.ops.wtacrs.gather_rows
+    norms = [torch.ops.wtacrs.row_norms([factor]) for factor in (x, dy)]
+    if split.mean:
+        v = x.mean(0).unsqueeze(-1)
+        z = torch.ones(len(x), 1, dtype=x.dtype)
+        squares = norms[0].square() - 2 * (x @ v).squeeze(-1) + v.square().sum()
+    elif split.directions:
+        z = x @ v
+        squares = norms[0].square() - z.float().square().sum(-1)
+    if split is not WHOLE:
+        norms[0] = squares.clamp(min=0.0).sqrt()
+    if split.both:
+        w = dy @ u
+        norms[1] = (norms[1].square() - w.float().square().sum(-1)).clamp(min=0.0).sqrt()
+    indices, scales = torch.ops.wtacrs.choose_rows(
+        norms, torch.rand(NOISE), round(ratio * len(x)), "wta-systematic"
+    )
+    rows, tangents = gather(x, indices), gather(dy, indices, scales)
+    if split.both:
+        tangents = torch.addmm(tangents, gather(w, indices, scales), u.T, alpha=-1)
+    product = multiply(rows, tangents)
+    if split is WHOLE:
+        return product
+    along = z.T @ dy - gather(z, indices).T @ tangents
+    if split.both:
+        product = product.addmm_(x.T @ w - v @ (z.T @ w), u.T)
+    return product.addmm_(v, along)
+
+
+def call(site: Site, way: Way) -> Callable[[], Tensor]:
+    """Return what computes a site's gradient in some way."""
+    multiply = {EXACT: exact, "int8": int8}.get(way.precision) or partial(
+        rounded, precision=way.precision, at_random=False
+    )
+    if way.ratio == 1.0:
+        return partial(multiply, site.x, site.dy)
+    count = way.split.directions
+    v, u = site.v[:, :count].contiguous(), site.u[:, :count].contiguous()
+    return partial(drawn, site.x, site.dy, v, u, way.ratio, way.split, multiply)
+
+
+def seconds(
+    sites: Sequence[Site], chosen: Sequence[Way], rounds: int
+) -> dict[tuple[int, int, int], dict[Way, float]]:
+    """Return the time of every way to sites of each size: medians of interleaved calls."""
+    found: dict[tuple[int, int, int], dict[Way, float]] = {}
+    for site in sites:
+        if site.sizes not in found:
+            calls = {
+                str(way): partial(measure.step_seconds, call(site, way), site.x.device) for way in chosen
+            }
+            times = interleave(calls, rounds)
+            found[site.sizes] = {way: float(summarise(times[str(way)])["value"]) for way in chosen}
+    return found
+
+
+# Models
+
+
+def load_model(name: str, quick: bool, wordnet: Path) -> tuple[nn.Module, Iterator[Batch], list[str]]:
+    """Return a model without dropout whose forward is its loss, endless batches, and paths of linears."""
+    if name == "minilm":
+        model, batches = load(8 if quick else 32, 16 if quick else 48, 0)
+        fine_tune(model, batches, 1 if quick else 60)
+        return model, batches, list(sampled_linears(model))
+    task = smollm(wordnet, 8, 32 if quick else 256, held_out=32)
+    linears = [path for path, module in task.model.named_modules() if isinstance(module, nn.Linear)]
+    paths = [path for path in linears if any(f".layers.{layer}." in path for layer in LAYERS)]
+    return task.model.eval(), (inputs for _, inputs in task.batches(0)), paths
+
+
+def load_sites(name: str, precision: str, quick: bool, wordnet: Path) -> list[Site]:
+    """Return the sites of a model; minibatch noise is that of eight batches."""
+    model, batches, paths = load_model(name, quick, wordnet)
+    taken: list[list[tuple[Tensor, Tensor]]] = []
+
+    def gradients() -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            found = rows_of(model, next(batches), paths)
+        groups: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for x, dy in found.values():
+            groups.setdefault(x.data_ptr(), []).append((x, dy))
+        factors = [(group[0][0], torch.cat([dy for _, dy in group], 1)) for group in groups.values()]
+        if len(taken) < 2:
+            taken.append(factors)
+        return [x.T.float() @ dy.float() for x, dy in factors]
+
+    noise = relative_variance(gradients() for _ in range(2 if quick else 8))
+    dtype = PRECISIONS[precision]
+    return [
+        Site(
+            x.to(dtype),
+            dy.to(dtype),
+            *(principal_directions(factor.to(dtype), 32) for factor in before),
+            share,
+        )
+        for before, (x, dy), share in zip(*taken, noise, strict=True)
+    ]
+
+
+KINDS = {
+    "rows, rounding": SPLITS[:1],
+    "the mean row as well": SPLITS[:2],
+    "directions as well": SPLITS,
+}
+"""What ways may be chosen from."""
+
+
+def fastest(
+    shares: list[dict[Way, float]], times: list[dict[Way, float]], splits: Sequence[Split], budget: float
+) -> float:
+    """Return what all sites take, each in the fastest way with one of some splits that a budget allows."""
+    return sum(
+        min(of_site[way] for way, share in of_ways.items() if way.split in splits and share <= budget)
+        for of_ways, of_site in zip(shares, times, strict=True)
+    )
+
+
+def rows(name: str, precision: str, rounds: int, quick: bool, wordnet: Path) -> list[Row]:
+    """Return noise and time of each way, and of the best choice of ways within a budget."""
+    sites = load_sites(name, precision, quick, wordnet)
+    chosen = ways(PRECISIONS[precision])
+    by_size = seconds(sites, chosen, rounds)
+    times = [by_size[site.sizes] for site in sites]
+    shares = [{way: added(site, way) for way in chosen} for site in sites]
+    exact_total = sum(of_site[chosen[0]] for of_site in times)
+
+    def row(variant: str, metric: str, unit: str, **figure: float | None) -> Row:
+        shapes = f"{len(sites)} sites of {len(sites[0].x)} rows"
+        return Row(
+            "estimators", name, variant, metric, unit=unit, shapes=shapes, dtype=precision,
+            **figure, **circumstances(),
+        )  # fmt: skip
+
+    found = []
+    for way in chosen:
+        total = sum(of_site[way] for of_site in times)
+        found.append(row(str(way), "time", "s", value=total, ratio=total / exact_total, rounds=rounds))
+        noise = summarise([of_ways[way] for of_ways in shares])
+        found.append(row(str(way), "added, of the minibatch's", "1", **noise))
+    for (kind, splits), budget in itertools.product(KINDS.items(), BUDGETS):
+        total = fastest(shares, times, splits, budget)
+        figure = {"value": total, "ratio": total / exact_total, "rounds": rounds}
+        found.append(row(f"fastest within {budget} of {kind}", "time", "s", **figure))
+    return found
+
+
+def main(
+    model: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODELS)}; all by default.")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(PRECISIONS)}; all by default.")
+    ] = None,
+    rounds_: Annotated[int, typer.Option("--rounds", help="Of timed calls of each way.")] = 7,
+    wordnet: Path = WORDNET,
+    quick: Annotated[bool, typer.Option(help="Short texts, one round; keep no rows.")] = False,
+) -> None:
+    """Measure every way; append rows to bench/results."""
+    for name, kind in itertools.product(model or MODELS, precision or PRECISIONS):
+        record(rows(name, kind, 1 if quick else rounds_, quick, wordnet), keep=not quick)
+
+
+if __name__ == "__main__":
+    typer.run(main)
