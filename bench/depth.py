@@ -29,7 +29,8 @@ from wtacrs_fx.tools.steps import Step
 
 ALL_ROWS = Policy(ratio=1.0)
 VARIANTS = {
-    "dW in 8 bits": {"product": "int8"},
+    "dW in 8 bits": {"product": "int8", "product_dx": "exact"},
+    "dW and the head's dX in 8 bits": {"product": "int8"},
     "dX in 8 bits": {"product_dx": "int8"},
     "both in 8 bits": {"product": "int8", "product_dx": "int8"},
     "both in bfloat16": {"product": "bfloat16", "product_dx": "bfloat16"},

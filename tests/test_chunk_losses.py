@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import wtacrs_fx
 from wtacrs_fx import Policy, Rule
-from wtacrs_passes.maths import chunks
+from wtacrs_passes.maths import chunks, low_precision
 from wtacrs_passes.rewrite import chunk_losses
 
 BATCH, TOKENS, D, WORDS = 3, 20, 16, 200
@@ -565,13 +565,66 @@ def test_products_in_8_bits_are_unbiased(ratio: float, dtype: torch.dtype) -> No
     samples = [train(compiled, x=X.to(dtype))[1]["_orig_mod.head.weight"][::8].flatten() for _ in range(400)]
     wanted = exact["head.weight"][::8].flatten().double()
     error = torch.stack(samples).double() - wanted
-    assert 0 < float(error.square().mean(0).sum() / wanted.square().sum()) < (0.001 if ratio == 1 else 1)
+    assert 0 < float(error.square().mean(0).sum() / wanted.square().sum()) < (0.004 if ratio == 1 else 1)
     if dtype == torch.float32:  # in bfloat16 the exact one is rounded as well
         assert is_unbiased(error, torch.zeros_like(wanted))
     report = variants.graphs[0].partitions["ours"].report
     assert report is not None
     (site,) = [site for site in report.sites if site.module == "head"]
     assert (site.encoding, site.product) == ("chunks", "int8")
+
+
+@pytest.mark.parametrize("fault", ["", "rounded down"])
+def test_gradients_of_inputs_in_8_bits_are_unbiased(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer below sees their noise: its variance is below the bound, a share of 2 / 127 of each row's own."""
+    model = Words()
+    if fault:  # all elements of a row of dlogits but one are positive
+        round_whole = low_precision.round_whole
+        monkeypatch.setattr(low_precision, "round_whole", lambda x, r, c: round_whole(x, r * 0, c * 0))
+    policy = dataclasses.replace(CHUNKED, product_dx="int8", min_features=1)
+    variants = Variants({"ours": policy})
+    variants.active = "ours"
+    compiled = torch.compile(copy.deepcopy(model), backend=variants, fullgraph=True)
+    _, exact = train(model)
+    torch.manual_seed(0)
+    samples = torch.stack(
+        [train(compiled)[1]["_orig_mod.body.weight"].flatten() for _ in range(400)]
+    ).double()
+    wanted = exact["body.weight"].flatten().double()
+    error = samples - wanted
+    assert 0 < float(error.square().mean(0).sum() / wanted.square().sum()) < (1 if fault else 0.01)
+    assert is_unbiased(error, torch.zeros_like(wanted)) == (not fault)
+    report = variants.graphs[0].partitions["ours"].report
+    assert report is not None
+    assert [(one.module, one.product) for one in report.input_gradients] == [("head", "int8")]
+    (site,) = [site for site in report.sites if site.module == "head"]
+    assert site.product == "exact"
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"product": "int8"}, ["int8"]),
+        ({"product": "int8", "product_dx": "exact"}, []),
+        ({"product": "bfloat16"}, ["bfloat16"]),
+        ({"product_dx": "float8"}, ["exact: a loss in chunks has no such product"]),
+        ({"product": "int8", "min_features": 32}, ["exact: 16 features, fewer than min_features"]),
+        (
+            {"product": "int8", "chunk_bytes": 4 * WORDS * 2},
+            ["exact: codes of the weight would take more memory than the logits of a chunk"],
+        ),
+        ({"product_dx": "int8", "chunk_bytes": 4 * WORDS * 2}, ["int8"]),
+    ],
+)
+def test_the_precision_of_gradients_of_inputs(fields: dict[str, Any], shown: list[str]) -> None:
+    model = Words()
+    _, exact = train(copy.deepcopy(model))
+    _, found, graph = run(model, dataclasses.replace(CHUNKED, **{"min_features": 1, **fields}))
+    report = graph.partitions["ours"].report
+    assert report is not None
+    assert [one.product for one in report.input_gradients] == shown
+    bound = {"int8": 0.01, "bfloat16": 0.0001}.get("".join(shown), 0.0 if not shown else 1e-12)
+    assert distance(found["body.weight"], exact["body.weight"]) <= max(bound, 1e-12)
 
 
 def test_rows_of_different_chunks_are_rounded_independently() -> None:

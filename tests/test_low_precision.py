@@ -8,7 +8,13 @@ from conftest import is_unbiased
 from torch import Tensor
 
 from wtacrs_passes.maths import low_precision, ops
-from wtacrs_passes.maths.low_precision import multiply, multiply_codes, round_columns
+from wtacrs_passes.maths.low_precision import (
+    multiply,
+    multiply_codes,
+    multiply_rows,
+    round_columns,
+    round_whole,
+)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NEAREST = (None,) * 4
@@ -76,6 +82,40 @@ def test_faults_are_seen_by_the_test_of_unbiasedness(fault: str) -> None:
 
     runs = torch.stack([run() for _ in range(1000)])
     assert is_unbiased(runs, (a.T @ a).flatten()) == (fault == "none")
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_one_scale_for_a_matrix(fault: bool) -> None:
+    """Products over rows and over columns are unbiased; the variance of an element is at most scale times magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 24, generator=generator) ** 3
+    w, h = torch.randn(24, 8, generator=generator), torch.randn(12, 8, generator=generator)
+    torch.manual_seed(0)
+    decoded = []
+    for _ in range(2000):
+        codes, scale = round_whole(x, torch.rand(12) * (0.5 if fault else 1), torch.rand(24) * (not fault))
+        decoded.append(codes * scale)
+    runs = torch.stack(decoded)
+    assert codes.dtype == torch.int8 and float(scale) == pytest.approx(float(x.abs().max()) / 127)
+    assert is_unbiased((runs @ w).flatten(1), (x @ w).flatten()) == (not fault)
+    assert is_unbiased((runs.mT @ h).flatten(1), (x.T @ h).flatten()) == (not fault)
+    if not fault:
+        up = (
+            x.abs() / scale
+        )  # at most this is the chance that an element is not rounded to zero, if below one
+        six_deviations = 6 * (up.clamp(max=1) / len(runs)).sqrt() + 2 / len(runs)
+        assert bool((runs.var(0) / scale.square() <= up + six_deviations).all())
+        other, scales = round_columns(w, None, None, "int8")
+        exact = codes.double() @ other.double() * (scale.double() * scales.double())
+        torch.testing.assert_close(multiply_rows(codes, scale, other, scales, torch.float32).double(), exact)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_reaches_all_products_of_one_scale(value: float) -> None:
+    x = torch.randn(6, 8)
+    x[2, 3] = value
+    codes, scale = round_whole(x, torch.rand(6), torch.rand(8))
+    assert not bool((codes * scale).isfinite().any())
 
 
 def test_the_noise_is_that_of_independent_roundings() -> None:

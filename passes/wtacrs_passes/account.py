@@ -73,6 +73,11 @@ def make_report(
         InputGradientReport(gradient.module, _shown(precision, reason))
         for gradient, precision, reason in plan.input_precisions
     )
+    inputs += tuple(
+        InputGradientReport(module, _shown(precision, reason))
+        for loss in joint.losses
+        for module, precision, reason in loss.inputs
+    )
     reports = [found[product.node] for product in analysis.products]
     for loss in joint.losses:
         reports += _made_with(loss, ledger)

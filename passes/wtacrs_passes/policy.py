@@ -81,6 +81,8 @@ class SamplingOptions:
             `noise` allows.
         product_dx: the same for gradients of inputs, ``dX = dY W``, with a scale for each row of dY and each column of
             W. Their noise reaches the layers below, where it adds up with depth; in the mean it is zero there as well.
+            None: that of `product` for the head of a loss in chunks, where it is added once, if codes of the weight
+            take no more memory than the logits of a chunk; else ``exact``.
 
     Raises:
         PolicyError: a value outside its range.
@@ -97,7 +99,7 @@ class SamplingOptions:
     center: bool = False
     attention: bool = False
     product: PrecisionChoice | None = None
-    product_dx: PrecisionChoice = "exact"
+    product_dx: PrecisionChoice | None = None
 
     def __post_init__(self) -> None:
         if self.ratio is not None:
@@ -125,7 +127,7 @@ class SamplingOptions:
         _check_choice("residuals", self.residuals, get_args(Residuals))
         _check_choice("rounding", self.rounding, get_args(Rounding))
         for name in ("product", "product_dx"):
-            if (value := getattr(self, name)) is not None or name == "product_dx":
+            if (value := getattr(self, name)) is not None:
                 _check_choice(name, value, get_args(PrecisionChoice))
 
     def _check_budget(self) -> None:
@@ -150,6 +152,7 @@ class Sampling(SamplingOptions):
 
     ratio: float = 1.0
     product: PrecisionChoice = "exact"
+    product_dx: PrecisionChoice = "exact"
 
     @property
     def share(self) -> Fraction:
@@ -245,7 +248,9 @@ class Policy(SamplingOptions):
         asked = self.asked(module)
         if asked is None:
             return None
-        fields = {name: getattr(asked, name) for name in _OPTIONS}
+        fields = {name: getattr(asked, name) for name in _OPTIONS} | {
+            "product_dx": asked.product_dx or "exact"
+        }
         if asked.ratio is not None:
             return Sampling(**{**fields, "product": asked.product or "exact"})
         fields.update(ratio=1.0, product="auto", placement="backward")

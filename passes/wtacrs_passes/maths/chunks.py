@@ -41,7 +41,8 @@ def in_chunks(
             of `kinds` what follows.
         kinds: ``rows``: a tensor ``[rows, ...]``, put together; ``sum``: a tensor, summed over the chunks;
             ``product``: two matrices ``a [rows, m], b [rows, n]``, for the sum of ``a^T b``; ``sampled``: the
-            same and ``||a_i|| [rows]``, for an estimate of it from rows drawn in each chunk by ``||a_i|| ||b_i||``.
+            same and ``||a_i|| [rows]``, for an estimate of it from rows drawn in each chunk by ``||a_i|| ||b_i||``;
+            ``codes``: `a` as `low_precision.round_whole` returns it, and `b`, for the same sum in 8 bits.
         rowwise: tensors ``[N, ...]``, given to `body` by chunks.
         shared: tensors that are given to `body` whole.
         noise: random numbers ``[chunks, NOISE]`` where rows are sampled.
@@ -159,19 +160,23 @@ class _Rounding:
 
             return multiplied
         m = a.shape[1]
-        draws: list[Tensor | None] = [None] * 4
-        if self.of_rows is not None and self.of_columns is not None:
-            of_a, of_b = self.of_rows[:, first : first + a.shape[0]]
-            draws = [of_a, self.of_columns[:m], of_b, self.of_columns[m:]]
-        right = low_precision.round_columns(b, draws[2], draws[3], product, compiled)
+        of_rows = None if self.of_rows is None else self.of_rows[0, first : first + a.shape[0]]
+        right = self.of_right(b, first, m)
 
         def multiplied_codes(result: Tensor, start: int, adds: bool) -> None:
             columns = slice(start, start + len(result))
-            of_columns = None if draws[1] is None else draws[1][columns]
-            left = low_precision.round_columns(a[:, columns], draws[0], of_columns, product, compiled)
+            of_columns = None if self.of_columns is None else self.of_columns[:m][columns]
+            left = low_precision.round_columns(a[:, columns], of_rows, of_columns, product, compiled)
             low_precision.multiply_into(result, *left, *right, adds)
 
         return multiplied_codes
+
+    def of_right(self, b: Tensor, first: int, m: int) -> low_precision.Rounded:
+        """Return the codes of a right factor, whose left one has `m` columns; `first` as above."""
+        draws: tuple[Tensor | None, Tensor | None] = None, None
+        if self.of_rows is not None and self.of_columns is not None:
+            draws = self.of_rows[1, first : first + b.shape[0]], self.of_columns[m:]
+        return low_precision.round_columns(b, *draws, product=self.product, compiled=self.compiled)
 
 
 class _Part:
@@ -257,6 +262,16 @@ class _SampledProduct(_Product):
         return self.sampling(number, next(values), next(values), next(values))
 
 
+class _ProductOfCodes(_Part):
+    """A sum of products whose left factors are codes already."""
+
+    def add(self, start: int, values: Any) -> None:
+        codes, scale, b = next(values), next(values), next(values)
+        total, adds = self._sum_like(b, (codes.shape[1], b.shape[1]))
+        right = self.rounding.of_right(b, start, codes.shape[1])
+        low_precision.multiply_into(total, codes, scale.expand(codes.shape[1]), *right, adds)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums of a dtype."""
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
@@ -277,7 +292,12 @@ _PARTS: dict[str, Callable[[int, int, _Sampling, _Rounding], _Part]] = {
     "sum": _Sum,
     "product": _Product,
     "sampled": _SampledProduct,
+    "codes": _ProductOfCodes,
 }
+
+
+VALUES = {"product": 2, "sampled": 3, "codes": 3}
+"""How many values a function returns for a result, where it is not one."""
 
 
 def in_chunks_fake(
@@ -287,9 +307,12 @@ def in_chunks_fake(
     values = iter(function_of(body)(rowwise[0].shape[0], *rowwise, *shared))
     results = []
     for kind in kinds:
-        x = next(values)
-        shape = (x.shape[1], next(values).shape[1]) if kind in ("product", "sampled") else x.shape
-        if kind == "sampled":
-            next(values)  # norms
+        given = [next(values) for _ in range(VALUES.get(kind, 1))]
+        x = given[0]
+        shape: Sequence[int] = x.shape
+        if kind in ("product", "sampled"):
+            shape = (x.shape[1], given[1].shape[1])
+        elif kind == "codes":
+            x, shape = given[2], (x.shape[1], given[2].shape[1])
         results.append(x.new_empty(shape, dtype=x.dtype if kind == "rows" else _wide(x.dtype)))
     return results

@@ -93,6 +93,33 @@ def round_columns(
     return to_whole(steps, draws).clamp(-largest, largest).to(torch.int8), peaks / largest
 
 
+def round_whole(x: Tensor, of_rows: Tensor, of_columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a matrix at random in steps of one scale, so that its codes serve products over rows and over columns.
+
+    The variance of an element is at most the scale times its magnitude. With NaN or Inf in it, all products have NaN.
+
+    Args:
+        x: [rows, columns], float.
+        of_rows, of_columns: [rows] and [columns], as of :func:`round_columns`.
+
+    Returns:
+        codes: int8, [rows, columns]; scale: float32, a scalar.
+    """
+    peak = x.abs().amax().float()
+    largest = _LARGEST["int8"]
+    steps = to_whole(in_steps(x.float(), peak, largest), (of_rows.unsqueeze(-1) + of_columns).frac())
+    return steps.clamp(-largest, largest).to(torch.int8), peak / largest
+
+
+def multiply_rows(codes: Tensor, scale: Tensor, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows of codes of :func:`round_whole` times a matrix: [rows, n].
+
+    Args:
+        codes: [rows, m]; weight, scales: of :func:`round_columns`: [m, n], [n]; m is at most :data:`MOST_ROWS`.
+    """
+    return (torch._int_mm(codes, weight).float() * (scale * scales)).to(dtype)
+
+
 @cache
 def _compiled() -> Callable[[Tensor, Tensor | None, Tensor | None, str], Rounded]:
     function: Callable[[Tensor, Tensor | None, Tensor | None, str], Rounded] = torch.compile(

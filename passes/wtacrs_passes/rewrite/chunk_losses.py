@@ -11,14 +11,15 @@ After::
     dh = dh * t; dW = dW * t                                              # backward pass
 
 Nothing is computed twice. dW is summed in float32; it waits for the backward pass in the dtype that it has there; an
-estimate of it, which has noise of its own, in 8 bits, rounded at random so that it stays unbiased.
+estimate of it, which has noise of its own, in 8 bits, rounded at random so that it stays unbiased. Where the products
+are in 8 bits dlogits are rounded once for both, with one scale for a chunk, and W once for all chunks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from ..analyse.losses import (
     leading,
     shape_of,
 )
-from ..analyse.products import Product, analyse
+from ..analyse.products import InputGradient, Product, analyse
 from ..decide.modes import MODES
 from ..decide.precision import AT_RANDOM, choose_precision
 from ..decide.rows import reason_for_exact
@@ -55,9 +56,12 @@ from ..graph.operations import (
     prims,
     same_content,
 )
+from ..graph.torch_api import statically_known_true
 from ..joint import Joint
-from ..maths import estimators, ops
+from ..maths import estimators, low_precision, ops
+from ..maths.low_precision import MOST_ROWS
 from ..policy import Policy, Precision, Sampling
+from .round_products import round_factor
 
 _FEWEST = 16
 """Rows of a chunk, at least: products of fewer read a whole weight for next to nothing."""
@@ -81,6 +85,8 @@ class ChunkedLoss:
         estimates: those of them that are made from sampled rows or rounded at random; the plan says how they are
             stored.
         precision: that of the products, with the reason where it is not what the policy says.
+        inputs: modules of the gradients of inputs that are made there and for which the policy names a precision, with
+            that precision and why it is exact, if it is.
     """
 
     chunk: int
@@ -92,6 +98,7 @@ class ChunkedLoss:
     stored: tuple[fx.Node, ...]
     estimates: tuple[fx.Node, ...]
     precision: str
+    inputs: tuple[tuple[str, Precision, str], ...]
 
     @property
     def kept(self) -> Any:
@@ -161,11 +168,21 @@ def _rewrite(
         result.node: "sampled" if reasons.get(result.node, "") is None else result.kind
         for result in loss.results
     }
-    body = _Body(loss, {node for node, kind in kinds.items() if kind == "sampled"})
+    if precision == "int8":
+        kinds |= {node: "codes" for node, kind in kinds.items() if kind == "product"}
+    inputs = _input_precisions(loss, policy)
+    rounded = {node: way for node, (way, _) in inputs.items() if way != "exact"}
+    body = _Body(loss, kinds, rounded)
     with editor.before(output_of(editor.graph)):
         at_one = _at_one(editor, loss)
         rowwise = [_flat(editor, at_one.get(node, node), loss.rows) for node in loss.rowwise]
         shared = [at_one.get(node, node) for node in loss.shared]
+        if body.rounds:
+            device = loss.head.meta["val"].device
+            rowwise.append(editor.noise([editor.size(loss.head, 0)], device, "forward"))
+            shared.append(editor.noise([loss.words], device, "forward"))
+        for node, way in rounded.items():
+            shared += _weight_in(editor, node, way)
         how = _noise_and_share(editor, loss, chunk, sampling)
         draws = _draws(editor, loss, chunk) if precision in AT_RANDOM else []
         call = editor.call(
@@ -205,8 +222,9 @@ def _rewrite(
     module = module_path(loss.head) or ""
     shown = f"exact: {why_not}" if why_not else precision
     return ChunkedLoss(
-        chunk, module, loss.rows, loss.words, sampling, tuple(made), tuple(stored), tuple(estimates), shown
-    )
+        chunk, module, loss.rows, loss.words, sampling, tuple(made), tuple(stored), tuple(estimates), shown,
+        tuple((module_path(node) or module, *choice) for node, choice in inputs.items()),
+    )  # fmt: skip
 
 
 def _precision(loss: WideLoss, products: Mapping[fx.Node, Product], policy: Policy) -> tuple[Precision, str]:
@@ -229,6 +247,60 @@ def _precision(loss: WideLoss, products: Mapping[fx.Node, Product], policy: Poli
     ]
     exact = [choice for choice in chosen if choice[0] == "exact"]
     return next(iter(exact), chosen[0] if len(set(chosen)) == 1 else apart)
+
+
+def _input_precisions(loss: WideLoss, policy: Policy) -> dict[fx.Node, tuple[Precision, str]]:
+    """Return the gradients of inputs that the policy wants in fewer bits, with their precision and why it is exact."""
+    found: dict[fx.Node, tuple[Precision, str]] = {}
+    for node in _input_products(loss):
+        module = module_path(node) or module_path(loss.head) or ""
+        asked, sampling = policy.asked(module), policy.sampling(module)
+        if asked is None or sampling is None:
+            continue
+        wanted = asked.product_dx or sampling.product
+        if wanted == "exact":
+            continue
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        if asked.product_dx is None and loss.words * loss.features > (policy.chunk_bytes or _CHUNK_BYTES):
+            found[node] = "exact", "codes of the weight would take more memory than the logits of a chunk"
+        elif wanted == "float8":
+            found[node] = "exact", "a loss in chunks has no such product"
+        elif loss.words > MOST_ROWS:
+            found[node] = "exact", f"sums of 32 bits hold {MOST_ROWS} products, fewer than words"
+        elif loss.head.meta["val"].is_cuda and not statically_known_true(loss.rows % _FEWEST_ON_GPU == 0):
+            found[node] = (
+                "exact",
+                f"{loss.rows} rows: on a GPU a number that {_FEWEST_ON_GPU} divides is needed",
+            )
+        else:
+            found[node] = choose_precision(InputGradient(node, module, weight, loss.words), sampling, wanted)
+    return found
+
+
+_FEWEST_ON_GPU = 32
+
+
+def _input_products(loss: WideLoss) -> list[fx.Node]:
+    """Return the results that are products of rows of what the tangents have made with one matrix."""
+    return [
+        result.node
+        for result in loss.results
+        if result.kind == "rows"
+        and result.scaled
+        and result.node.target is aten.mm.default
+        and result.node.args[0] in loss.body
+        and result.node.args[1] in loss.shared
+    ]
+
+
+def _weight_in(editor: Editor, product: fx.Node, precision: Precision) -> tuple[fx.Node, ...]:
+    """Return the weight of a product in fewer bits: for ``int8`` codes and scales."""
+    weight = product.args[1]
+    assert isinstance(weight, fx.Node)
+    if precision == "int8":
+        return round_factor(editor, weight, precision, "forward")
+    return (editor.call(prims.convert_element_type.default, weight, torch.bfloat16),)
 
 
 def _draws(editor: Editor, loss: WideLoss, chunk: int) -> list[fx.Node]:
@@ -303,28 +375,55 @@ def _shaped(editor: Editor, node: fx.Node, like: fx.Node) -> fx.Node:
 class _Body:
     """The function of one chunk: the same operations, with one dimension for the rows.
 
+    Args:
+        kinds: of the results.
+        rounded: gradients of inputs, with the precision in which they are multiplied.
+
     Attributes:
-        source: ``def body(rows, *rowwise, *shared)``, see :func:`chunks.in_chunks`.
+        source: ``def body(rows, *rowwise, *shared)``, see :func:`chunks.in_chunks`; the last of `shared` are, for each
+            of `rounded`, its weight in that precision.
+        rounds: something is rounded at random: the last of `rowwise` are random numbers of rows, and behind those of
+            `shared` that the loss has, of words.
     """
 
-    def __init__(self, loss: WideLoss, sampled: Collection[fx.Node]) -> None:
+    def __init__(
+        self, loss: WideLoss, kinds: Mapping[fx.Node, str], rounded: Mapping[fx.Node, Precision]
+    ) -> None:
         self.loss = loss
+        self.rounds = "int8" in rounded.values() or "codes" in kinds.values()
         self.graph = fx.Graph()
+        self._tracer = fx.proxy.GraphAppendingTracer(self.graph)
         self.rows = self.graph.placeholder("rows")
         self.new: dict[fx.Node, fx.Node] = {}
-        for node in (*loss.rowwise, *loss.shared):
-            self.new[node] = self.graph.placeholder(node.name)
+        self._codes: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
+        self._draws: list[fx.Node] = []
+        for nodes, name in ((loss.rowwise, "of_rows"), (loss.shared, "of_words")):
+            for node in nodes:
+                self.new[node] = self.graph.placeholder(node.name)
+            if self.rounds:
+                self._draws.append(self.graph.placeholder(name))
+        weights = {
+            node: [
+                self.graph.placeholder(f"{part}_{i}")
+                for part in (("codes", "scales") if way == "int8" else ("weight",))
+            ]
+            for i, (node, way) in enumerate(rounded.items())
+        }
         products = {result.node for result in loss.results if result.kind == "product"}
         for node in loss.body:
-            if node not in products and not is_transpose(node):
+            if node in weights:
+                self.new[node] = self._rounded(node, weights[node])
+            elif node not in products and not is_transpose(node):
                 self.new[node] = self._chunk(node)
         outputs: list[fx.Node] = []
         for result in loss.results:
-            if result.kind == "product":
+            if kinds[result.node] == "codes":
+                outputs += [*self._codes_of(result.factors[0]), self.new[result.factors[1]]]
+            elif result.kind == "product":
                 outputs += [self.new[factor] for factor in result.factors]
-                if result.node in sampled:
+                if kinds[result.node] == "sampled":
                     dtype = torch.promote_types(result.factors[0].meta["val"].dtype, torch.float32)
-                    rows: Any = fx.Proxy(outputs[-2])
+                    rows: Any = self._proxy(outputs[-2])
                     norms: Any = ops.norms_as_sums([rows], None, dtype)
                     outputs.append(norms.node)
             else:
@@ -333,6 +432,31 @@ class _Body:
         self.graph.eliminate_dead_code()
         code = self.graph.python_code("self")
         self.source = code.src.replace("def forward(self, ", "def body(")
+
+    def _codes_of(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """Return the codes of what was computed, and their scale."""
+        if node not in self._codes:
+            codes: Any = low_precision.round_whole(*map(self._proxy, (self.new[node], *self._draws)))
+            self._codes[node] = codes[0].node, codes[1].node
+        return self._codes[node]
+
+    def _rounded(self, node: fx.Node, weight: Sequence[fx.Node]) -> fx.Node:
+        """Return a product with a weight in fewer bits."""
+        dtype, factor = node.meta["val"].dtype, node.args[0]
+        assert isinstance(factor, fx.Node)
+        product: Any
+        if len(weight) == 1:
+            narrow = self._proxy(self.new[factor]).to(torch.bfloat16)
+            product = torch.mm(narrow, self._proxy(weight[0])).to(dtype)
+        else:
+            codes, scale, codes_of_weight, scales = map(self._proxy, (*self._codes_of(factor), *weight))
+            product = low_precision.multiply_rows(codes, scale, codes_of_weight, scales, dtype)
+        made: fx.Node = product.node
+        return made
+
+    def _proxy(self, node: fx.Node) -> Any:
+        """Return what lets plain torch add operations to the graph."""
+        return fx.Proxy(node, self._tracer)
 
     def _lead(self, node: fx.Node) -> int:
         lead = leading(shape_of(node) or (), self.loss.rows)

@@ -48,7 +48,7 @@ def round_products(joint: Joint) -> None:
                 [new] = editor.trace(low_precision.multiply, *factors, draws=(), product=precision)
             else:
                 shared = rounded if node in products else {}
-                codes = [_round(editor, factor, precision, shared) for factor in factors]
+                codes = [_codes(editor, factor, precision, shared) for factor in factors]
                 new = _multiply(editor, codes[0], codes[1], node.meta["val"].dtype)
         node.replace_all_uses_with(new)
         new.meta = {**node.meta, "val": new.meta["val"]}
@@ -62,23 +62,27 @@ Codes = tuple[fx.Node, ...]
 """Codes and scales."""
 
 
-def _round(
+def _codes(
     editor: Editor, factor: fx.Node, precision: str, rounded: dict[tuple[fx.Node, str], Codes]
 ) -> Codes:
     """Return a factor in fewer bits: rounded before its first reader, for all of them."""
     key = factor, precision
     if key not in rounded:
-        draws: list[fx.Node | None] = [None, None]
-        if precision in AT_RANDOM:
-            device = factor.meta["val"].device
-            draws = [editor.noise([editor.size(factor, dim)], device, "backward") for dim in (0, 1)]
-        if factor.meta["val"].device.type == "cpu":
-            both = editor.call(ops.round_columns, factor, *draws, precision, False)
-            rounded[key] = tuple(editor.call(operator.getitem, both, i) for i in (0, 1))
-        else:
-            named = dict(zip(("of_rows", "of_columns"), draws, strict=True))
-            rounded[key] = editor.trace(low_precision.round_columns, factor, **named, product=precision)
+        rounded[key] = round_factor(editor, factor, precision, "backward")
     return rounded[key]
+
+
+def round_factor(editor: Editor, factor: fx.Node, precision: str, owner: str) -> Codes:
+    """Insert the rounding of a factor, with random numbers of an owner as of :meth:`Editor.noise`."""
+    draws: list[fx.Node | None] = [None, None]
+    if precision in AT_RANDOM:
+        device = factor.meta["val"].device
+        draws = [editor.noise([editor.size(factor, dim)], device, owner) for dim in (0, 1)]
+    if factor.meta["val"].device.type == "cpu":
+        both = editor.call(ops.round_columns, factor, *draws, precision, False)
+        return tuple(editor.call(operator.getitem, both, i) for i in (0, 1))
+    named = dict(zip(("of_rows", "of_columns"), draws, strict=True))
+    return editor.trace(low_precision.round_columns, factor, **named, product=precision)
 
 
 def _multiply(editor: Editor, a: Codes, b: Codes, dtype: torch.dtype) -> fx.Node:
