@@ -155,6 +155,25 @@ def test_a_loss_in_chunks(dtype: torch.dtype, bound: float) -> None:
     assert is_unbiased(samples, exact["head.weight"].flatten().float().cpu())
 
 
+def test_a_loss_in_chunks_in_8_bits() -> None:
+    """Of 19 chunks; both gradients from one rounding, unbiased."""
+    torch.manual_seed(0)
+    model = Head().cuda()
+    x = torch.randn(608, 32, device="cuda")
+    labels = torch.randint(4096, (608,), device="cuda")
+    exact = step(model, model, x, labels)
+    policy = Policy(ratio=1.0, include=("head",), chunk_bytes=2**19, product="int8")
+    backend = wtacrs_fx.backend(policy)
+    call = torch.compile(model, backend=backend)
+    runs = [step(model, call, x, labels) for _ in range(300)]
+    assert [one.product for one in backend.reports[0].input_gradients] == ["int8"]
+    for name in ("head.weight", "body.weight"):
+        samples = torch.stack([run[name].flatten() for run in runs]).float().cpu()
+        wanted = exact[name].flatten().float().cpu()
+        assert float((samples - wanted).square().mean(0).sum() / wanted.square().sum()) < 0.02, name
+        assert is_unbiased(samples, wanted), name
+
+
 def test_attention_reads_what_is_written_for_several_readers() -> None:
     """In 16 bits, with rotary positions: queries once got a layout that cuDNN refuses."""
     config = LlamaConfig(

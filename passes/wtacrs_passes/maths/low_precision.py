@@ -139,11 +139,11 @@ def round_columns_fake(
 def multiply_codes(a: Tensor, s: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the product ``a^T b`` of what :func:`round_columns` returned for two operands: [m, n] of `dtype`."""
     if a.dtype == torch.float8_e4m3fn:
-        left, right = _columns_first(a).T, _columns_first(b)
+        left, right = columns_first(a).T, columns_first(b)
         product = torch._scaled_mm(left, right, s.unsqueeze(-1), t.unsqueeze(0), out_dtype=torch.bfloat16)
         return product.to(dtype)
     if a.device.type != "cpu":
-        a, b = _columns_first(_whole_eights(a)), _columns_first(_whole_eights(b))
+        a, b = columns_first(_whole_eights(a)), columns_first(_whole_eights(b))
         sums = [
             torch._int_mm(left.T, right).float() for left, right in zip(_split(a), _split(b), strict=True)
         ]
@@ -190,7 +190,7 @@ def _whole_eights(codes: Tensor) -> Tensor:
     return torch.nn.functional.pad(codes, (0, 0, 0, -codes.shape[0] % 8))
 
 
-def _columns_first(x: Tensor) -> Tensor:
+def columns_first(x: Tensor) -> Tensor:
     """Return a matrix whose columns are contiguous, as libraries for GPUs want both operands."""
     return x.T.contiguous().T
 

@@ -299,7 +299,10 @@ def _weight_in(editor: Editor, product: fx.Node, precision: Precision) -> tuple[
     weight = product.args[1]
     assert isinstance(weight, fx.Node)
     if precision == "int8":
-        return round_factor(editor, weight, precision, "forward")
+        codes, scales = round_factor(editor, weight, precision, "forward")
+        if codes.meta["val"].device.type != "cpu":
+            [codes] = editor.trace(low_precision.columns_first, codes)
+        return codes, scales
     return (editor.call(prims.convert_element_type.default, weight, torch.bfloat16),)
 
 
