@@ -178,6 +178,8 @@ _HEADLINE = _INDUCTOR | {
     "wtacrs, all rows in 8 bits": '**wtacrs**, `ratio=1.0, product="int8"`: all rows in 8 bits',
 }
 _WITHOUT_HEAD = _INDUCTOR | {"wtacrs 0.3 balanced": "**wtacrs**, `ratio=0.3`"}
+_FASTEST = "fastest within "
+_WAYS_SHOWN = ("all rows", "rows 0.3", "rows 0.7")
 _ON_GPU = ("saved", "peak", "step time", "kernel time")
 TABLES: dict[str, Table] = {
     "memory": _of_models("saved units a layer", "bfloat16", _one_digit),
@@ -290,6 +292,22 @@ TABLES: dict[str, Table] = {
         lambda row: row.device == "cpu",
         _variant,
         lambda row: f"{row.dtype}, {row.shapes}" if row.metric == "time" else f"error, {row.dtype}",
+        lambda row: _ratio(row) if row.metric == "time" else f"{row.value:.1e}",
+    ),
+    "fastest-ways": Table(
+        "estimators",
+        "within this share of the minibatch's noise, of",
+        lambda row: row.variant.startswith(_FASTEST),
+        lambda row: row.variant.removeprefix(_FASTEST).replace(" of ", ": ", 1),
+        lambda row: f"{row.model}, {row.dtype}",
+        _ratio,
+    ),
+    "ways": Table(
+        "estimators",
+        "",
+        lambda row: row.variant.startswith(_WAYS_SHOWN),
+        _variant,
+        lambda row: f"{row.model}, {row.dtype}: {row.metric.split(',')[0]}",
         lambda row: _ratio(row) if row.metric == "time" else f"{row.value:.1e}",
     ),
     "depth": Table(
