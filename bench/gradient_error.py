@@ -27,11 +27,11 @@ from wtacrs_fx.tools.steps import Step, inductor, saved_bytes
 from wtacrs_passes.decide.modes import MODES, Mode
 
 MIXTURES = {
-    "int8": Mode("int8", "int8", 4),
-    "int8, int6 before functions": Mode("int8", "int6", 3),
-    "int6": Mode("int6", "int6", 3),
-    "int8, int4 before functions": Mode("int8", "int4", 3),
-    "int4, int8 before functions": Mode("int4", "int8", 3),
+    "int8": Mode("int8", "int8", 4, attends_twice=False),
+    "int8, int6 before functions": Mode("int8", "int6", 3, attends_twice=False),
+    "int6": Mode("int6", "int6", 3, attends_twice=False),
+    "int8, int4 before functions": Mode("int8", "int4", 3, attends_twice=False),
+    "int4, int8 before functions": Mode("int4", "int8", 3, attends_twice=False),
     "int4": Mode("int4", "int4", 2),
 }
 

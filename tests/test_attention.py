@@ -40,7 +40,7 @@ def test_centred_keys_have_the_same_gradients(scale: float | None) -> None:
     q, k, v, gradient = operands(mean=1.0)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     wanted = backward(gradient, q, k, v, out, lse, scale)
-    centred, shifted = center_keys(q, k, lse, scale)
+    centred, shifted, _ = center_keys(q, k, lse, scale)
     assert float(centred.mean(-2).abs().max()) < 1e-6
     for new, old in zip(backward(gradient, q, centred, v, out, shifted, scale), wanted, strict=True):
         torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-5)
@@ -59,9 +59,40 @@ def test_rounding_does_not_let_the_mean_of_the_keys_enter(dtype: torch.dtype) ->
         found = backward(gradient, rounded(q), key, rounded(v), rounded(out), logsumexp, None)[0]
         return float((found.float() - wanted).square().sum() / wanted.square().sum())
 
-    centred = error(*center_keys(rounded(q), rounded(k), lse))
+    centred = error(*center_keys(rounded(q), rounded(k), lse)[:2])
     assert centred < 0.02
     assert error(rounded(k), lse) > 10 * centred
+
+
+@pytest.mark.parametrize("size", [0.5, 1.0, 8.0])
+def test_the_spread_bounds_the_deviation_of_logits(size: float) -> None:
+    q, k, *_ = operands(1.0)
+    q, k = q * size, k * size
+    _, _, spread = center_keys(rounded(q), rounded(k), torch.zeros(2, 3, 24))
+    deviation = (rounded(q) @ rounded(k).mT - q @ k.mT) / 4
+    assert (
+        float(deviation.square().mean().sqrt()) <= float(spread) < 6 * float(deviation.square().mean().sqrt())
+    )
+
+
+@pytest.mark.parametrize(("size", "again"), [(1.0, False), (8.0, True), (torch.nan, True)])
+def test_attention_is_computed_again_where_rounding_moves_logits_far(size: float, again: bool) -> None:
+    q, k, v, gradient = operands(0.0)
+    q, k = q * size, k * size
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    q, k, v = map(rounded, (q, k, v))
+    centred, shifted, spread = center_keys(q, k, lse)
+    options = (0.0, True, None, None)
+    found = torch.ops.wtacrs.attention_backward(gradient, q, k, centred, v, out, shifted, spread, *options)
+    of_rounded = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+    wanted = backward(gradient, q, k, v, *of_rounded, None)
+    same = [torch.equal(a, b) for a, b in zip(found, wanted, strict=True)]
+    assert all(same) == (again and size == size)
+    if size == size:
+        for a, b in zip(found, wanted, strict=True):
+            assert float((a - b).square().sum()) < 0.01 * float(b.square().sum())
+    else:
+        assert not bool(found[0].isfinite().any())
 
 
 class Attention(nn.Module):

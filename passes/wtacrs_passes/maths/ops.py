@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import chunks, estimators, low_precision, observer
+from . import attention, chunks, estimators, low_precision, observer
 
 _LIBRARY = torch.library.Library("wtacrs", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
@@ -28,6 +28,9 @@ for _schema in (
     "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
     "round_columns(Tensor x, Tensor? of_rows, Tensor? of_columns, str product, bool compiled) -> (Tensor, Tensor)",
     "multiply_codes(Tensor a, Tensor s, Tensor b, Tensor t, ScalarType dtype) -> Tensor",
+    "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor centered, Tensor value, Tensor output, "
+    "Tensor logsumexp, Tensor spread, float dropout_p, bool is_causal, Tensor? attn_mask, float? scale) "
+    "-> (Tensor, Tensor, Tensor)",
     "observed_step() -> Tensor",
     "observe(Tensor(a!) handle, Tensor x, Tensor[] dys, Tensor[] norms, Tensor? indices, bool center, str modules) "
     "-> ()",
@@ -209,6 +212,7 @@ for _name, _kernel, _fake in (
     ("require_zero", _require_zero, lambda norms, mask: norms.new_empty(())),
     ("round_columns", low_precision.round_columns, low_precision.round_columns_fake),
     ("multiply_codes", low_precision.multiply_codes, low_precision.multiply_codes_fake),
+    ("attention_backward", attention.attention_backward, attention.attention_backward_fake),
     ("observed_step", observer.observed_step, lambda: torch.empty(2, dtype=torch.int64)),
     ("observe", observer.observe, lambda *operands: None),
     ("in_chunks", chunks.in_chunks, chunks.in_chunks_fake),
@@ -269,6 +273,9 @@ round_columns = torch.ops.wtacrs.round_columns.default
 
 multiply_codes = torch.ops.wtacrs.multiply_codes.default
 """As :func:`low_precision.multiply_codes`."""
+
+attention_backward = torch.ops.wtacrs.attention_backward.default
+"""As :func:`attention.attention_backward`."""
 
 observed_step = torch.ops.wtacrs.observed_step.default
 """As :func:`observer.observed_step`."""

@@ -35,7 +35,7 @@ from ..graph.operations import (
     tensor_operands,
 )
 from ..joint import Joint
-from ..maths import encodings
+from ..maths import encodings, ops
 from ..maths.attention import center_keys
 
 ROUNDING = "rounding"
@@ -111,12 +111,13 @@ def _encode(editor: Editor, item: Stored, tangent: set[fx.Node]) -> tuple[fx.Nod
 
 
 def _center_keys(editor: Editor, attention: fx.Node) -> None:
-    """Let a backward pass of attention read centred keys."""
+    """Let a backward pass of attention read centred keys where rounding moves logits little."""
     gradient, query, key, value, output, logsumexp, *rest = attention.args
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(logsumexp, fx.Node)
-    scale = attention.kwargs.get("scale")
-    centered, shifted = editor.trace(center_keys, query, key, logsumexp, scale=scale)
-    attention.args = (gradient, query, centered, value, output, shifted, *rest)
+    mask, scale = (attention.kwargs.get(name) for name in ("attn_mask", "scale"))
+    centered, shifted, spread = editor.trace(center_keys, query, key, logsumexp, scale=scale)
+    attention.args = (gradient, query, key, centered, value, output, shifted, spread, *rest, mask, scale)
+    attention.kwargs, attention.target = {}, ops.attention_backward
 
 
 def _features(editor: Editor, node: fx.Node) -> Any:
