@@ -251,6 +251,31 @@ def test_a_study_starts_every_variant_from_the_same_weights(tmp_path: Path) -> N
     assert (tmp_path / "accuracy_toy_linear.png").stat().st_size > 5000
 
 
+def test_ways_to_a_gradient_add_the_noise_that_is_said() -> None:
+    """600 draws of each way: their mean is the product, their variance that of the closed form."""
+    from bench.estimators import SPLITS, Site, Way, added, call, principal_directions
+
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(4, 48, generator=generator)
+    x = torch.randn(200, 48, generator=generator) + torch.randn(200, 4, generator=generator) @ (3 * common) + 2
+    dy = torch.randn(200, 40, generator=generator) + torch.randn(200, 4, generator=generator) @ common[:, :40]
+    site = Site(x, dy, principal_directions(x, 32), principal_directions(dy, 32), 1.0)
+    exact = (x.T @ dy).double()
+    noise = {}
+    for split in SPLITS:
+        for precision in ("exact", "int8"):
+            way = Way(0.3, split, precision)
+            torch.manual_seed(0)
+            estimate = call(site, way)
+            error = torch.stack([(estimate().double() - exact).flatten() for _ in range(600)])
+            found = float(error.square().sum(1).mean() / exact.square().sum())
+            noise[split.name, precision] = found
+            assert is_unbiased(error[:, ::37], torch.zeros(error[:, ::37].shape[1]))
+            if precision == "exact":  # rounding adds what it does to whole rows, from which directions are taken out
+                assert abs(added(site, way) / found - 1) < 0.15, split
+    assert noise["32 directions of both", "exact"] < noise["32 directions", "exact"] / 2 < noise["", "exact"] / 4
+
+
 def test_a_mixture_of_encodings_is_taken_back() -> None:
     from bench.gradient_error import MIXTURES, mode
     from wtacrs_passes.decide.modes import MODES

@@ -106,8 +106,8 @@ class ResidualReport:
 
     Attributes:
         module: path of the module that computes it; operation: the ATen operation that does.
-        encoding: how it is stored; ``derive``: computed from others; ``replaced``: the backward pass reads
-            something else.
+        encoding: how it is stored; ``recompute``: computed from others, or from inputs; ``replaced``: the backward pass
+            reads something else.
         bytes_before: its bytes among the tensors that Inductor would have saved; zero where Inductor
             would have saved something else in its place, and where a site has counted them.
         bytes_after: bytes stored now.
@@ -121,6 +121,11 @@ class ResidualReport:
     bytes_before: Size
     bytes_after: Size
     gradient: str
+
+    @property
+    def is_made_of_inputs(self) -> bool:
+        """Tell whether it is no residual, as a cast of a parameter."""
+        return self.encoding == "recompute" and self.gradient.startswith("exact")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +297,11 @@ class Report:
                 residual.gradient,
             )
             for residual in self.residuals
+            if not residual.is_made_of_inputs
         ]
+        made = [residual for residual in self.residuals if residual.is_made_of_inputs]
+        size = format_bytes(simplify(sum((residual.bytes_before for residual in made), sympy.Integer(0))))
+        of_inputs = [f"made of inputs again: {len(made)}, {size} -> 0 B"] if made else []
         before, after = self.saved_bytes_before, self.saved_bytes_after
         total = f"saved for backward: {format_bytes(before)} -> {format_bytes(after)}"
         if isinstance(before, int) and isinstance(after, int) and before:
@@ -313,7 +322,7 @@ class Report:
         if self.noise:
             tables += ["", *align(list(self._noise_table()))]
         return "\n".join(
-            [*tables, "", *map(str, self.losses), *inputs, *refused, total, *lines_of_peak, count]
+            [*tables, "", *map(str, self.losses), *inputs, *of_inputs, *refused, total, *lines_of_peak, count]
         )
 
     def _noise_table(self) -> Iterator[tuple[str, ...]]:
