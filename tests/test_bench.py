@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import is_unbiased
 from torch import Tensor, nn
 
 import wtacrs_fx
@@ -257,7 +258,11 @@ def test_ways_to_a_gradient_add_the_noise_that_is_said() -> None:
 
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(4, 48, generator=generator)
-    x = torch.randn(200, 48, generator=generator) + torch.randn(200, 4, generator=generator) @ (3 * common) + 2
+    x = (
+        torch.randn(200, 48, generator=generator)
+        + torch.randn(200, 4, generator=generator) @ (3 * common)
+        + 2
+    )
     dy = torch.randn(200, 40, generator=generator) + torch.randn(200, 4, generator=generator) @ common[:, :40]
     site = Site(x, dy, principal_directions(x, 32), principal_directions(dy, 32), 1.0)
     exact = (x.T @ dy).double()
@@ -271,9 +276,13 @@ def test_ways_to_a_gradient_add_the_noise_that_is_said() -> None:
             found = float(error.square().sum(1).mean() / exact.square().sum())
             noise[split.name, precision] = found
             assert is_unbiased(error[:, ::37], torch.zeros(error[:, ::37].shape[1]))
-            if precision == "exact":  # rounding adds what it does to whole rows, from which directions are taken out
+            if (
+                precision == "exact"
+            ):  # rounding adds what it does to whole rows, from which directions are taken out
                 assert abs(added(site, way) / found - 1) < 0.15, split
-    assert noise["32 directions of both", "exact"] < noise["32 directions", "exact"] / 2 < noise["", "exact"] / 4
+    assert (
+        noise["32 directions of both", "exact"] < noise["32 directions", "exact"] / 2 < noise["", "exact"] / 4
+    )
 
 
 def test_a_mixture_of_encodings_is_taken_back() -> None:

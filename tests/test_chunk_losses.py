@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import wtacrs_fx
 from wtacrs_fx import Policy, Rule
+from wtacrs_passes.decide import precision
 from wtacrs_passes.maths import chunks, low_precision
 from wtacrs_passes.rewrite import chunk_losses
 
@@ -625,6 +626,33 @@ def test_the_precision_of_gradients_of_inputs(fields: dict[str, Any], shown: lis
     assert [one.product for one in report.input_gradients] == shown
     bound = {"int8": 0.01, "bfloat16": 0.0001}.get("".join(shown), 0.0 if not shown else 1e-12)
     assert distance(found["body.weight"], exact["body.weight"]) <= max(bound, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("of_dw", "of_dx", "shown"), [(1.2, 0.5, "int8"), (1.2, 1.2, "exact"), (0.5, 1.2, "int8")]
+)
+def test_both_products_of_a_head_share_what_is_rounded(
+    of_dw: float, of_dx: float, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where dX is faster in 8 bits its codes of dlogits are there for dW as well."""
+
+    def seconds(precisions: Any, rows: int, *sizes: Any) -> dict[str, float]:
+        return dict.fromkeys(precisions, of_dx if rows == WORDS else of_dw) | {"exact": 1.0}
+
+    monkeypatch.setattr(precision, "seconds", seconds)
+    model = Words().bfloat16()
+    policy = dataclasses.replace(CHUNKED, min_features=1, product="auto")
+    variants = Variants({"ours": policy})
+    variants.active = "ours"
+    with small_tensors():
+        train(torch.compile(model, backend=variants, fullgraph=True), x=X.bfloat16())
+    report = variants.graphs[0].partitions["ours"].report
+    assert report is not None
+    (site,) = [site for site in report.sites if site.module == "head"]
+    assert site.product.startswith(shown)
+    assert [one.product.partition(":")[0] for one in report.input_gradients] == [
+        "int8" if of_dx < 1 else "exact"
+    ]
 
 
 def test_rows_of_different_chunks_are_rounded_independently() -> None:

@@ -160,7 +160,9 @@ def _rewrite(
     sampled = [node for node, reason in reasons.items() if reason is None]
     sampling = policy.sampling(products[sampled[0]].module) if sampled else None
     chunk = chunk_of(policy.chunk_bytes, loss, bool(sampled))
-    precision, why_not = _precision(loss, products, policy)
+    inputs = _input_precisions(loss, policy)
+    rounded = {node: way for node, (way, _) in inputs.items() if way != "exact"}
+    precision, why_not = _precision(loss, products, policy, "int8" in rounded.values())
     for node in sampled:
         if policy.sampling(products[node].module) != sampling:
             reasons[node] = "made with another product that is sampled in another way"
@@ -170,8 +172,6 @@ def _rewrite(
     }
     if precision == "int8":
         kinds |= {node: "codes" for node, kind in kinds.items() if kind == "product"}
-    inputs = _input_precisions(loss, policy)
-    rounded = {node: way for node, (way, _) in inputs.items() if way != "exact"}
     body = _Body(loss, kinds, rounded)
     with editor.before(output_of(editor.graph)):
         at_one = _at_one(editor, loss)
@@ -227,8 +227,14 @@ def _rewrite(
     )  # fmt: skip
 
 
-def _precision(loss: WideLoss, products: Mapping[fx.Node, Product], policy: Policy) -> tuple[Precision, str]:
-    """Return the precision of the products, and why it is not what the policy says; empty where it is."""
+def _precision(
+    loss: WideLoss, products: Mapping[fx.Node, Product], policy: Policy, has_codes: bool
+) -> tuple[Precision, str]:
+    """Return the precision of the products, and why it is not what the policy says; empty where it is.
+
+    Args:
+        has_codes: dlogits are in 8 bits anyway, so that a product of all rows is faster with them.
+    """
     made = [products[result.node] for result in loss.results if result.node in products]
     samplings = [policy.sampling(product.module) for product in made]
     wanted = {sampling.product if sampling else "exact" for sampling in samplings}
@@ -243,7 +249,9 @@ def _precision(loss: WideLoss, products: Mapping[fx.Node, Product], policy: Poli
     if len(wanted) > 1:
         return apart
     chosen = [
-        choose_precision(p, s, s.product) for p, s in zip(made, samplings, strict=True) if s is not None
+        choose_precision(p, s, "int8" if has_codes and s.product == "auto" and s.ratio == 1.0 else s.product)
+        for p, s in zip(made, samplings, strict=True)
+        if s is not None
     ]
     exact = [choice for choice in chosen if choice[0] == "exact"]
     return next(iter(exact), chosen[0] if len(set(chosen)) == 1 else apart)
