@@ -28,6 +28,7 @@ BENCHMARKS = (
     ["roofline"],
     ["encodings"],
     ["products"],
+    ["estimators"],
     ["frontier"],
     ["scaling"],
     ["gpu"],

@@ -326,9 +326,10 @@ def picture(found: Sequence[Row], path: Path) -> None:
                 axis.plot(*points(line), f"C{color}{style}", marker=".", label=label)
         for way in (way for way in every if way.ratio == 1):
             axis.plot(*points([way]), "k*", markersize=9)
-            axis.annotate(str(way), [part[0] for part in points([way])], fontsize=8)
+            place = [part[0] for part in points([way])]
+            axis.annotate(str(way), place, (6, 4), textcoords="offset points", fontsize=8)
         axis.axhline(0.05, color="0.6", linewidth=0.8)
-        axis.set(title=f"{name}, {precision}", xlabel="time / exact product", yscale="log")
+        axis.set(title=f"{name}, {precision}", xlabel="time / exact product", yscale="log", ylim=(1e-4, 10))
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("variance added / minibatch's, median of sites")
     axes[0][0].legend(title="exact apart from the rows: none,\ndotted: drawn rows in 8 bits", fontsize=8)
