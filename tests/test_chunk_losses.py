@@ -818,4 +818,4 @@ def test_products_of_one_loss_have_one_precision(
     results = [SimpleNamespace(node=name, kind="product") for name in "ab"]
     products = {name: SimpleNamespace(module=name) for name in "ab"}
     policy = Policy(ratio=1.0, product="auto")
-    assert chunk_losses._precision(SimpleNamespace(results=results), products, policy) == found  # type: ignore[arg-type]
+    assert chunk_losses._precision(SimpleNamespace(results=results), products, policy, False) == found  # type: ignore[arg-type]
