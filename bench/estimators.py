@@ -35,11 +35,11 @@ from bench.accuracy import WORDNET, smollm
 from bench.gradient_variance import fine_tune, load, sampled_linears
 from bench.harness import RESULTS, Row, circumstances, record, summarise
 from bench.products import EXACT, Product, exact, int8, rounded
-from wtacrs_fx.diagnose import relative_variance, rows_of
+from wtacrs_fx.diagnose import relative_variance, rows_of, sampling_variance
 from wtacrs_fx.tools import measure
 from wtacrs_fx.tools.steps import interleave
-from wtacrs_passes.maths.estimators import NOISE, inclusion_probabilities
-from wtacrs_passes.maths.observer import RATIOS, draw_variance, rounding_variance
+from wtacrs_passes.maths.estimators import NOISE
+from wtacrs_passes.maths.observer import RATIOS, rounding_variance
 
 MODELS = ("smollm", "minilm")
 PRECISIONS = {"autocast": torch.bfloat16, "float32": torch.float32}
@@ -129,20 +129,27 @@ def without(x: Tensor, directions: Tensor) -> Tensor:
     return x - (x @ directions) @ directions.T
 
 
-def added(site: Site, way: Way) -> float:
-    """Return the variance of a way to a site's gradient, over that of the minibatch."""
-    x, dy, split = site.x.float(), site.dy.float(), way.split
+def added(site: Site, chosen: Sequence[Way]) -> dict[Way, float]:
+    """Return the variance of each way to a site's gradient, over that of the minibatch."""
+    x, dy = site.x.double(), site.dy.double()
     square = float((x.T @ dy).square().sum())
-    total = float(rounding_variance(x, [dy])) / way.ratio if way.precision == "int8" else 0.0
-    if way.ratio < 1.0:
-        x = x - x.mean(0) if split.mean else x
-        x = without(x, site.v[:, : split.directions].float()) if split.directions else x
-        dy = without(dy, site.u[:, : split.directions].float()) if split.both else dy
-        weights = (x.norm(dim=-1) * dy.norm(dim=-1)).double()
-        q = inclusion_probabilities(weights, max(1, math.ceil(way.ratio * len(x))))
-        mean = (x * torch.where(q > 0, 1 - q, 0.0).float().unsqueeze(-1)).T @ dy
-        total += float(draw_variance(q, weights, mean.square().sum()))
-    return total / square / site.minibatch
+    of_rounding = float(rounding_variance(site.x, [site.dy]))
+    of_draw = {key: drawing_variance(x, dy, site, *key) for key in {(way.ratio, way.split) for way in chosen}}
+
+    def share(way: Way) -> float:
+        rounding = of_rounding / way.ratio if way.precision == "int8" else 0.0
+        return (of_draw[way.ratio, way.split] + rounding) / square / site.minibatch
+
+    return {way: share(way) for way in chosen}
+
+
+def drawing_variance(x: Tensor, dy: Tensor, site: Site, ratio: float, split: Split) -> float:
+    """Return the variance of drawn rows of what a split leaves of a site's factors, given in float64."""
+    x = x - x.mean(0) if split.mean else x
+    x = without(x, site.v[:, : split.directions].double()) if split.directions else x
+    dy = without(dy, site.u[:, : split.directions].double()) if split.both else dy
+    norms = x.norm(dim=-1) * dy.norm(dim=-1)
+    return sampling_variance(x, dy, norms, norms, max(1, math.ceil(ratio * len(x))))
 
 
 # Time
@@ -280,7 +287,7 @@ def rows(name: str, precision: str, rounds: int, quick: bool, wordnet: Path) -> 
     chosen = ways(PRECISIONS[precision])
     by_size = seconds(sites, chosen, rounds)
     times = [by_size[site.sizes] for site in sites]
-    shares = [{way: added(site, way) for way in chosen} for site in sites]
+    shares = [added(site, chosen) for site in sites]
     exact_total = sum(of_site[chosen[0]] for of_site in times)
 
     def row(variant: str, metric: str, unit: str, **figure: float | None) -> Row:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import wtacrs_fx
 from bench.variance import gram, squared_errors
 from wtacrs_fx import Diagnosis, DiagnosisError, diagnose
-from wtacrs_fx.diagnose import RATIOS, _variance, relative_variance
+from wtacrs_fx.diagnose import RATIOS, relative_variance, sampling_variance
 
 D = 16
 
@@ -65,7 +65,7 @@ def test_the_formula_agrees_with_draws(kept: int, informed: bool) -> None:
     x, dy = torch.randn(200, 6) + 0.5, torch.randn(200, 5) * torch.randn(200, 1).exp() + 0.3
     norms = (x.norm(dim=-1) * dy.norm(dim=-1)).double()
     weights = norms if informed else x.norm(dim=-1).double()
-    predicted = _variance(x.double(), dy.double(), norms, weights, kept)
+    predicted = sampling_variance(x.double(), dy.double(), norms, weights, kept)
     generator = torch.Generator().manual_seed(3)
     errors = squared_errors(gram(x, dy), weights, kept, "wta-systematic", 4000, generator)
     # the standard error of the mean is 1 to 2 %; the formula neglects terms of order 1 / sum c_i
@@ -75,8 +75,8 @@ def test_the_formula_agrees_with_draws(kept: int, informed: bool) -> None:
 def test_rows_that_can_never_be_drawn_add_infinite_noise() -> None:
     x, dy = torch.ones(4, 2).double(), torch.ones(4, 2).double()
     norms = torch.full((4,), 2.0).double()
-    assert _variance(x, dy, norms, torch.tensor([1.0, 1.0, 1.0, 0.0]), 2) == float("inf")
-    assert _variance(x, dy, norms, torch.ones(4), 4) == 0
+    assert sampling_variance(x, dy, norms, torch.tensor([1.0, 1.0, 1.0, 0.0]), 2) == float("inf")
+    assert sampling_variance(x, dy, norms, torch.ones(4), 4) == 0
 
 
 def test_relative_variance() -> None:

@@ -364,15 +364,22 @@ def _measure(x: Tensor, dy: Tensor, group: str, weights: Tensor, policy: Policy,
     x, dy = x.double(), dy.double()
     x = x - x.mean(0) if sampling.center else x
     rows, norms = len(x), x.norm(dim=-1) * dy.norm(dim=-1)
-    curve = tuple(_variance(x, dy, norms, weights, max(1, math.ceil(ratio * rows))) for ratio in RATIOS)
+    curve = tuple(
+        sampling_variance(x, dy, norms, weights, max(1, math.ceil(ratio * rows))) for ratio in RATIOS
+    )
     kept = int(sampling.kept(rows))
     return _Layer(
-        group, square, kept, _variance(x, dy, norms, weights, kept), curve, rounded, weights, *kinds
+        group, square, kept, sampling_variance(x, dy, norms, weights, kept), curve, rounded, weights, *kinds
     )
 
 
-def _variance(x: Tensor, dy: Tensor, norms: Tensor, weights: Tensor, kept: int) -> float:
-    """Return Hajek's variance of the estimate of x^T dy from `kept` rows."""
+def sampling_variance(x: Tensor, dy: Tensor, norms: Tensor, weights: Tensor, kept: int) -> float:
+    """Return Hajek's variance of the estimate of ``x^T dy`` from `kept` rows.
+
+    Args:
+        x, dy: [rows, in], [rows, out]; norms: [rows], ``||x_i|| ||dy_i||``; weights: [rows], what rows are chosen by;
+            all float64.
+    """
     if kept >= len(x):
         return 0.0
     q = inclusion_probabilities(weights.double(), kept)

@@ -77,18 +77,9 @@ def attention_backward(
     return _backward(gradient, query, key, value, output, logsumexp, dropout_p, is_causal, attn_mask, scale)
 
 
-def attention_backward_fake(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    centered: Tensor,
-    value: Tensor,
-    output: Tensor,
-    logsumexp: Tensor,
-    spread: Tensor,
-    *rest: Any,
-) -> Gradients:
+def attention_backward_fake(*operands: Any) -> Gradients:
     """Return empty tensors like those of :func:`attention_backward`."""
+    gradient, query, key, _, value, output, logsumexp, _, *rest = operands
     return _backward(gradient, query, key, value, output, logsumexp, *rest)
 
 

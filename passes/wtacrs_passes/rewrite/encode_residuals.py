@@ -27,13 +27,7 @@ from torch import Tensor, fx
 
 from ..decide.plan import Stored
 from ..graph.edit import Editor
-from ..graph.operations import (
-    aten,
-    is_derivable,
-    is_loop,
-    same_content,
-    tensor_operands,
-)
+from ..graph.operations import aten, is_derivable, is_loop, same_content, tensor_operands
 from ..joint import Joint
 from ..maths import encodings, ops
 from ..maths.attention import center_keys
