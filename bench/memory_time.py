@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench.harness import BASELINE, MIB, VARIANTS, Row, circumstances, compare, record
+from bench.harness import BASELINE, BUDGET, MIB, VARIANTS, Row, circumstances, compare, record, settle
 from bench.models import LANGUAGE_MODELS, MODELS, PRECISIONS, TINY, Shape, build
 from wtacrs_fx.tools.steps import Step, saved_bytes
 
@@ -56,6 +56,8 @@ class Case:
             print(
                 f"{self.model} {self.precision} {self.shape} {variant}: {steps[variant].first_call_seconds:.0f} s"
             )
+            if variant == BUDGET:
+                settle(steps[variant])
         return steps
 
     def unit_bytes(self) -> int:

@@ -117,6 +117,10 @@ def _any(row: Row) -> bool:
     return True
 
 
+def _training(row: Row) -> str:
+    return f"{row.model}, {row.shapes}: {row.variant}"
+
+
 def _is_of_a_case(row: Row) -> bool:
     """Tell whether a row is of a variant that `bench.gpu` measures still: others are of older code."""
     return row.model in CASES and row.variant in CASES[row.model].variants
@@ -163,6 +167,12 @@ _ACCURACY = {
     "standard error": "standard error",
     "gain over exact": "difference to exact",
     "gain over exact, standard error": "its standard error",
+}
+_EQUAL_TIME = {
+    "step time": "step time",
+    "training loss at equal time, gain over exact": "above exact, mean",
+    "training loss at equal time, gain over exact, standard error": "its standard error",
+    "training loss at equal time, gain over exact, largest": "above exact, at most",
 }
 _INDUCTOR = {
     "inductor": "Inductor",
@@ -213,10 +223,19 @@ TABLES: dict[str, Table] = {
     "accuracy": Table(
         "accuracy",
         "task, variant",
-        _any,
-        lambda row: f"{row.model}: {row.variant}",
+        lambda row: not row.metric.startswith(("training loss", "step time")),
+        _training,
         lambda row: _ACCURACY[", ".join(row.metric.split(", ")[1:])],
         _four,
+    ),
+    "equal-time": Table(
+        "accuracy",
+        "task, variant",
+        lambda row: row.metric in _EQUAL_TIME and row.ratio != 1.0,
+        _training,
+        lambda row: _EQUAL_TIME[row.metric],
+        lambda row: _four(row) if row.ratio is None else _ratio(row),
+        tuple(_EQUAL_TIME.values()),
     ),
     "gradient-norms": Table(
         "gradient_norms",

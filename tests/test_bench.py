@@ -212,13 +212,10 @@ def test_glosses_carry_the_class_of_their_file(tmp_path: Path) -> None:
 
 
 def test_a_study_starts_every_variant_from_the_same_weights(tmp_path: Path) -> None:
-    from rich.progress import Progress
-
     from bench.accuracy import Task, keep_curves, rows_of, study
 
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
-    initial = model.weight.detach().clone()
 
     class Loss(nn.Module):
         def __init__(self) -> None:
@@ -233,28 +230,42 @@ def test_a_study_starts_every_variant_from_the_same_weights(tmp_path: Path) -> N
         while True:
             yield [0] * 8, {"x": torch.randn(8, 4, generator=generator)}
 
-    task = Task("toy, linear", "norm", "1", Loss(), 0.1, 8, 1, batches, lambda _: float(model.weight.norm()))
-    start = {name: value.clone() for name, value in task.model.state_dict().items()}
-    with Progress(disable=True) as progress:
-        found = {name: study(task, name, start, 5, 2, progress) for name in ("eager", "inductor")}
-    assert not torch.equal(initial, model.weight)
-    for (left, merit), (right, other) in zip(found["eager"], found["inductor"], strict=True):
-        assert left == pytest.approx(right, rel=1e-5) and merit == pytest.approx(other, rel=1e-5)
-    rows = rows_of(task, "inductor", found["inductor"], found["eager"], "batch=8")
-    names = ["norm", "norm, standard error", "norm, gain over exact", "norm, gain over exact, standard error"]
-    assert [row.metric for row in rows] == names
-    merits = [merit for _, merit in found["inductor"]]
-    assert rows[0].value == pytest.approx(sum(merits) / 2)
-    assert rows[1].value == pytest.approx(abs(merits[0] - merits[1]) / 2)  # of two: |a - b| / sqrt 2 / sqrt 2
-    assert rows[2].value == pytest.approx(0.0, abs=1e-5)
-    keep_curves(task, found, tmp_path)
-    assert len((tmp_path / "accuracy_toy_linear.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
-    assert (tmp_path / "accuracy_toy_linear.png").stat().st_size > 5000
+    def evaluate(trained: nn.Module) -> float:
+        return float(trained.model.weight.norm())  # type: ignore[operator, union-attr]
+
+    task = Task("toy, linear", "norm", "1", Loss(), 0.1, 8, 1, batches, evaluate)
+    by_seed = [study(task, ("eager", "inductor"), 5, seed) for seed in range(2)]
+    found = {name: [runs[name] for runs in by_seed] for name in by_seed[0]}
+    for left, right in zip(found["eager"], found["inductor"], strict=True):
+        assert left.losses == pytest.approx(right.losses, rel=1e-5)
+        assert left.merit == pytest.approx(right.merit, rel=1e-5) != evaluate(task.model)
+    rows = {
+        row.metric: row for row in rows_of(task, "inductor", found["inductor"], found["eager"], "batch=8")
+    }
+    merits = [run.merit for run in found["inductor"]]
+    assert rows["norm"].value == pytest.approx(sum(merits) / 2)
+    assert rows["norm, standard error"].value == pytest.approx(abs(merits[0] - merits[1]) / 2)  # of two
+    assert rows["norm, gain over exact"].value == pytest.approx(0.0, abs=1e-5)
+    assert rows["step time"].rounds == 2 * 5
+    keep_curves(task, found, tmp_path, 5)
+    assert len((tmp_path / "accuracy_toy_linear_5_steps.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
+    assert (tmp_path / "accuracy_toy_linear_5_steps.png").stat().st_size > 5000
+
+
+def test_a_faster_training_is_ahead_at_equal_time() -> None:
+    """Loss 10 - step for both: at time t the one whose steps take half as long is t steps ahead."""
+    from bench.accuracy import Run, at_equal_time
+
+    losses = [10.0 - step for step in range(1, 11)]
+    exact, fast = Run(losses, [2.0] * 9 + [50.0], 0.0), Run(losses, [1.0] * 10, 0.0)
+    ahead = at_equal_time(fast, exact)  # from 2 s, when the slower has taken its first step, to 10 s
+    assert ahead[0].item() == pytest.approx(-1.0) and ahead[-1].item() == pytest.approx(-5.0)
+    assert at_equal_time(exact, exact).abs().max() == 0
 
 
 def test_ways_to_a_gradient_add_the_noise_that_is_said() -> None:
     """600 draws of each way: their mean is the product, their variance that of the closed form."""
-    from bench.estimators import SPLITS, Site, Way, added, call, principal_directions
+    from bench.estimators import APART, SPLITS, WHOLE, Site, Way, added, call, principal_directions
 
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(4, 48, generator=generator)
@@ -283,6 +294,34 @@ def test_ways_to_a_gradient_add_the_noise_that_is_said() -> None:
     assert (
         noise["32 directions of both", "exact"] < noise["32 directions", "exact"] / 2 < noise["", "exact"] / 4
     )
+
+    x[3] *= 20  # one row makes all steps wide
+    outlying, in_8_bits = (Way(1.0, WHOLE, precision) for precision in (APART, "int8"))
+    said = added(site, [outlying, in_8_bits])
+    assert said[outlying] < 0.2 * said[in_8_bits]
+    exact, estimate = (x.T @ dy).double(), call(site, outlying)
+    error = torch.stack([(estimate().double() - exact).flatten() for _ in range(600)])
+    assert is_unbiased(error[:, ::37], torch.zeros(error[:, ::37].shape[1]))
+    assert abs(float(error.square().sum(1).mean() / exact.square().sum()) / said[outlying] - 1) < 0.15
+
+
+def test_codes_of_so_many_bits_err_less_where_elements_are_as_they_want() -> None:
+    from bench.codes import CODES, error
+
+    normal = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    single = torch.zeros(64, 256)
+    single[:, 5] = 1.0
+    heavy = normal**3
+    found = {
+        name: [error(x, bits, code) for x in (normal, heavy, single)] for name, (bits, code) in CODES.items()
+    }
+    for bits in (6, 4):
+        plain = f"{bits} bits"
+        assert found[f"{plain}, least squares"][0] < found[plain][0]
+        assert found[f"{plain}, codes for a normal"][0] < found[plain][0]
+        assert found[f"{plain}, rotated"][1] < 0.7 * found[plain][1]
+        assert found[plain][2] < 1e-12 and found[f"{plain}, rotated"][2] < 1e-3
+    assert 0.9 < found["4 bits, rotated"][0] / found["4 bits"][0] < 1.1  # a rotated normal is one
 
 
 def test_a_mixture_of_encodings_is_taken_back() -> None:
