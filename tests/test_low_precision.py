@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import is_unbiased
@@ -56,14 +58,46 @@ def test_errors_are_within_their_bounds(dtype: torch.dtype) -> None:
         found = multiply(a, b, NEAREST, product)
         assert found.dtype == dtype
         assert bool(((found.double() - exact).abs() <= bound + own).all()), product
-    at_random = multiply(a, b, draws(a, b), "int8")
-    assert bool(((at_random.double() - exact).abs() <= 4 * bounds["int8"] + own).all())
+    for product, times in (("int8", 4), ("float8", 3)):
+        at_random = multiply(a, b, draws(a, b), product)
+        assert bool(((at_random.double() - exact).abs() <= times * bounds[product] + own).all()), product
 
 
 def test_random_rounding_is_unbiased() -> None:
     a, b = factors(rows=20)
     runs = torch.stack([multiply(a, b, draws(a, b), "int8").flatten() for _ in range(3000)])
     assert is_unbiased(runs, (a.double().T @ b.double()).flatten())
+
+
+@pytest.mark.parametrize("fault", ["none", "to the nearest", "always down", "steps too small"])
+def test_random_rounding_to_float8_is_unbiased(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 448 to below the smallest number that is not zero; codes are neighbours of what they stand for."""
+    if fault == "steps too small":
+        monkeypatch.setattr(low_precision, "_to_float8", lambda x, draws: (x * 64 + draws).floor() / 64)
+    x = torch.logspace(math.log2(448), -11, 64, base=2.0).unsqueeze(-1).repeat(1, 3) * torch.tensor(
+        [1.0, -1.0, 5.0]
+    )
+
+    def run() -> Tensor:
+        of_rows, of_columns = torch.rand(64), torch.rand(3)
+        if fault == "always down":
+            of_rows, of_columns = of_rows * 1e-6, of_columns * 1e-6
+        given = (None, None) if fault == "to the nearest" else (of_rows, of_columns)
+        codes, scales = round_columns(x, *given, "float8")
+        return codes.float() * scales
+
+    torch.manual_seed(0)
+    runs = torch.stack([run() for _ in range(2000)])
+    noise = 1e-3 * x.abs() * torch.randn_like(runs)
+    assert is_unbiased((runs + noise).flatten(1), x.flatten()) == (fault == "none")
+    if fault == "none":
+        codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        codes = codes[codes.isfinite()].unique()
+        steps = (x / x.abs().amax(0) * 448).clamp(-448, 448)
+        above = torch.searchsorted(codes, steps - 1e-5).clamp(max=len(codes) - 1)
+        ends = runs / (x.abs().amax(0) / 448)
+        assert bool((ends.amax(0) <= codes[above] + 1e-4).all())
+        assert bool((ends.amin(0) >= codes[(above - 1).clamp(min=0)] - 1e-4).all())
 
 
 @pytest.mark.parametrize("fault", ["none", "one draw for both", "always down"])
@@ -156,6 +190,16 @@ def test_blocks_of_a_product_are_as_the_whole(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(low_precision, "_PRODUCT", 100)
     monkeypatch.setattr(low_precision, "_FEWEST", 7)
     assert torch.equal(multiply(a, b, given, "int8"), whole)
+
+
+def test_compiled_rounding_to_float8_is_the_same() -> None:
+    x, _ = factors(torch.bfloat16)
+    given = torch.rand(150), torch.rand(24)
+    (codes, scales), (others, same) = (
+        round_columns(x, *given, "float8", compiled) for compiled in (False, True)
+    )
+    assert torch.equal(scales, same) and codes.dtype == others.dtype == torch.float8_e4m3fn
+    assert float((codes.float() != others.float()).float().mean()) < 0.01
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

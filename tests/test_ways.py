@@ -55,6 +55,16 @@ def test_rounding_what_was_drawn_counts_for_more() -> None:
     assert way_of(Policy(noise=1.0), rounded=0.04) == (0.2, True)
 
 
+def test_what_is_not_rounded_adds_nothing(rates: dict[str, float]) -> None:
+    rates["int8"] = 0.95  # of the exact time: not worth it
+    assert way_of(Policy(noise=1.0), rounded=0.04) == (0.1, True)
+    [way] = decide([noise_of(minibatch=2.0)], Policy(noise=0.05))
+    assert way.share == 0.025
+    assert way_of(Policy(noise=0.0005)) == (1.0, True)  # no rule, and nothing to compile again
+    [asked], [chosen] = (decide([noise_of()], Policy(product=product)) for product in ("int8", None))
+    assert asked.share > chosen.share
+
+
 def test_a_precision_that_was_asked_for_stays() -> None:
     assert way_of(Policy(noise=0.05, product="exact")) == (0.5, False)
     assert way_of(Policy(noise=0.0001, product="int8")) == (1.0, True)  # the least that it adds

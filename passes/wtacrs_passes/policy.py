@@ -75,7 +75,7 @@ class SamplingOptions:
         attention: sample the gradients of products of two activations as well: ``QK^T`` and ``PV`` where they
             are written as ``matmul`` or ``bmm``. Their error reaches the layers below; it is unbiased there.
         product: bits of the two factors of a weight gradient, of all rows or of the sampled ones: ``exact``, as the
-            program has them; ``int8``, rounded at random, unbiased; ``bfloat16`` and ``float8``, rounded to the
+            program has them; ``int8`` and ``float8``, rounded at random, unbiased; ``bfloat16``, rounded to the
             nearest; ``auto``: of ``exact``, ``bfloat16`` and ``int8`` what is fastest for it on the device, by
             measured rates. Errors as in `maths.low_precision`. None: ``exact`` with a ratio, else ``auto`` as far as
             `noise` allows.

@@ -16,7 +16,7 @@ from ..policy import Precision, PrecisionChoice, Sampling
 from ..rates import seconds
 from .rows import reason_by_size
 
-AT_RANDOM = {"int8"}
+AT_RANDOM = {"int8", "float8"}
 """Precisions to which factors are rounded at random."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)

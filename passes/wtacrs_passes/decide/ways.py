@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ..maths.observer import RATIOS, Noise
-from ..policy import Policy, Rule
+from ..policy import Policy, Precision, Rule
 from ..rates import DRAWING, seconds
 from ..report import NoiseReport
 from .precision import FASTER, WORTH
@@ -28,7 +28,7 @@ class Way:
     Attributes:
         noise: what was measured.
         ratio: share of the rows that are drawn, 1.0 for all.
-        rounds: factors may be in 8 bits.
+        rounds: factors may be in 8 bits, where that is faster.
         share: variance that is added at most, over the minibatch's.
         budget: what it may be.
     """
@@ -37,7 +37,6 @@ class Way:
     ratio: float
     rounds: bool
     share: float
-
     budget: float
 
     def report(self) -> NoiseReport:
@@ -92,7 +91,9 @@ def _way(noise: Noise, policy: Policy) -> Way:
     roundings = (True, False) if product is None else (product != "exact",)
 
     def way(ratio: float, rounds: bool) -> Way:
-        return Way(noise, ratio, rounds, _share(noise, ratio, rounds), budget)
+        in_8_bits = any(precision == "int8" for precision, _ in _products(noise, ratio, rounds))
+        in_8_bits |= rounds and product not in (None, "auto")
+        return Way(noise, ratio, rounds, _share(noise, ratio, in_8_bits), budget)
 
     ways = [way(ratio, rounds) for ratio in (1.0, *RATIOS) for rounds in roundings]
     allowed = [way for way in ways if way.share <= _MARGIN * budget]
@@ -105,7 +106,7 @@ def _way(noise: Noise, policy: Policy) -> Way:
 
 
 def _share(noise: Noise, ratio: float, rounds: bool) -> float:
-    """Return the variance that is added, over the minibatch's."""
+    """Return the variance that is added, over the minibatch's; `rounds`: of factors in 8 bits."""
     added = 0.0 if ratio == 1.0 else noise.added[RATIOS.index(ratio)]
     added += noise.rounded * noise.drawn / ratio if rounds else 0.0
     return added / noise.minibatch if noise.minibatch else math.inf if added else 0.0
@@ -113,13 +114,21 @@ def _share(noise: Noise, ratio: float, rounds: bool) -> float:
 
 def _seconds(way: Way) -> float:
     """Return what the weight gradients of a site take."""
-    noise, total = way.noise, 0.0
-    rows = noise.rows if way.ratio == 1.0 else math.ceil(way.ratio * noise.rows)
-    for outputs in noise.outputs:
-        precisions = ["exact", *FASTER.get(noise.dtype, ())] if way.rounds else ["exact"]
-        rates = seconds(precisions, rows, outputs, noise.features, noise.dtype, noise.device)
-        total += min(rates[p] for p in precisions if p == "exact" or rates[p] <= WORTH * rates["exact"])
+    noise, total = way.noise, sum(time for _, time in _products(way.noise, way.ratio, way.rounds))
     if way.ratio < 1.0:
         sizes = noise.rows, sum(noise.outputs), noise.features
         total += seconds([DRAWING], *sizes, noise.dtype, noise.device)[DRAWING]
     return total
+
+
+def _products(noise: Noise, ratio: float, rounds: bool) -> list[tuple[Precision, float]]:
+    """Return for each product of a site the precision that the plan chooses by its rates, and the seconds it takes."""
+    choices: list[Precision] = ["exact", *FASTER.get(noise.dtype, ())] if rounds else ["exact"]
+    rows = noise.rows if ratio == 1.0 else math.ceil(ratio * noise.rows)
+    found = []
+    for outputs in noise.outputs:
+        rates = seconds(choices, rows, outputs, noise.features, noise.dtype, noise.device)
+        worth = [p for p in choices if p == "exact" or rates[p] <= WORTH * rates["exact"]]
+        best = min(worth, key=rates.__getitem__)
+        found.append((best, rates[best]))
+    return found

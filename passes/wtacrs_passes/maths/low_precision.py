@@ -6,14 +6,15 @@ product       operands                              error of an element of the r
 ``bfloat16``  rounded to the nearest                at most 2^-7 of ``sum_i |a_i b_i|``, and its own rounding
 ``int8``      one scale a column, its largest       to the nearest at most ``sum_i (|a_i| t + |b_i| s) / 2 + s t / 4``
               magnitude / 127                       for scales s and t; at random unbiased, four times that
-``float8``    e4m3, one scale a column, its         at most 2^-3 of ``sum_i |a_i b_i|`` and its own rounding, for
-              largest magnitude / 448               elements above 2^-14 of their column's largest
+``float8``    e4m3, one scale a column, its         to the nearest at most 2^-3 of ``sum_i |a_i b_i|`` and its own
+              largest magnitude / 448               rounding, for elements above 2^-14 of their column's largest; at
+                                                    random unbiased apart from its own rounding, three times that
 ============  ====================================  =================================================================
 
 A scale of a column leaves the sum over the rows; that of a row would not. Rounded at random,
-``x -> s floor(x / s + u)`` with u uniform in [0, 1), the errors of both operands have mean zero and do not depend on
-each other, so the product is unbiased. The random numbers of an operand are ``frac(r_i + c_j)``: any two are
-independent, so variances add up.
+``x -> s floor(x / s + u)`` with u uniform in [0, 1) and s the distance between neighbours, the errors of both operands
+have mean zero and do not depend on each other, so the product is unbiased. The random numbers of an operand are
+``frac(r_i + c_j)``: any two are independent, so variances add up.
 
 A column with NaN or Inf makes NaN of its row or column of the result, so that neither is hidden; one of zeros, zeros.
 """
@@ -72,8 +73,8 @@ def round_columns(
 
     Args:
         x: [rows, columns], float.
-        of_rows, of_columns: [rows] and [columns], independent and uniform in [0, 1), to round ``int8`` at random, by
-            the fraction of their sum; to the nearest without them, and where `product` is ``float8``.
+        of_rows, of_columns: [rows] and [columns], independent and uniform in [0, 1), to round at random, by the
+            fraction of their sum; to the nearest without them.
         product: ``int8`` or ``float8``.
         compiled: this function is compiled by Inductor when it is called first.
 
@@ -87,10 +88,22 @@ def round_columns(
     largest = _LARGEST[product]
     peaks = x.abs().amax(0).float()
     steps = in_steps(x.float(), peaks, largest)
-    if product == "float8":
-        return steps.clamp(-largest, largest).to(torch.float8_e4m3fn), peaks / largest
     draws = None if of_rows is None or of_columns is None else (of_rows.unsqueeze(-1) + of_columns).frac()
+    if product == "float8":
+        return _to_float8(steps, draws).clamp(-largest, largest).to(torch.float8_e4m3fn), peaks / largest
     return to_whole(steps, draws).clamp(-largest, largest).to(torch.int8), peaks / largest
+
+
+def _to_float8(x: Tensor, draws: Tensor | None) -> Tensor:
+    """Return float32 numbers rounded at random to those of e4m3; as they are without random numbers.
+
+    With an exponent e of at least -6, numbers of three bits behind the first are 2^(e - 3) apart.
+    """
+    if draws is None:
+        return x
+    exponent = x.abs().clamp(min=2**-6).view(torch.int32) >> 23  # and 127
+    step = ((exponent - 3) << 23).view(torch.float32)
+    return to_whole(x / step, draws) * step
 
 
 def round_whole(x: Tensor, of_rows: Tensor, of_columns: Tensor) -> tuple[Tensor, Tensor]:
