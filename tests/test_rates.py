@@ -50,8 +50,8 @@ def ask(rows: int = 64, m: int = 16, n: int = 24, ways: Sequence[str] = WAYS) ->
 def test_rates_are_times_of_the_real_thing(folder: Path) -> None:
     before = torch.get_rng_state()
     with config.patch(force_disable_caches=True):
-        found = ask(ways=["exact", "bfloat16", "int8"])
-    assert found.keys() == {"exact", "bfloat16", "int8"}
+        found = ask(ways=["exact", "bfloat16", "int8", rates.ROUNDING])
+    assert found.keys() == {"exact", "bfloat16", "int8", rates.ROUNDING}
     assert all(0 < seconds < 10 for seconds in found.values())
     assert torch.equal(torch.get_rng_state(), before)
     assert not (folder / "wtacrs_rates.json").exists()
@@ -100,6 +100,7 @@ def given(monkeypatch: pytest.MonkeyPatch, **times: float) -> None:
     [
         ({"exact": 1.0, "bfloat16": 0.5, "int8": 0.4}, "int8"),
         ({"exact": 1.0, "bfloat16": 0.3, "int8": 0.4}, "bfloat16"),
+        ({"exact": 1.0, "bfloat16": 0.3, "int8": 0.28}, "bfloat16"),
         ({"exact": 1.0, "bfloat16": 1.2, "int8": 0.95}, "exact: int8 takes 0.95 of its time"),
     ],
 )
@@ -111,6 +112,55 @@ def test_the_fastest_is_chosen(
     joint = wtacrs_fx.capture(nn.Sequential(nn.Linear(32, 32), nn.Tanh()), torch.randn(64, 32))
     policy = Policy(ratio=ratio, min_rows=4, residuals="exact", product="auto")
     assert [site.product for site in wtacrs_fx.transform(joint, policy).report.sites] == [shown]
+
+
+def share(times: dict[str, float], rounding: float = 0.4) -> dict[str, float]:
+    return {"exact": 1.0, "bfloat16": 1.2, rates.ROUNDING: rounding, **times}
+
+
+@pytest.mark.parametrize(
+    ("products", "wanted"),
+    [
+        ([{"int8": 0.95}], ["exact"]),
+        ([{"int8": 0.95}] * 2, ["int8"] * 2),  # 0.55 each, and 0.4 for both
+        ([{"int8": 1.15}] * 2, ["exact"] * 2),  # 1.9 together: not worth it
+        ([{"int8": 1.15}] * 3, ["int8"] * 3),
+        ([{"int8": 0.95}, {"int8": 0.95}, {"int8": 1.6}], ["int8", "int8", "exact"]),
+        ([{"int8": 0.95}, {"int8": 0.95}, {}], ["int8", "int8", "exact"]),  # whose columns are too few
+        ([{"int8": 0.95}] * 2 + [{"int8": 0.95, "bfloat16": 0.5}], ["int8", "int8", "bfloat16"]),
+    ],
+)
+def test_products_that_share_a_factor_round_it_once(
+    products: list[dict[str, float]], wanted: list[str]
+) -> None:
+    assert [found for found, _ in precision.fastest([share(times) for times in products])] == wanted
+
+
+def test_layers_that_read_one_input_choose_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(32)
+            self.q, self.k, self.o = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            normed = self.norm(x)
+            return self.o(torch.tanh(self.q(normed) * self.k(normed)))
+
+    asked: list[list[str]] = []
+
+    def seconds(precisions: list[str], *_: Any) -> dict[str, float]:
+        asked.append(precisions)
+        return {name: share({"int8": 0.95})[name] for name in precisions}
+
+    monkeypatch.setattr(precision, "seconds", seconds)
+    joint = wtacrs_fx.capture(Heads(), torch.randn(64, 32))
+    for ratio in (1.0, 0.5):
+        report = wtacrs_fx.transform(joint, Policy(ratio=ratio, min_rows=4, product="auto")).report
+        shown = {site.module: site.product for site in report.sites}
+        assert (shown["q"], shown["k"]) == ("int8", "int8")
+        assert shown["o"] == "exact: int8 takes 0.95 of its time"
+    assert {rates.ROUNDING in each for each in asked} == {False, True}
 
 
 def test_what_is_in_16_bits_is_not_measured_in_bfloat16(

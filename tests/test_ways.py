@@ -11,13 +11,13 @@ from test_observer import noise_of
 from wtacrs_passes.decide import ways
 from wtacrs_passes.decide.ways import decide, rules
 from wtacrs_passes.policy import Policy, Rule
-from wtacrs_passes.rates import DRAWING
+from wtacrs_passes.rates import DRAWING, ROUNDING
 
 
 @pytest.fixture(autouse=True)
 def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Seconds of a row by precision; a draw takes as much as 100 exact rows."""
-    known = {"exact": 1.0, "bfloat16": 0.6, "int8": 0.4, DRAWING: 0.1}
+    known = {"exact": 1.0, "bfloat16": 0.6, "int8": 0.4, DRAWING: 0.1, ROUNDING: 0.2}
 
     def seconds(precisions: Sequence[str], rows: int, *_: Any) -> dict[str, float]:
         return {precision: known[precision] * rows for precision in precisions}
@@ -48,6 +48,15 @@ def test_the_minibatch_is_the_measure() -> None:
 def test_rows_are_not_drawn_where_that_is_slower(rates: dict[str, float]) -> None:
     rates[DRAWING] = 0.35
     assert way_of(Policy(noise=1.0)) == (1.0, True)
+
+
+def test_what_several_products_read_is_rounded_once(rates: dict[str, float]) -> None:
+    rates["int8"] = 0.6
+    one, three = (
+        decide([noise_of(outputs=outputs, added=(9.0,) * 5)], Policy())[0] for outputs in ((8,), (8, 8, 8))
+    )
+    assert (one.ratio, three.ratio) == (1.0, 1.0) and one.rounds and three.rounds
+    assert ways._seconds(three) / ways._seconds(one) == pytest.approx((3 * 0.4 + 0.2) / 0.6)
 
 
 def test_rounding_what_was_drawn_counts_for_more() -> None:

@@ -22,13 +22,15 @@ from .files import write_at_once
 from .graph.torch_api import cache_dir, real_tensors
 from .maths import ops
 from .maths.estimators import NOISE
-from .maths.low_precision import multiply
+from .maths.low_precision import multiply, round_columns
 
 Rates = dict[str, float]
 """Seconds by precision."""
 
 DRAWING = "drawing"
 """Among the precisions: the draw of half of the rows of both factors, without a product."""
+ROUNDING = "rounding"
+"""Among the precisions: the rounding of b to 8 bits, which products that share it do once."""
 _MOST_ROWS, _MOST_COLUMNS = 4096, 2048
 _ROUNDS = 5
 
@@ -42,8 +44,8 @@ def seconds(
     anew where Inductor is to autotune.
 
     Args:
-        precisions: of a [rows, m] and b [rows, n]: ``exact``, in `dtype`, or as of :func:`low_precision.multiply`, or
-            :data:`DRAWING`.
+        precisions: of a [rows, m] and b [rows, n]: ``exact``, in `dtype`, or as of :func:`low_precision.multiply`;
+            :data:`DRAWING`; :data:`ROUNDING`.
     """
     rows = min(rows, _MOST_ROWS)
     rows -= rows % (1 << max(0, rows.bit_length() - 2))  # 512, 768, 1024, ...: what is alike has one rate
@@ -121,6 +123,8 @@ def _call(precision: str, a: Tensor, b: Tensor, draws: Sequence[Tensor]) -> Call
         return lambda: a.T @ b
     if precision == DRAWING:
         return lambda: _draw(a, b, draws[0])
+    if precision == ROUNDING:
+        return lambda: round_columns(b, draws[2], draws[3], "int8", compiled=True)[0]
     return lambda: multiply(a, b, draws, precision, compiled=True)
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from torch import fx
 
 from ..analyse.products import InputGradient, Product, input_gradients
 from ..graph.operations import aten, makes_sparse
 from ..graph.torch_api import hint
 from ..joint import Joint
 from ..policy import Precision, PrecisionChoice, Sampling
-from ..rates import seconds
+from ..rates import ROUNDING, Rates, seconds
 from .rows import reason_by_size
 
 AT_RANDOM = {"int8", "float8"}
@@ -43,23 +44,38 @@ def plan_precision(joint: Joint) -> None:
     sparse = "the graph makes a sparse tensor" if makes_sparse(joint.graph) else ""
 
     def choose(
-        products: Iterable[_P], wanted_by: Callable[[Sampling], PrecisionChoice]
-    ) -> Iterator[tuple[_P, Precision, str]]:
-        for product in products:
-            sampling = joint.policy.sampling(product.module)
-            if sampling is None or wanted_by(sampling) == "exact":
-                continue
-            if sparse:
-                yield product, "exact", sparse
-                continue
-            precision, reason = choose_precision(product, sampling, wanted_by(sampling))
-            yield product, precision, reason
+        products: Sequence[_P],
+        wanted_by: Callable[[Sampling], PrecisionChoice],
+        key: Callable[[_P, Sampling], object],
+    ) -> tuple[tuple[_P, Precision, str], ...]:
+        asked: list[tuple[_P, Sampling]] = [
+            (product, sampling)
+            for product in products
+            if (sampling := joint.policy.sampling(product.module)) is not None
+            and wanted_by(sampling) != "exact"
+        ]
+        if sparse:
+            return tuple((product, "exact", sparse) for product, _ in asked)
+        groups: dict[tuple[PrecisionChoice, object], list[tuple[_P, Sampling]]] = {}
+        for item in asked:
+            groups.setdefault((wanted_by(item[1]), key(*item)), []).append(item)
+        found: dict[fx.Node, tuple[Precision, str]] = {}
+        for (wanted, _), group in groups.items():
+            nodes = (product.node for product, _ in group)
+            found.update(zip(nodes, choose_precisions(group, wanted), strict=True))
+        return tuple((product, *found[product.node]) for product, _ in asked)
 
     joint.plan = dataclasses.replace(
         joint.plan,
-        precisions=tuple(choose(joint.analysis.products, lambda sampling: sampling.product)),
-        input_precisions=tuple(
-            choose(input_gradients(joint.graph, joint.names), lambda sampling: sampling.product_dx)
+        precisions=choose(
+            joint.analysis.products,
+            lambda sampling: sampling.product,
+            lambda product, sampling: (product.residual, str(sampling.kept(product.rows))),
+        ),
+        input_precisions=choose(
+            list(input_gradients(joint.graph, joint.names)),
+            lambda sampling: sampling.product_dx,
+            lambda product, _: product.node,
         ),
     )
 
@@ -68,28 +84,86 @@ def choose_precision(
     product: Product | InputGradient, sampling: Sampling, wanted: PrecisionChoice
 ) -> tuple[Precision, str]:
     """Return the precision of a product, and where it is ``exact`` why."""
-    if wanted == "auto":
-        return _fastest(product, sampling)
-    reason = _reason_for_exact(product, sampling, wanted)
-    return ("exact" if reason else wanted), reason
+    [found] = choose_precisions([(product, sampling)], wanted)
+    return found
 
 
-def _fastest(product: Product | InputGradient, sampling: Sampling) -> tuple[Precision, str]:
-    """Return the fastest precision of :data:`FASTER`."""
+def choose_precisions(
+    group: Sequence[tuple[Product | InputGradient, Sampling]], wanted: PrecisionChoice
+) -> list[tuple[Precision, str]]:
+    """Return the precision of each of some products that read the same rows of one X, and where it is ``exact`` why."""
+    if wanted != "auto":
+        reasons = [_reason_for_exact(product, sampling, wanted) for product, sampling in group]
+        return [("exact" if reason else wanted, reason) for reason in reasons]
+    possible = [_possible(product, sampling) for product, sampling in group]
+    in_8_bits = sum("int8" in choices for choices, _ in possible)
+    rates = [
+        _rates(product, sampling, choices, shares=in_8_bits > 1) if choices else {"exact": 0.0}
+        for (product, sampling), (choices, _) in zip(group, possible, strict=True)
+    ]
+    return [
+        (best, "" if best != "exact" else reason or why)
+        for (best, why), (_, reason) in zip(fastest(rates), possible, strict=True)
+    ]
+
+
+def _possible(product: Product | InputGradient, sampling: Sampling) -> tuple[list[Precision], str]:
+    """Return which of :data:`FASTER` a product may have, and where it is none why."""
     value = product.node.meta["val"]
     choices = FASTER.get(value.dtype, ("int8",))
     reasons = {precision: _reason_for_exact(product, sampling, precision) for precision in choices}
     possible = [precision for precision in choices if not reasons[precision]]
     if not possible:
-        return "exact", reasons["int8"]
+        return [], reasons["int8"]
     if value.device.type == "meta" or (value.is_cuda and not torch.cuda.is_available()):
-        return "exact", f"no {value.device.type} device to measure rates of"
+        return [], f"no {value.device.type} device to measure rates of"
+    return possible, ""
+
+
+def _rates(
+    product: Product | InputGradient, sampling: Sampling, choices: Sequence[Precision], shares: bool
+) -> Rates:
+    value = product.node.meta["val"]
     m, n = value.shape
+    if isinstance(product, Product) and product.tangent_side == 1:
+        m, n = n, m  # X is the second factor of what is measured
     rows = hint(sampling.kept(product.rows) if isinstance(product, Product) else product.rows)
-    rates = seconds(["exact", *possible], rows, m, n, value.dtype, value.device)
-    best = min(possible, key=rates.__getitem__)
-    share = rates[best] / rates["exact"]
-    return (best, "") if share <= WORTH else ("exact", f"{best} takes {share:.2f} of its time")
+    asked = ["exact", *choices, *[ROUNDING] * shares]
+    return seconds(asked, rows, m, n, value.dtype, value.device)
+
+
+def fastest(rates: Sequence[Rates]) -> list[tuple[Precision, str]]:
+    """Return the fastest precision of each of some products with the same X, and where it is ``exact`` why.
+
+    In 8 bits, X is rounded once for all of them.
+
+    Args:
+        rates: seconds of each product in the precisions that it may have; of several in 8 bits, with
+            :data:`rates.ROUNDING` as well.
+    """
+    best: list[Precision] = ["bfloat16" if _is_worth(each, "bfloat16") else "exact" for each in rates]
+    own = {i: each["int8"] - each.get(ROUNDING, 0.0) for i, each in enumerate(rates) if "int8" in each}
+    share = {i: time / rates[i][best[i]] for i, time in own.items()}
+    candidates = sorted((i for i in share if share[i] <= WORTH), key=share.__getitem__)
+    for count in range(len(candidates), 0, -1):
+        chosen = candidates[:count]
+        total = sum(own[i] for i in chosen) + rates[chosen[0]].get(ROUNDING, 0.0)
+        if total <= WORTH * sum(rates[i][best[i]] for i in chosen):
+            for i in chosen:
+                best[i] = "int8"
+            break
+    reasons = []
+    for i, each in enumerate(rates):
+        others = {precision: time for precision, time in each.items() if precision not in ("exact", ROUNDING)}
+        if i in own:
+            others["int8"] = own[i] + each.get(ROUNDING, 0.0) / len(own)
+        least = min(others, key=others.__getitem__, default="")
+        reasons.append(f"{least} takes {others[least] / each['exact']:.2f} of its time" if least else "")
+    return [(each, reason if each == "exact" else "") for each, reason in zip(best, reasons, strict=True)]
+
+
+def _is_worth(rates: Rates, precision: Precision) -> bool:
+    return precision in rates and rates[precision] <= WORTH * rates["exact"]
 
 
 def _reason_for_exact(product: Product | InputGradient, sampling: Sampling, precision: Precision) -> str:

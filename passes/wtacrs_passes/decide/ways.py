@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 from ..maths.observer import RATIOS, Noise
 from ..policy import Policy, Precision, Rule
-from ..rates import DRAWING, seconds
+from ..rates import DRAWING, ROUNDING, seconds
 from ..report import NoiseReport
-from .precision import FASTER, WORTH
+from .precision import FASTER, fastest
 
 _MARGIN = 0.8
 """Of the budget, what a way takes that is chosen anew: the measurement has noise of its own."""
@@ -123,12 +123,15 @@ def _seconds(way: Way) -> float:
 
 def _products(noise: Noise, ratio: float, rounds: bool) -> list[tuple[Precision, float]]:
     """Return for each product of a site the precision that the plan chooses by its rates, and the seconds it takes."""
-    choices: list[Precision] = ["exact", *FASTER.get(noise.dtype, ())] if rounds else ["exact"]
+    choices = ["exact", *FASTER.get(noise.dtype, ())] if rounds else ["exact"]
+    choices += [ROUNDING] * (rounds and len(noise.outputs) > 1)
     rows = noise.rows if ratio == 1.0 else math.ceil(ratio * noise.rows)
-    found = []
-    for outputs in noise.outputs:
-        rates = seconds(choices, rows, outputs, noise.features, noise.dtype, noise.device)
-        worth = [p for p in choices if p == "exact" or rates[p] <= WORTH * rates["exact"]]
-        best = min(worth, key=rates.__getitem__)
-        found.append((best, rates[best]))
-    return found
+    rates = [
+        seconds(choices, rows, outputs, noise.features, noise.dtype, noise.device)
+        for outputs in noise.outputs
+    ]
+    chosen = [precision for precision, _ in fastest(rates)]
+    times = [each[precision] for each, precision in zip(rates, chosen, strict=True)]
+    for i in [i for i, precision in enumerate(chosen) if precision == "int8"][1:]:
+        times[i] -= rates[i][ROUNDING]
+    return list(zip(chosen, times, strict=True))
