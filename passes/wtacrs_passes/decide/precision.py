@@ -61,9 +61,10 @@ def plan_precision(joint: Joint) -> None:
             groups.setdefault((wanted_by(item[1]), key(*item)), []).append(item)
         found: dict[fx.Node, tuple[Precision, str]] = {}
         for (wanted, _), group in groups.items():
-            nodes = (product.node for product, _ in group)
-            found.update(zip(nodes, choose_precisions(group, wanted), strict=True))
-        return tuple((product, *found[product.node]) for product, _ in asked)
+            for (product, _), choice in zip(group, choose_precisions(group, wanted), strict=True):
+                found[product.node] = choice
+        chosen = ((product, found[product.node]) for product, _ in asked)
+        return tuple((product, precision, reason) for product, (precision, reason) in chosen)
 
     joint.plan = dataclasses.replace(
         joint.plan,
