@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from bench.gpu import CASES
-from bench.harness import RESULTS, Row, read
+from bench.harness import BUDGET, RESULTS, Row, read
 from bench.models import Shape
 from bench.targets import TARGETS
 
@@ -182,7 +182,7 @@ _INDUCTOR = {
     "inductor, auto_chunker": "Inductor, `auto_chunker`",
 }
 _HEADLINE = _INDUCTOR | {
-    "wtacrs, noise budget": "**wtacrs**, default policy",
+    BUDGET: "**wtacrs**, default policy",
     "wtacrs": "**wtacrs**, `ratio=0.3`: a third of the rows",
     "wtacrs, all rows": "**wtacrs**, `ratio=1.0`: all rows",
     "wtacrs, all rows in 8 bits": '**wtacrs**, `ratio=1.0, product="int8"`: all rows in 8 bits',
@@ -191,6 +191,30 @@ _WITHOUT_HEAD = _INDUCTOR | {"wtacrs 0.3 balanced": "**wtacrs**, `ratio=0.3`"}
 _FASTEST = "fastest within "
 _WAYS_SHOWN = ("all rows", "rows 0.3", "rows 0.7")
 _ON_GPU = ("saved", "peak", "step time", "kernel time")
+_IN_16_BITS = {
+    **{name: _INDUCTOR[name] for name in ("inductor", "inductor budget 0.9", "inductor budget 0.5")},
+    "inductor budget 0.7": "Inductor, `activation_memory_budget=0.7`",
+    "wtacrs 0.3 backward": '**wtacrs**, `ratio=0.3, residuals="exact"`',
+    "wtacrs 0.3 balanced": "**wtacrs**, `ratio=0.3`",
+    BUDGET: "**wtacrs**, default policy",
+}
+
+
+def _without_head(dtype: str) -> Table:
+    def shown(row: Row) -> bool:
+        is_here = (row.device, row.dtype, row.shapes) == ("cpu", dtype, str(Shape()))
+        return is_here and row.variant in _IN_16_BITS and f"{row.model}: {row.metric}" in columns
+
+    columns = tuple(
+        f"{model}: {metric}" for model in ("bert", "llama") for metric in ("saved", "peak", "step time")
+    )
+    lines = tuple(_IN_16_BITS.values())
+    return Table(
+        "memory_time", "", shown, lambda row: _IN_16_BITS[row.variant],
+        lambda row: f"{row.model}: {row.metric}", _ratio, columns, lines,
+    )  # fmt: skip
+
+
 TABLES: dict[str, Table] = {
     "memory": _of_models("saved units a layer", "bfloat16", _one_digit),
     "memory-float32": _of_models("saved units a layer", "float32", _one_digit),
@@ -364,6 +388,8 @@ TABLES: dict[str, Table] = {
             f"{model}: {metric}" for model in ("bert", "llama") for metric in ("saved", "peak", "step time")
         ),
     ),
+    "without-head-autocast": _without_head("autocast"),
+    "without-head-bfloat16": _without_head("bfloat16"),
     "frontier": Table(
         "frontier",
         "saved, step time",
