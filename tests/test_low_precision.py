@@ -245,5 +245,5 @@ def test_the_operations_are_the_functions() -> None:
     of_a, of_b = (
         ops.round_columns(x, *(torch.rand(size) for size in x.shape), "int8", False) for x in (a, b)
     )
-    found = ops.multiply_codes(*of_a, *of_b, a.dtype)
+    found = ops.multiply_codes(*of_a, *of_b, a.dtype, False)
     assert torch.equal(found, multiply_codes(*of_a, *of_b, a.dtype))

@@ -210,7 +210,7 @@ def _workspace(node: fx.Node) -> int:
         )
     if node.target is ops.multiply_codes:
         m, n = node.meta["val"].shape
-        return 8 * int(min(m, columns_at_once(n))) * int(n)
+        return 4 * int(min(m, columns_at_once(n))) * int(n)
     if node.target is not ops.in_chunks:
         return 0
     arguments: tuple[Any, ...] = node.args

@@ -7,8 +7,8 @@ from ..maths import ops
 
 
 def compile_calls(joint: Joint) -> None:
-    """Mark each function of rows in chunks, and each rounding of a factor, as one to compile."""
-    for target in (ops.in_chunks, ops.round_columns):
+    """Mark each function of rows in chunks, each rounding of a factor and each product of codes as one to compile."""
+    for target in (ops.in_chunks, ops.round_columns, ops.multiply_codes):
         for node in joint.graph.find_nodes(op="call_function", target=target):
             *args, _ = node.args
             node.args = (*args, True)

@@ -167,7 +167,7 @@ class _Rounding:
             columns = slice(start, start + len(result))
             of_columns = None if self.of_columns is None else self.of_columns[:m][columns]
             left = low_precision.round_columns(a[:, columns], of_rows, of_columns, product, compiled)
-            low_precision.multiply_into(result, *left, *right, adds)
+            low_precision.multiply_into(result, *left, *right, adds, compiled)
 
         return multiplied_codes
 
@@ -269,7 +269,9 @@ class _ProductOfCodes(_Part):
         codes, scale, b = next(values), next(values), next(values)
         total, adds = self._sum_like(b, (codes.shape[1], b.shape[1]))
         right = self.rounding.of_right(b, start, codes.shape[1])
-        low_precision.multiply_into(total, codes, scale.expand(codes.shape[1]), *right, adds)
+        low_precision.multiply_into(
+            total, codes, scale.expand(codes.shape[1]), *right, adds, self.rounding.compiled
+        )
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,7 @@ A column with NaN or Inf makes NaN of its row or column of the result, so that n
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ MOST_ROWS = 2**17
 """Rows whose products of 8 bits fit into a sum of 32 bits: 2^17 * 127^2 < 2^31."""
 _LARGEST = {"int8": 127.0, "float8": 448.0}
 """The largest magnitude of a code."""
-_PRODUCT, _FEWEST = 2**19, 512
+_PRODUCT, _FEWEST = 2**20, 512
 """Elements of a product that are computed at once on a CPU, as many as a cache holds, but no fewer columns of `a`."""
 
 Rounded = tuple[Tensor, Tensor]
@@ -63,7 +63,7 @@ def multiply(
         return torch.mm(a.to(torch.bfloat16).T, b.to(torch.bfloat16)).to(a.dtype)
     left = round_columns(a, draws[0], draws[1], product, compiled)
     right = round_columns(b, draws[2], draws[3], product, compiled)
-    return multiply_codes(*left, *right, a.dtype)
+    return multiply_codes(*left, *right, a.dtype, compiled)
 
 
 def round_columns(
@@ -82,9 +82,8 @@ def round_columns(
         codes: int8 or float8, [rows, columns]; scales: float32, [columns].
     """
     if compiled:
-        # One function whether the operands require grad or not.
-        with torch._C._AutoDispatchBelowAutograd(), torch.no_grad(), _config.patch(recompile_limit=_VARIANTS):
-            return _compiled()(x, of_rows, of_columns, product)
+        rounded: Rounded = _run_compiled(round_columns, x, of_rows, of_columns, product)
+        return rounded
     largest = _LARGEST[product]
     peaks = x.abs().amax(0).float()
     steps = in_steps(x.float(), peaks, largest)
@@ -133,12 +132,15 @@ def multiply_rows(codes: Tensor, scale: Tensor, weight: Tensor, scales: Tensor, 
     return (torch._int_mm(codes, weight).float() * (scale * scales)).to(dtype)
 
 
+def _run_compiled(function: Callable[..., Any], *operands: Any) -> Any:
+    """Call a function as Inductor compiles it, once whether operands require grad or not."""
+    with torch._C._AutoDispatchBelowAutograd(), torch.no_grad(), _config.patch(recompile_limit=_VARIANTS):
+        return _compiled(function)(*operands)
+
+
 @cache
-def _compiled() -> Callable[[Tensor, Tensor | None, Tensor | None, str], Rounded]:
-    function: Callable[[Tensor, Tensor | None, Tensor | None, str], Rounded] = torch.compile(
-        round_columns, dynamic=True
-    )
-    return function
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True)
 
 
 def round_columns_fake(
@@ -149,8 +151,14 @@ def round_columns_fake(
     return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[1:], dtype=torch.float32)
 
 
-def multiply_codes(a: Tensor, s: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the product ``a^T b`` of what :func:`round_columns` returned for two operands: [m, n] of `dtype`."""
+def multiply_codes(
+    a: Tensor, s: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype, compiled: bool = False
+) -> Tensor:
+    """Return the product ``a^T b`` of what :func:`round_columns` returned for two operands: [m, n] of `dtype`.
+
+    Args:
+        compiled: on a CPU the scaling of its sums is compiled by Inductor when it is called first.
+    """
     if a.dtype == torch.float8_e4m3fn:
         left, right = columns_first(a).T, columns_first(b)
         product = torch._scaled_mm(left, right, s.unsqueeze(-1), t.unsqueeze(0), out_dtype=torch.bfloat16)
@@ -162,11 +170,13 @@ def multiply_codes(a: Tensor, s: Tensor, b: Tensor, t: Tensor, dtype: torch.dtyp
         ]
         return (reduce(torch.add, sums) * s.unsqueeze(-1) * t).to(dtype)
     result = torch.empty((len(s), len(t)), dtype=dtype)
-    multiply_into(result, a, s, b, t, adds=False)
+    multiply_into(result, a, s, b, t, adds=False, compiled=compiled)
     return result
 
 
-def multiply_into(result: Tensor, a: Tensor, s: Tensor, b: Tensor, t: Tensor, adds: bool) -> None:
+def multiply_into(
+    result: Tensor, a: Tensor, s: Tensor, b: Tensor, t: Tensor, adds: bool, compiled: bool = False
+) -> None:
     """Write what :func:`multiply_codes` returns, or add it, on a CPU in few bytes beside the result.
 
     Args:
@@ -176,16 +186,24 @@ def multiply_into(result: Tensor, a: Tensor, s: Tensor, b: Tensor, t: Tensor, ad
         product = multiply_codes(a, s, b, t, result.dtype)
         (Tensor.add_ if adds else Tensor.copy_)(result, product)
         return
-    columns = columns_at_once(len(t))
+    write = partial(_run_compiled, _write_scaled) if compiled else _write_scaled
+    blocks = max(1, -(-len(s) // columns_at_once(len(t))))
+    columns = -(-len(s) // blocks)
     for start in range(0, len(s), columns):
         block = slice(start, start + columns)
-        parts = zip(_split(a[:, block]), _split(b), strict=True)
-        sums = reduce(torch.add, [torch._int_mm(left.T, right).float() for left, right in parts]).mul_(t)
-        scales = s[block].unsqueeze(-1)
-        if adds:
-            result[block].addcmul_(sums, scales)
-        else:
-            result[block] = sums.mul_(scales)
+        sums = [
+            torch._int_mm(left.T, right) for left, right in zip(_split(a[:, block]), _split(b), strict=True)
+        ]
+        total = sums[0] if len(sums) == 1 else reduce(torch.add, [each.float() for each in sums])
+        write(result[block], total, s[block], t, adds)
+
+
+def _write_scaled(result: Tensor, sums: Tensor, s: Tensor, t: Tensor, adds: bool) -> None:
+    product = sums.float() * t * s.unsqueeze(-1)
+    if adds:
+        result.add_(product)
+    else:
+        result.copy_(product)
 
 
 def columns_at_once(n: Any) -> Any:
@@ -193,7 +211,9 @@ def columns_at_once(n: Any) -> Any:
     return max(_FEWEST, _PRODUCT // max(n, 1))
 
 
-def multiply_codes_fake(a: Tensor, s: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
+def multiply_codes_fake(
+    a: Tensor, s: Tensor, b: Tensor, t: Tensor, dtype: torch.dtype, compiled: bool = False
+) -> Tensor:
     """Return an empty tensor like that of :func:`multiply_codes`."""
     return a.new_empty((a.shape[1], b.shape[1]), dtype=dtype)
 

@@ -27,7 +27,7 @@ for _schema in (
     "token_mask(Tensor mask) -> ()",
     "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
     "round_columns(Tensor x, Tensor? of_rows, Tensor? of_columns, str product, bool compiled) -> (Tensor, Tensor)",
-    "multiply_codes(Tensor a, Tensor s, Tensor b, Tensor t, ScalarType dtype) -> Tensor",
+    "multiply_codes(Tensor a, Tensor s, Tensor b, Tensor t, ScalarType dtype, bool compiled) -> Tensor",
     "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor centered, Tensor value, Tensor output, "
     "Tensor logsumexp, Tensor spread, float dropout_p, bool is_causal, Tensor? attn_mask, float? scale) "
     "-> (Tensor, Tensor, Tensor)",

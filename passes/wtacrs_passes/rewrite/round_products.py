@@ -87,6 +87,6 @@ def round_factor(editor: Editor, factor: fx.Node, precision: str, owner: str) ->
 
 def _multiply(editor: Editor, a: Codes, b: Codes, dtype: torch.dtype) -> fx.Node:
     if a[0].meta["val"].device.type == "cpu":
-        return editor.call(ops.multiply_codes, *a, *b, dtype)
+        return editor.call(ops.multiply_codes, *a, *b, dtype, False)
     [product] = editor.trace(low_precision.multiply_codes, *a, *b, dtype=dtype)
     return product
