@@ -353,6 +353,14 @@ TABLES: dict[str, Table] = {
         lambda row: f"{row.model}, {row.dtype}: {row.metric.split(',')[0]}",
         lambda row: _ratio(row) if row.metric == "time" else f"{row.value:.1e}",
     ),
+    "codes": Table(
+        "codes",
+        "error, or its share of that of steps of the peak",
+        _any,
+        _variant,
+        lambda row: f"{row.model}: {row.metric}",
+        lambda row: _ratio(row) if "," in row.variant else f"{row.value:.1e}",
+    ),
     "depth": Table(
         "depth",
         "",
