@@ -36,8 +36,10 @@ def backward(
 
 
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_centred_keys_have_the_same_gradients(scale: float | None) -> None:
+@pytest.mark.parametrize("queries", [1, 2])
+def test_centred_keys_have_the_same_gradients(scale: float | None, queries: int) -> None:
     q, k, v, gradient = operands(mean=1.0)
+    q, gradient = (torch.cat([x, x.flip(1)], 1) if queries == 2 else x for x in (q, gradient))  # for each key
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
     wanted = backward(gradient, q, k, v, out, lse, scale)
     centred, shifted, _ = center_keys(q, k, lse, scale)
@@ -96,23 +98,27 @@ def test_attention_is_computed_again_where_rounding_moves_logits_far(size: float
 
 
 class Attention(nn.Module):
-    """Attention whose keys have a large common part."""
+    """Attention whose keys have a large common part, with fewer heads of keys than of queries."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads_of_keys: int) -> None:
         super().__init__()
-        self.qkv, self.out = nn.Linear(64, 192), nn.Linear(64, 64)
+        self.sizes = [64, 16 * heads_of_keys, 16 * heads_of_keys]
+        self.qkv, self.out = nn.Linear(64, sum(self.sizes)), nn.Linear(64, 64)
         with torch.no_grad():
-            self.qkv.bias[64:128] = 8.0
+            self.qkv.bias[64 : 64 + self.sizes[1]] = 8.0
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (4, 16)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        parts = self.qkv(x).split(self.sizes, -1)
+        q, k, v = (part.unflatten(-1, (-1, 16)).transpose(1, 2) for part in parts)
+        grouped = q.shape[1] != k.shape[1]
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return self.out(heads.transpose(1, 2).flatten(-2)).square().mean()
 
 
-def test_a_compiled_attention_reads_a_stored_output_and_centred_keys() -> None:
+@pytest.mark.parametrize("heads_of_keys", [4, 2])
+def test_a_compiled_attention_reads_a_stored_output_and_centred_keys(heads_of_keys: int) -> None:
     torch.manual_seed(0)
-    model, x = Attention(), torch.randn(4, 32, 64)
+    model, x = Attention(heads_of_keys), torch.randn(4, 32, 64)
     model(x).backward()
     wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -123,7 +129,5 @@ def test_a_compiled_attention_reads_a_stored_output_and_centred_keys() -> None:
         item.operation for item in report.residuals if item.encoding == "recompute"
     }
     for name, parameter in model.named_parameters():
-        found, exact = (
-            g.unflatten(0, (-1, 64))[:1] if "qkv" in name else g for g in (parameter.grad, wanted[name])
-        )
+        found, exact = (g[:64] if "qkv" in name else g for g in (parameter.grad, wanted[name]))
         assert float((found - exact).square().sum() / exact.square().sum()) < 0.01, name

@@ -31,7 +31,8 @@ def center_keys(
     """Return keys less their mean, the log-sum-exps that give the same probabilities with them, and the spread.
 
     Args:
-        query: [..., heads, queries, features]; key: [..., heads, keys, features]; rounded to 8 bits.
+        query: [..., heads, queries, features]; key: [..., heads, keys, features], or each of its heads for as many of
+            the query's that follow each other (grouped queries); rounded to 8 bits.
         logsumexp: [..., heads, queries], float32, natural logarithms of ``sum_j exp(scale q_i . k_j)``.
         scale: ``1 / sqrt(features)`` where it is None.
 
@@ -41,7 +42,9 @@ def center_keys(
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     wide, keys = query.float(), key.float()
     mean = keys.mean(-2, keepdim=True)
-    shift = (wide * mean).sum(-1) * factor
+    heads = key.shape[-3]
+    grouped: Tensor = wide.unflatten(-3, (heads, query.shape[-3] // heads))  # type: ignore[no-untyped-call]
+    shift = (grouped * mean.unsqueeze(-3)).sum(-1).flatten(-3, -2) * factor
     of_queries, of_keys = (x.square().sum(-1).amax() for x in (wide, keys))
     peak, peak_of_keys = (x.abs().amax().square() for x in (wide, keys))
     # A rounding error is uniform in a step, peak / 127.
