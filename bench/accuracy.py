@@ -54,14 +54,17 @@ class Run:
     seconds: list[float]
     merit: float
 
-    def curve(self) -> tuple[Tensor, Tensor]:
+    def curve(self, exact: Run) -> tuple[Tensor, Tensor]:
         """Return times [n] and the running mean of the loss there [n].
 
-        A step counts with the median of all, so that neither compilation nor a busy machine has a part in it.
+        A step counts with the median of an exact training's, and of the ratios of this one's to those in turn, so that
+        neither compilation nor a busy machine has a part in it.
         """
         window = max(1, len(self.losses) // 15)
         steps = torch.arange(window, len(self.losses) + 1)
-        return steps * statistics.median(self.seconds), torch.tensor(self.losses).unfold(0, window, 1).mean(1)
+        ratios = [own / other for own, other in zip(self.seconds, exact.seconds, strict=True)]
+        a_step = statistics.median(exact.seconds) * statistics.median(ratios)
+        return steps * a_step, torch.tensor(self.losses).unfold(0, window, 1).mean(1)
 
 
 def at_equal_time(run: Run, exact: Run) -> Tensor:
@@ -69,7 +72,7 @@ def at_equal_time(run: Run, exact: Run) -> Tensor:
 
     From a tenth of the shorter training to its end, along both running means.
     """
-    curves = run.curve(), exact.curve()
+    curves = run.curve(exact), exact.curve(exact)
     end = min(float(times[-1]) for times, _ in curves)
     start = max(0.1 * end, *(float(times[0]) for times, _ in curves))
     times = np.linspace(start, end, 100)
@@ -318,8 +321,8 @@ def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path, steps: in
                     writer.writerow((variant, seed, step, f"{loss:.5f}", f"{seconds:.4f}"))
     figure, panels = plt.subplots(ncols=2, sharey=True, figsize=(11, 4), layout="constrained")
     for variant, runs in found.items():
-        times = torch.stack([run.curve()[0] for run in runs]).mean(0)
-        losses = torch.stack([run.curve()[1] for run in runs]).mean(0)
+        curves = [run.curve(exact) for run, exact in zip(runs, found[BASELINE], strict=True)]
+        times, losses = (torch.stack(values).mean(0) for values in zip(*curves, strict=True))
         merit = statistics.mean(run.merit for run in runs)
         first = steps - len(losses) + 1
         for axes, where in zip(panels, (range(first, steps + 1), times), strict=True):
