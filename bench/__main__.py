@@ -29,6 +29,7 @@ BENCHMARKS = (
     ["encodings"],
     ["products"],
     ["estimators"],
+    ["codes"],
     ["frontier"],
     ["scaling"],
     ["gpu"],

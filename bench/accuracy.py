@@ -39,6 +39,7 @@ from bench.gradient_variance import Loss
 from bench.harness import BASELINE, BUDGET, RESULTS, VARIANTS, Row, circumstances, record, summarise
 from wtacrs_fx import track_gradient_norms
 from wtacrs_fx.tools.classification import Classifier, load_encoder
+from wtacrs_fx.tools.steps import many_variants
 
 VARIANTS_SHOWN = (BASELINE, BUDGET, "wtacrs 0.3 backward", "wtacrs 0.3 balanced", "wtacrs 0.3 small")
 REMEMBERED = (BASELINE, "wtacrs 0.3 remembered", "wtacrs 0.1 remembered", "wtacrs 0.3 forward")
@@ -259,7 +260,7 @@ def study(
     """Train with all variants from the same weights on the same batches, a step of each in turn."""
     bar = progress.add_task(f"{task.name}: seed {seed}", total=steps) if progress else None
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=256):  # variants share the code of the model
+    with many_variants():
         trainings = {variant: Training(task, variant, steps, seed) for variant in variants}
         for _, batch in zip(range(steps), task.batches(seed), strict=False):
             for training in trainings.values():
@@ -309,9 +310,9 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path, steps: int) -> None:
+def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path, shapes: str) -> None:
     """Write the losses and seconds of every step, and draw the losses against the steps and against the time."""
-    stem = "_".join(re.findall("[a-z0-9]+", f"{task.name}, {steps} steps".lower()))
+    stem = "_".join(re.findall("[a-z0-9]+", f"{task.name}, {shapes}".lower()))
     with (folder / f"accuracy_{stem}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("variant", "seed", "step", "loss", "seconds"))
@@ -324,8 +325,8 @@ def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path, steps: in
         curves = [run.curve(exact) for run, exact in zip(runs, found[BASELINE], strict=True)]
         times, losses = (torch.stack(values).mean(0) for values in zip(*curves, strict=True))
         merit = statistics.mean(run.merit for run in runs)
-        first = steps - len(losses) + 1
-        for axes, where in zip(panels, (range(first, steps + 1), times), strict=True):
+        last = len(runs[0].losses)
+        for axes, where in zip(panels, (range(last - len(losses) + 1, last + 1), times), strict=True):
             axes.plot(where, losses, label=f"{variant}: {merit:.4g} {task.unit}")
             axes.grid(alpha=0.3)
     panels[0].set(xlabel="step", ylabel="training loss, running mean over seeds")
@@ -373,7 +374,7 @@ def main(
                         f"{made.name}, {one}, seed {seed}: {made.metric} {run.merit:.4g} {made.unit}"
                     )
                 if not quick:  # seed by seed: an hour may be interrupted
-                    keep_curves(made, found, RESULTS, count)
+                    keep_curves(made, found, RESULTS, shapes)
         for one, runs in found.items():
             exact = None if one == BASELINE else found[BASELINE]
             record(rows_of(made, one, runs, exact, shapes), keep=not quick)

@@ -52,7 +52,7 @@ class Step:
         )
         earlier = len(reports())
         began = time.perf_counter()
-        with _many_variants():
+        with many_variants():
             self()
         self.first_call_seconds = time.perf_counter() - began
         self._expected = int(compiled)
@@ -71,7 +71,7 @@ class Step:
     def settle(self, batches: Iterable[dict[str, Tensor]]) -> None:
         """Take steps over other batches, in which a noise budget is measured and the code compiled again."""
         inputs, earlier, graphs = self.inputs, len(reports()), self._graphs
-        with _many_variants():
+        with many_variants():
             for self.inputs in batches:
                 self()
         self.inputs = inputs
@@ -98,7 +98,7 @@ class Step:
             )
 
 
-def _many_variants() -> Any:
+def many_variants() -> Any:
     """Let Dynamo keep more variants of one code object than the 8 of its default."""
     return torch._dynamo.config.patch(recompile_limit=256)
 
