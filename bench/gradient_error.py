@@ -4,7 +4,8 @@
 
 Ratio 1.0 shows what the encodings alone do, ratio 0.3 what they add to sampled rows. The figure is
 E ||g - g_exact||^2 / ||g_exact||^2 over all parameters at once, beside the same between minibatches; the
-bytes are those that cross from forward to backward. The modes were chosen from the mixtures.
+bytes are those that cross from forward to backward. The modes were chosen from the mixtures; `fitted` are bits by
+measured sensitivity.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import wtacrs_fx
 from bench.gradient_variance import Batch, fine_tune, load
 from bench.harness import BASELINE, MIB, Row, circumstances, record, summarise
-from wtacrs_fx import Policy
+from wtacrs_fx import Policy, Sensitivity
 from wtacrs_fx.diagnose import relative_variance
 from wtacrs_fx.tools.steps import Step, inductor, saved_bytes
 from wtacrs_passes.decide.modes import MODES, Mode
@@ -34,6 +35,9 @@ MIXTURES = {
     "int4, int8 before functions": Mode("int4", "int8", 3, attends_twice=False),
     "int4": Mode("int4", "int4", 2),
 }
+
+FITTED = (0.01, 0.003, 0.0006)
+"""Errors for which bits are chosen by measured sensitivity."""
 
 
 @contextmanager
@@ -102,12 +106,18 @@ def main(
         noise = minibatch_noise(model, stream, 4 if quick else 16)
         rows.append(describe("minibatch noise", "relative squared error", "1", value=noise))
         exactly, default = Policy(residuals="balanced", ratio=1.0), MODES["balanced"]
+        fitted: Sensitivity | None = None
         policies = {f"{name}, ratio 1": (exactly, mixture) for name, mixture in MIXTURES.items()}
         for name in ("exact", "balanced", "small"):
             policies[f"{name}, ratio 0.3"] = (
                 Policy(ratio=0.3, residuals=name, placement="backward"),
                 default,
             )
+        for error in () if quick else FITTED:
+            name = f"fitted, error {error}, ratio 1"
+            if not variant or name in variant:
+                fitted = fitted or wtacrs_fx.sensitivity(model, fixed, exactly)
+                policies[name] = (fitted.policy(error=error), default)
         for name, (policy, mixture) in policies.items():
             if variant and name not in variant:
                 continue

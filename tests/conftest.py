@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # fail at once where a test names 
 
 import wtacrs_fx
 from wtacrs_fx import Policy
-from wtacrs_fx.capture import STATIC_INPUTS, _forward_outputs
+from wtacrs_fx.capture import STATIC_INPUTS, count_forward_outputs
 from wtacrs_passes.graph import torch_api
 from wtacrs_passes.joint import Joint
 from wtacrs_passes.pipeline import Pass, run
@@ -90,7 +90,7 @@ def step(model: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> dict
 def run_passes(gm: fx.GraphModule, *passes: Pass, policy: Policy | None = None) -> Joint:
     """Run passes over a captured graph, in place; none of them partitions it."""
     table = gm.meta.get(STATIC_INPUTS, ())
-    outputs = _forward_outputs(gm.graph)
+    outputs = count_forward_outputs(gm.graph)
     return run(passes, gm, policy or Policy(ratio=0.3), table, outputs, torch_api.default_partition)
 
 

@@ -12,6 +12,7 @@ from .capture import capture, explain, transform
 from .diagnose import Diagnosis, DiagnosisError, diagnose
 from .gradient_norms import GradientNormError, GradientNorms, token_mask, track_gradient_norms
 from .layers import mark_layers
+from .sensitivity import ModuleSensitivity, Sensitivity, sensitivity
 
 __all__ = [
     "Backend",
@@ -19,6 +20,7 @@ __all__ = [
     "DiagnosisError",
     "GradientNormError",
     "GradientNorms",
+    "ModuleSensitivity",
     "NoTangentsError",
     "PartitionError",
     "PatternWarning",
@@ -26,6 +28,7 @@ __all__ = [
     "PolicyError",
     "Report",
     "Rule",
+    "Sensitivity",
     "SiteReport",
     "backend",
     "capture",
@@ -33,6 +36,7 @@ __all__ = [
     "explain",
     "mark_layers",
     "reports",
+    "sensitivity",
     "token_mask",
     "track_gradient_norms",
     "transform",

@@ -56,11 +56,7 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     def keep_joint(
         table: tuple[NamedInput, ...], gm: fx.GraphModule, inputs: Any, **options: Any
     ) -> Partitioned:
-        if region_of(gm) is not None:
-            raise ValueError(
-                "the model has regions that are compiled once (mark_layers, torch.compiler.nested_compile_region) and "
-                "so no joint graph of its own; capture it without, or ask explain, which knows them"
-            )
+        refuse_regions(gm)
         captured.append(copy_joint(gm))
         captured[0].meta[STATIC_INPUTS] = table
         return torch_api.default_partition(gm, inputs, **options)
@@ -69,6 +65,15 @@ def capture(model: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
     if not captured:
         raise _no_gradient(model)
     return captured[0]
+
+
+def refuse_regions(gm: fx.GraphModule) -> None:
+    """Raise a `ValueError` for the joint graph of a region."""
+    if region_of(gm) is not None:
+        raise ValueError(
+            "the model has regions that are compiled once (mark_layers, torch.compiler.nested_compile_region) and "
+            "so no joint graph of its own; capture it without, or ask explain, which knows them"
+        )
 
 
 def _trace(
@@ -154,8 +159,8 @@ def transform(graph_module: fx.GraphModule, policy: Policy | None = None) -> fx.
     done = _rewrite(graph_module, policy)
     rewritten = copy_joint(graph_module)
     table = graph_module.meta.get(STATIC_INPUTS, ())
-    partitioner = _partitioner(rewritten, table)
-    run(REWRITES, rewritten, done.policy, table, _forward_outputs(rewritten.graph), partitioner)
+    partitioner = plain_partitioner(rewritten, table)
+    run(REWRITES, rewritten, done.policy, table, count_forward_outputs(rewritten.graph), partitioner)
     rewritten.report = done.report  # type: ignore[assignment]
     return rewritten
 
@@ -187,11 +192,12 @@ def explain(model: nn.Module, *args: Any, policy: Policy | None = None, **kwargs
 def _rewrite(graph_module: fx.GraphModule, policy: Policy) -> Rewritten:
     gm = torch_api.run_joint_graph_passes(copy_joint(graph_module))
     table = graph_module.meta.get(STATIC_INPUTS, ())
-    partitioner = _partitioner(gm, table)
-    return rewrite_and_partition(gm, policy, table, _forward_outputs(gm.graph), partitioner)
+    partitioner = plain_partitioner(gm, table)
+    return rewrite_and_partition(gm, policy, table, count_forward_outputs(gm.graph), partitioner)
 
 
-def _partitioner(gm: fx.GraphModule, table: Sequence[NamedInput]) -> Partitioner:
+def plain_partitioner(gm: fx.GraphModule, table: Sequence[NamedInput]) -> Partitioner:
+    """Return PyTorch's own partitioner for a joint graph with these named inputs."""
     primals = [node for node in gm.graph.find_nodes(op="placeholder") if not is_tangent(node)]
     statics = static_inputs(gm.graph, {static.index: static for static in table})
     indices = [index for index, node in enumerate(primals) if node in statics]
@@ -204,7 +210,8 @@ def _partitioner(gm: fx.GraphModule, table: Sequence[NamedInput]) -> Partitioner
     return partitioner
 
 
-def _forward_outputs(graph: fx.Graph) -> int:
+def count_forward_outputs(graph: fx.Graph) -> int:
+    """Return how many outputs of a joint graph are no gradients."""
     return sum(not _is_gradient(descriptor) for _, descriptor in outputs_with_descriptors(graph))
 
 

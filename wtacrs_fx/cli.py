@@ -70,7 +70,7 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Samples a step.")]
 LengthOption = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
 DtypeOption = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 RatioOption = Annotated[float, typer.Option(help="Share of the rows that are kept, in (0, 1].")]
-ResidualsOption = Annotated[str, typer.Option(help="exact, lossless, balanced or small.")]
+ResidualsOption = Annotated[str, typer.Option(help="exact, lossless, fine, balanced or small.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 
 

@@ -251,7 +251,8 @@ def _sites(
     model: nn.Module, batch: Mapping[str, Any] | Sequence[Any], policy: Policy
 ) -> dict[str, SiteReport]:
     """Return the layers that a policy samples, by path."""
-    report = explain(model, *_args(batch), policy=policy, **_kwargs(batch))
+    args, kwargs = call_arguments(batch)
+    report = explain(model, *args, policy=policy, **kwargs)
     sites = {
         site.module: dataclasses.replace(site, placement=site.placement or "backward")
         for site in report.sites
@@ -330,7 +331,8 @@ def rows_of(
     kept = {parameter: parameter.grad for parameter in model.parameters()}
     model.zero_grad(set_to_none=True)  # what is added to a gradient is added in place
     try:
-        _loss(model(*_args(batch), **_kwargs(batch))).backward()  # type: ignore[no-untyped-call]
+        args, kwargs = call_arguments(batch)
+        _loss(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
     finally:
         for handle in handles:
             handle.remove()
@@ -471,12 +473,9 @@ def _bytes(groups: Mapping[str, Sequence[LayerDiagnosis]], ratios: Mapping[str, 
     )
 
 
-def _args(batch: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
-    return () if isinstance(batch, Mapping) else tuple(batch)
-
-
-def _kwargs(batch: Mapping[str, Any] | Sequence[Any]) -> dict[str, Any]:
-    return dict(batch) if isinstance(batch, Mapping) else {}
+def call_arguments(batch: Mapping[str, Any] | Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a batch as the positional and the keyword arguments of a call."""
+    return ((), dict(batch)) if isinstance(batch, Mapping) else (tuple(batch), {})
 
 
 def _loss(output: Any) -> Tensor:

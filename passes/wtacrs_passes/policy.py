@@ -14,7 +14,7 @@ import torch
 
 Estimator = Literal["wta-systematic", "wta-crs", "crs", "topk", "rmm-rademacher", "rmm-gaussian"]
 Placement = Literal["auto", "forward", "backward"]
-Residuals = Literal["exact", "lossless", "balanced", "small"]
+Residuals = Literal["exact", "lossless", "fine", "balanced", "small"]
 Rounding = Literal["nearest", "stochastic"]
 Precision = Literal["exact", "bfloat16", "int8", "float8"]
 PrecisionChoice = Literal["auto", "exact", "bfloat16", "int8", "float8"]
@@ -67,8 +67,8 @@ class SamplingOptions:
             ``||x_i|| ||dy_i||`` in the backward pass; ``auto`` draws in the backward pass wherever
             the full residual is at hand there anyway.
         residuals: how everything but the sampled rows is stored; ``exact``: as Inductor would;
-            ``lossless``: booleans packed, gradients as Inductor's; ``balanced``: 6 bits, 8 for what is
-            sensitive, 3 for bounded coefficients; ``small``: 4 bits, 2 for coefficients.
+            ``lossless``: booleans packed, gradients as Inductor's; ``fine``: 8 bits, 4 for bounded coefficients;
+            ``balanced``: 6 bits, 8 for what is sensitive, 3 for coefficients; ``small``: 4 bits, 2 for coefficients.
         rounding: of residuals stored as integers; ``stochastic`` makes their error zero in the mean.
         center: subtract the mean row before sampling and add its exact product: less noise where rows have a
             common direction, as in language models.

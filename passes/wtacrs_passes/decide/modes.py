@@ -36,6 +36,7 @@ class Mode:
 MODES = {
     "exact": Mode(masks=False),
     "lossless": Mode(),
+    "fine": Mode("int8", "int8", 4, attends_twice=False),
     "balanced": Mode("int6", "int6", 3, attends_twice=False),
     "small": Mode("int4", "int4", 2),
 }

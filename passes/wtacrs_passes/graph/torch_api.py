@@ -294,14 +294,23 @@ def each_region_called(describe: Callable[[fx.GraphModule, fx.Node, int], None])
         patched._get_partition_fn = get
 
 
-def trace_joint(gm: fx.GraphModule, inputs: Any, partition: Callable[..., Any]) -> None:
-    """Trace the joint graph of a Dynamo graph with Inductor's decompositions; hand it to `partition`."""
+def trace_joint(
+    gm: fx.GraphModule, inputs: Any, partition: Callable[..., Any], compiler: Callable[..., Any] = nop
+) -> Any:
+    """Trace the joint graph of a Dynamo graph with Inductor's decompositions; hand it to `partition`.
+
+    Args:
+        compiler: of the forward graph.
+
+    Returns:
+        what can be called in the place of `gm`.
+    """
     from torch._inductor.decomposition import select_decomp_table
 
-    aot_module_simplified(
+    return aot_module_simplified(
         gm,
         inputs,
-        fw_compiler=nop,
+        fw_compiler=compiler,
         bw_compiler=nop,
         partition_fn=partition,
         decompositions=select_decomp_table(),

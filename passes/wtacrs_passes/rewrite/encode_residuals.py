@@ -42,11 +42,13 @@ class EncodedResidual:
 
     Attributes:
         codes: what crosses from forward to backward; nothing for what is derived.
+        decoded: what the backward pass reads in its place; None for what is derived, or if nothing reads it.
         stored_names: names of the nodes that hold the full residual if they are saved.
     """
 
     stored: Stored
     codes: tuple[fx.Node, ...]
+    decoded: fx.Node | None
     stored_names: frozenset[str]
 
 
@@ -80,7 +82,8 @@ def encode_residuals(joint: Joint) -> None:
                     _center_keys(editor, node)
     graph.eliminate_dead_code()
     joint.residuals = [
-        EncodedResidual(item, encoded.get(item.node, ()), names[item.node]) for item in changed
+        EncodedResidual(item, encoded.get(item.node, ()), rebuild.decoded.get(item.node), names[item.node])
+        for item in changed
     ]
 
 
@@ -136,7 +139,11 @@ def _decode(editor: Editor, item: Stored, stored: tuple[fx.Node, ...], features:
 
 
 class _Rebuild:
-    """Compute a residual from decoded ones, each node once, before the first operation that reads it."""
+    """Compute a residual from decoded ones, each node once, before the first operation that reads it.
+
+    Attributes:
+        decoded: of what is stored encoded, as far as it is read.
+    """
 
     def __init__(
         self,
@@ -148,6 +155,7 @@ class _Rebuild:
     ) -> None:
         self.editor, self.decoders = editor, decoders
         self.built = {node: node for node in as_they_are}
+        self.decoded: dict[fx.Node, fx.Node] = {}
         several = {node for node in again if node.target is operator.getitem}
         self.again = several.union(*(node.all_input_nodes for node in several))
         self.of_inputs = of_inputs
@@ -172,7 +180,8 @@ class _Rebuild:
 
     def _build(self, node: fx.Node) -> fx.Node:
         if node in self.decoders:
-            return self.decoders[node]()
+            self.decoded[node] = self.decoders[node]()
+            return self.decoded[node]
         rebuilt = {operand: self.built[operand] for operand in self._operands(node)}
         is_made = node.op == "call_function" and node in self.of_inputs
         if not is_made and all(new is old for old, new in rebuilt.items()):
