@@ -229,7 +229,8 @@ def lora(path: Path, batch: int, length: int, held_out: int) -> Task:
     from peft import LoraConfig, inject_adapter_in_model
 
     task = smollm(path, batch, length, held_out)
-    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"), task.model)
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=linears), task.model)
     for name, parameter in task.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     task.name, task.learning_rate = f"{task.name}, LoRA", 4e-4
