@@ -1,6 +1,7 @@
 """Memory against time of a training step: Inductor's budgets and checkpointing beside the policies of wtacrs.
 
     python -m bench.frontier                     # BERT and Llama shapes on CPU; about 25 minutes
+    python -m bench.frontier --precision autocast
     python -m bench.frontier --draw              # the picture and the verdict again, from the rows
 
 For each of Inductor's ways to save memory the verdict names a policy with no more bytes and no more time.
@@ -10,19 +11,22 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import torch
 import typer
+from torch import nn
 
 from bench.harness import BASELINE, RESULTS, VARIANTS, Row, circumstances, compare, read, record
-from bench.models import TINY, Shape, make
+from bench.models import PRECISIONS, TINY, Shape, build
 from wtacrs_fx.tools.steps import Step
 
 CHECKPOINTING = "inductor, checkpointing"
 INDUCTOR = (BASELINE, *(f"inductor budget {budget}" for budget in (0.9, 0.7, 0.5, 0.3)), CHECKPOINTING)
 POLICIES = (
+    "wtacrs 0.3 balanced, checkpointing",
+    "wtacrs 0.3 small, checkpointing",
     "wtacrs 0.3 backward",
     "wtacrs 0.1 backward",
     "wtacrs 0.3 balanced",
@@ -33,24 +37,31 @@ POLICIES = (
 Point = tuple[float, float]  # saved bytes and step time, as ratios to Inductor
 
 
-def make_step(name: str, shape: Shape, variant: str, device: str) -> Step:
+def make_step(name: str, shape: Shape, precision: str, variant: str, device: str) -> Step:
     """Return a compiled step; checkpointing recomputes each layer from its input."""
-    model, inputs = make(name, shape, device=device)
-    if variant == CHECKPOINTING:
-        model.encoder.config.use_cache = False  # type: ignore[union-attr]
-        model.encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    return Step(model, inputs, VARIANTS[BASELINE if variant == CHECKPOINTING else variant]())
+    model, inputs = build(name, shape, precision, device)
+    plain = variant.removesuffix(", checkpointing")
+    if plain != variant:
+        checkpoint(model)
+    return Step(model, inputs, VARIANTS[plain]())
 
 
-def measure(name: str, shape: Shape, device: str, rounds: int) -> list[Row]:
+def checkpoint(model: nn.Module) -> None:
+    """Let each layer be computed again from its input."""
+    network: Any = next(part for part in model.modules() if hasattr(part, "gradient_checkpointing_enable"))
+    network.config.use_cache = False
+    network.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def measure(name: str, shape: Shape, precision: str, device: str, rounds: int) -> list[Row]:
     """Return saved bytes and step time of every variant."""
     steps = {}
     for variant in (*INDUCTOR, *POLICIES):
-        steps[variant] = make_step(name, shape, variant, device)
+        steps[variant] = make_step(name, shape, precision, variant, device)
         print(f"{name}, {variant}: compiled in {steps[variant].first_call_seconds:.0f} s", flush=True)
     return [
         Row(
-            "frontier", name, variant, metric, unit=unit, shapes=str(shape),
+            "frontier", name, variant, metric, unit=unit, shapes=str(shape), dtype=precision,
             **figure, **circumstances(device),
         )
         for variant, figures in compare(steps, rounds).items()
@@ -77,7 +88,7 @@ def verdict(found: dict[str, Point]) -> dict[str, str | None]:
     return chosen
 
 
-def draw(by_model: dict[str, dict[str, Point]]) -> None:
+def draw(by_model: dict[str, dict[str, Point]], precision: str) -> None:
     """Draw bytes against time for each model."""
     series = {
         "Inductor: memory budgets, checkpointing": (INDUCTOR, "s-", "#0072B2", 6),
@@ -114,12 +125,14 @@ def draw(by_model: dict[str, dict[str, Point]]) -> None:
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel("step time / Inductor")
     panels[0][0].legend(fontsize=8, loc="upper right")
-    figure.savefig(RESULTS / "frontier.png", dpi=130)
+    stem = "frontier" if precision == "float32" else f"frontier_{precision}"
+    figure.savefig(RESULTS / f"{stem}.png", dpi=130)
     plt.close(figure)
 
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help="bert and llama by default.")] = None,
+    precision: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "float32",
     rounds: int = 7,
     redraw: Annotated[bool, typer.Option("--draw", help="Measure nothing.")] = False,
     quick: Annotated[bool, typer.Option(help="Tiny sizes and two rounds; keep no rows.")] = False,
@@ -129,9 +142,9 @@ def main(
     by_model = {}
     for name in model or ("bert", "llama"):
         if redraw:
-            rows = [row for row in read("frontier") if row.model == name]
+            rows = [row for row in read("frontier") if (row.model, row.dtype) == (name, precision)]
         else:
-            rows = measure(name, TINY if quick else Shape(), device, 2 if quick else rounds)
+            rows = measure(name, TINY if quick else Shape(), precision, device, 2 if quick else rounds)
             record(rows, keep=not quick)
         by_model[name] = points(rows)
         for variant, policy in verdict(by_model[name]).items():
@@ -141,7 +154,7 @@ def main(
                 answer = "{} (saved {:.2f}, time {:.2f})".format(policy, *by_model[name][policy])
             print(f"{name}, {variant} (saved {saved:.2f}, time {time:.2f}) is beaten by {answer}")
     if not quick:
-        draw(by_model)
+        draw(by_model, precision)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from torch.utils.benchmark import Timer
 
 import wtacrs_fx
 from bench import regime
-from bench.frontier import CHECKPOINTING
+from bench.frontier import CHECKPOINTING, checkpoint
 from bench.harness import (
     BASELINE,
     BUDGET,
@@ -121,7 +121,7 @@ def compile_all(
     for variant in variants:
         model, inputs = case.make(layers, device)
         if variant == CHECKPOINTING:
-            regime.checkpoint(model)
+            checkpoint(model)
         compiler = wtacrs_fx.backend(PARTS[variant]) if variant in PARTS else regime.compiler(variant)
         steps[variant] = Step(model, inputs, compiler)
         print(f"{name}, {variant}: compiled in {steps[variant].first_call_seconds:.0f} s", flush=True)

@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from torch import nn
 
 import wtacrs_fx
-from bench.frontier import CHECKPOINTING
+from bench.frontier import CHECKPOINTING, checkpoint
 from bench.harness import BUDGET, Row, circumstances, compare, record, settle
 from bench.models import PRECISIONS, TINY, WORDS, Shape, build
 from wtacrs_fx import Policy
@@ -32,6 +31,8 @@ POLICIES = {
     "wtacrs, all rows": Policy(ratio=1.0),
     IN_8_BITS: Policy(ratio=1.0, product="int8"),
     ONCE: Policy(ratio=0.3),
+    "wtacrs, checkpointing": Policy(ratio=0.3),
+    f"{BUDGET}, checkpointing": Policy(),
 }
 VARIANTS = ("inductor", "inductor budget 0.9", "inductor budget 0.5", CHECKPOINTING, CHUNKER, *POLICIES)
 
@@ -47,12 +48,6 @@ def compiler(variant: str) -> Compiler:
     return inductor(float(budget)) if budget != variant else inductor()
 
 
-def checkpoint(model: nn.Module) -> None:
-    """Let each layer be computed again from its input."""
-    network = next(module for module in model.modules() if hasattr(module, "gradient_checkpointing_enable"))
-    network.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-
-
 def measure(
     name: str, shape: Shape, precision: str, device: str, rounds: int, variants: list[str]
 ) -> list[Row]:
@@ -60,13 +55,13 @@ def measure(
     steps = {}
     for variant in variants:
         model, inputs = build(name, shape, precision, device)
-        if variant == CHECKPOINTING:
+        if variant.endswith(", checkpointing"):
             checkpoint(model)
         if variant == ONCE:
             wtacrs_fx.mark_layers(model)
         step = steps[variant] = Step(model, inputs, compiler(variant))
         print(f"{name}, {variant}: compiled in {step.first_call_seconds:.0f} s", flush=True)
-        if variant == BUDGET and rounds:
+        if variant.startswith(BUDGET) and rounds:
             settle(step)
             print(*step.reports, sep="\n\n", flush=True)
     return [

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import pytest
 import torch
-from conftest import RowsOnly, Transformer, is_unbiased, step
+from conftest import Transformer, is_unbiased, step
 from torch import Tensor, fx, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.compilers import nop
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import wtacrs_fx
 from wtacrs_fx import PartitionError, Policy
@@ -316,31 +314,6 @@ def test_the_transformed_graph_runs_and_shows_its_encodings() -> None:
     leaves = torch.utils._pytree.tree_leaves(results)
     found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.shape == (128, 64)]
     assert relative_error({"up.weight": found[0]}, {"up.weight": exact["up.weight"]}) < 0.1
-
-
-def test_a_checkpointed_model_stores_what_checkpointing_says() -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.layer, x, use_reentrant=False).sin().sum()
-
-    model, x = Checkpointed(), torch.randn(256, 64, requires_grad=True)
-    with pytest.warns(UserWarning, match="the model uses checkpointing"):
-        report = wtacrs_fx.explain(model, x, policy=Policy(ratio=0.3, min_rows=8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        wtacrs_fx.explain(model, x, policy=RowsOnly(min_rows=8))  # nothing would be encoded
-    assert len(report.sampled) == 2
-    assert report.saved_bytes_after < report.saved_bytes_before + 3 * 4 * 256  # norms of rows at most
-    with pytest.warns(UserWarning, match="the model uses checkpointing"):
-        torch.compile(model, backend=wtacrs_fx.backend(Policy(ratio=1.0)))(x).backward()
-    found = x.grad.clone()
-    x.grad = None
-    model(x).backward()
-    torch.testing.assert_close(found, x.grad)
 
 
 def assert_lossless(model: nn.Module, *inputs: Tensor) -> None:

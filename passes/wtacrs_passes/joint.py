@@ -10,6 +10,7 @@ from torch import fx
 
 from .graph.cones import tangent_cone
 from .graph.names import NamedInput
+from .graph.operations import IS_AGAIN
 from .policy import Policy
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ class Joint:
     def tangent(self) -> set[fx.Node]:
         """Return everything that is computed from tangents."""
         return tangent_cone(self.graph)
+
+    def backward(self) -> set[fx.Node]:
+        """Return what the backward pass computes: :meth:`tangent`, and what checkpoints compute again."""
+        again = {node for node in self.graph.nodes if node.meta.get(IS_AGAIN)}
+        return self.tangent() | again
 
     def replace(self, new: Mapping[fx.Node, fx.Node]) -> None:
         """Let what was built name the new nodes wherever it names the old ones."""

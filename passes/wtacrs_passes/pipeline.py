@@ -60,6 +60,7 @@ from .rewrite.encode_residuals import encode_residuals
 from .rewrite.merge_equal import merge_equal
 from .rewrite.observe_noise import observe_noise
 from .rewrite.reassociate import reassociate
+from .rewrite.recompute_checkpointed import recompute_checkpointed
 from .rewrite.round_products import round_products
 from .rewrite.sample_rows import sample_rows
 from .rewrite.slice_before_heads import slice_before_heads
@@ -75,6 +76,7 @@ PASSES: tuple[Pass, ...] = (
     plan_rows,
     sample_rows,
     reassociate,
+    recompute_checkpointed,
     plan_storage,
     encode_residuals,
     observe_noise,

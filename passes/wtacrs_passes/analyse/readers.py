@@ -25,6 +25,7 @@ from ..graph.operations import (
     FORMS,
     GATHERS,
     GEMMS,
+    IS_AGAIN,
     IS_AMPLIFIED,
     IS_FROM_DATA,
     IS_MASKED,
@@ -79,7 +80,7 @@ class Readers:
     """The residuals of a joint graph, what reads each, and whether it tolerates an error.
 
     Attributes:
-        of: residuals with the operations on tangents that read them.
+        of: residuals with the operations on tangents that read them, and those that checkpoints compute again.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Readers:
         nodes = [node for node in graph.nodes if node in tangent and node.op == "call_function"]
         for node in nodes:
             for operand in tensor_operands(node):
-                if operand not in tangent:
+                if operand not in tangent and not operand.meta.get(IS_AGAIN):
                     self.of.setdefault(operand, []).append(node)
             if self._carries(node, self._amplified) or self._amplifies(node):
                 self._amplified.add(node)
@@ -104,6 +105,11 @@ class Readers:
                 self._masked.add(node)
             if any(arg in self._delicate or self._is_solved(arg) for arg in node.all_input_nodes):
                 self._solved.add(node)
+        for node in graph.nodes:
+            if node.meta.get(IS_AGAIN):
+                for operand in tensor_operands(node):
+                    if not operand.meta.get(IS_AGAIN):
+                        self.of.setdefault(operand, []).append(node)
         self._to_be_amplified: set[fx.Node] = set()
         self._to_be_masked: set[fx.Node] = set()
         self._to_be_solved: set[fx.Node] = set()
@@ -160,6 +166,8 @@ class Readers:
 
     def _refusal(self, residual: fx.Node, reader: fx.Node) -> str:
         name = packet(reader.target)
+        if reader.meta.get(IS_AGAIN):
+            return ""  # all that a checkpointed region reads is made of the same values
         if residual in self._delicate:
             return "made of an inverse or a factorisation, whose gradient cancels to the last bit or does not"
         if reader in self._to_be_solved and is_float(residual):

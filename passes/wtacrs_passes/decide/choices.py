@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ..analyse.functions import Unary, is_float, rounding_error
 from ..graph.names import module_path
-from ..graph.operations import aten, content_of
+from ..graph.operations import IS_AGAIN, aten, content_of
 from ..graph.torch_api import hint, real_tensors
 from ..maths.encodings import INTEGER_BITS, Table, encoded_bits, packs_well
 from ..maths.tables import serves, tabulate
@@ -36,6 +36,7 @@ class Choices:
         self._sparse = facts.with_sources(n for n in facts.residuals if not facts.readers.are_dense(n))
         self._of_attention = self._logits_and_outputs()
         self._subtracted = self._differences()
+        self._kept = self._of_checkpoints()
         self._functions: dict[fx.Node, list[fx.Node]] = {}
         for node in derivations.operands:
             if derivations.shape(node) == "smooth":
@@ -87,6 +88,18 @@ class Choices:
                 found += rounded if len(rounded) > 1 else []
         return self.facts.with_sources(found)
 
+    def _of_checkpoints(self) -> set[fx.Node]:
+        """Return what checkpointed regions are computed from again, and what that is derived from."""
+        readers = self.facts.readers.of
+        stack = [node for node in readers if any(reader.meta.get(IS_AGAIN) for reader in readers[node])]
+        found: set[fx.Node] = set()
+        while stack:
+            node = stack.pop()
+            if node not in found:
+                found.add(node)
+                stack += self._derivations.operands.get(node) or ()
+        return found
+
     def _smallest(self, node: fx.Node) -> tuple[Encoding, Table | None]:
         value = node.meta.get("val")
         mode = self.facts.mode(module_path(node))
@@ -112,6 +125,8 @@ class Choices:
             return "int8", None
         if node in self._functions and self.facts.ranges.is_bounded(node):
             return "int8", None  # its function may vanish at the ends: (1 - y^2) of a tanh
+        if node in self._kept:
+            return self._packed(mode.checkpoints, node), None
         table = self._table(node, mode)
         if table is not None:
             return "table", table

@@ -75,7 +75,10 @@ class Exactness:
         return f"read by {packet(opaque[0].target)}, whose gradient may cancel" if opaque else ""
 
     def _refuse(self, node: fx.Node, reason: str) -> None:
-        """Refuse a node and, through functions of one tensor and views, what it is derived from."""
+        """Refuse a node and what it is derived from: through views, and functions of one tensor that may be stored.
+
+        Of a sum of two the other is needed as well: the residual stream does not become exact for one that reads it.
+        """
         stack = [node]
         while stack:
             node = stack.pop()
@@ -86,8 +89,12 @@ class Exactness:
             if root is not None and root is not node:
                 stack.append(root)
             moves = node.target in FORMS | GATHERS
-            if is_derivable(node) and (moves or reason in (_EXCLUDED, _WIDE)):
+            sources = [operand for operand in tensor_operands(node) if not self._is_small(operand)]
+            if is_derivable(node) and (moves or (reason in (_EXCLUDED, _WIDE) and len(sources) == 1)):
                 stack += tensor_operands(node)
+
+    def _is_small(self, node: fx.Node) -> bool:
+        return self.facts.is_at_hand(node) or node in self.facts.statistics
 
     def _wide(self) -> list[fx.Node]:
         """Return residuals in float32 that are made of 16-bit ones, and so large that encoding them makes the peak.

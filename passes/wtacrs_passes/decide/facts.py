@@ -16,10 +16,12 @@ from ..graph.operations import (
     ATTENTION_BACKWARD,
     FORMS,
     GATHERS,
+    IS_AGAIN,
     TAKES_ANY_LOG_SUM_EXP,
     VIEWS,
     aten,
     content_of,
+    drops,
     is_derivable,
     is_random,
     packet,
@@ -72,7 +74,9 @@ class Facts:
         self.is_region = bool(graph.find_nodes(op="call_function", target=ops.receive))
 
     def is_at_hand(self, node: fx.Node) -> bool:
-        """Tell whether a node needs no storage: an input, a constant, or stored for a site."""
+        """Tell whether a node needs no storage: an input, a constant, stored for a site, or computed again."""
+        if node.meta.get(IS_AGAIN):
+            return True
         constant = not any(tensor_operands(node)) and not is_random(node)
         return constant or node in self.pinned or self.roots[node] is None
 
@@ -123,24 +127,13 @@ class Facts:
             of_call = {
                 out: call for out, call in made.items()
                 if packet(call.target) in ATTENTION and out.args[1] in (0, 1)
-                and not _drops(call) and mode.lossy
+                and not drops(call) and mode.lossy
             }  # fmt: skip
             if len(of_call) == 2 and len(set(of_call.values())) == 1:
                 attention[node] = next(iter(of_call.values()))
                 if mode.attends_twice or node.target not in TAKES_ANY_LOG_SUM_EXP:
                     again.update(of_call)
         return attention, again
-
-
-def _drops(attention: fx.Node) -> bool:
-    """Tell whether an attention has dropout."""
-    schema = attention.target._schema  # type: ignore[union-attr]
-    names = [argument.name for argument in schema.arguments]
-    position = names.index("dropout_p")
-    given = (
-        attention.args[position] if position < len(attention.args) else attention.kwargs.get("dropout_p", 0.0)
-    )
-    return bool(given != 0.0)
 
 
 def _statistics(graph: fx.Graph) -> set[fx.Node]:

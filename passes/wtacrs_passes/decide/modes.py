@@ -15,6 +15,7 @@ class Mode:
     Attributes:
         integers: for residuals in general.
         sources: for residuals of which the backward pass reads a nonlinear function.
+        checkpoints: for what a checkpointed region computes everything from again, which enlarges an error.
         table_bits: for coefficients that are a bounded function of one tensor.
         masks: booleans are packed, and what can be derived from something stored is.
         attends_twice: attention is computed again from rounded operands, wherever that is possible, and its output not
@@ -24,6 +25,7 @@ class Mode:
     integers: Literal["exact", "int8", "int6", "int4"] = "exact"
     sources: Literal["exact", "int8", "int6", "int4"] = "exact"
     table_bits: int = 0
+    checkpoints: Literal["int8", "int6"] = "int8"
     masks: bool = True
     attends_twice: bool = True
 
@@ -38,7 +40,7 @@ MODES = {
     "lossless": Mode(),
     "fine": Mode("int8", "int8", 4, attends_twice=False),
     "balanced": Mode("int6", "int6", 3, attends_twice=False),
-    "small": Mode("int4", "int4", 2),
+    "small": Mode("int4", "int4", 2, "int6"),
 }
 
 

@@ -14,13 +14,11 @@ it is stored as it is, with the reason.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 from torch import fx
 
 from ..graph.names import module_path
-from ..graph.operations import FILLS, VIEWS, content_of, makes_sparse
-from ..graph.torch_api import CheckpointPolicy
+from ..graph.operations import FILLS, VIEWS, content_of, is_checkpointed, makes_sparse
 from ..joint import Joint
 from ..maths.encodings import INTEGER_BITS
 from .at_hand import made_of_inputs
@@ -40,20 +38,9 @@ def plan_storage(joint: Joint) -> None:
     """
     if not any(mode.masks for mode in modes(joint.policy)) or makes_sparse(joint.graph):
         return
-    if _is_checkpointed(joint.graph):
-        warnings.warn(
-            "the model uses checkpointing, so residuals are stored and computed again as that says, and none "
-            "is encoded; to have them encoded instead, and nothing computed twice, turn checkpointing off",
-            stacklevel=2,
-        )
+    if is_checkpointed(joint.graph):
         return
     joint.plan = choose_storage(joint)
-
-
-def _is_checkpointed(graph: fx.Graph) -> bool:
-    """Tell whether the user has said what is computed again; then what is stored is not ours to choose."""
-    again = (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
-    return any(node.meta.get("recompute") in again for node in graph.nodes)
 
 
 def choose_storage(joint: Joint) -> Plan:

@@ -11,7 +11,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..maths import ops
-from .torch_api import inductor_prims, py_sym_types
+from .torch_api import CheckpointPolicy, inductor_prims, py_sym_types
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -165,6 +165,9 @@ IS_AMPLIFIED, IS_MASKED, IS_FROM_DATA = "wtacrs_amplified", "wtacrs_masked", "wt
 On its output node: the positions of the gradients that are amplified or masked there.
 """
 
+IS_AGAIN = "wtacrs_again"
+"""Key of ``node.meta`` on what the backward pass computes again as a checkpoint says."""
+
 NOISE_OF = "wtacrs_noise"
 """Key of ``node.meta`` on random numbers that a rewrite draws: whose they are, see `lower_noise`."""
 
@@ -181,10 +184,31 @@ def is_random(node: fx.Node) -> bool:
     return node.target in RANDOM or torch.Tag.nondeterministic_seeded in tags
 
 
+def drops(attention: fx.Node) -> bool:
+    """Tell whether an attention has dropout."""
+    schema = attention.target._schema  # type: ignore[union-attr]
+    names = [argument.name for argument in schema.arguments]
+    position = names.index("dropout_p")
+    given = (
+        attention.args[position] if position < len(attention.args) else attention.kwargs.get("dropout_p", 0.0)
+    )
+    return bool(given != 0.0)
+
+
 def makes_sparse(graph: fx.Graph) -> bool:
     """Tell whether a graph makes a sparse tensor: Inductor does not see that it still holds its values' memory."""
     values = (node.meta.get("val") for node in graph.nodes)
     return any(isinstance(value, torch.Tensor) and value.layout is not torch.strided for value in values)
+
+
+def is_tagged(node: fx.Node) -> bool:
+    """Tell whether a checkpoint says that the backward pass computes a node again."""
+    return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def is_checkpointed(graph: fx.Graph) -> bool:
+    """Tell whether checkpoints say what the partitioner lets the backward pass compute again."""
+    return any(map(is_tagged, graph.nodes))
 
 
 def packet(target: Any) -> Any:

@@ -57,11 +57,11 @@ def encode_residuals(joint: Joint) -> None:
     changed = [item for item in joint.plan.residuals if item.encoding != "exact"]
     if not changed:
         return
-    graph, tangent = joint.graph, joint.tangent()
+    graph, backward = joint.graph, joint.backward()
     editor = Editor(graph)
     names = {item.node: frozenset(form.name for form in same_content(item.node)) for item in changed}
     items = {item.node: item for item in changed if item.encoding != "recompute"}
-    encoded = {node: _encode(editor, item, tangent) for node, item in items.items()}
+    encoded = {node: _encode(editor, item, backward) for node, item in items.items()}
     as_they_are = {item.node for item in joint.plan.residuals if item.encoding == "exact"}
     as_they_are.update(node for site in joint.sites for node in site.stored)
     again = {item.node for item in changed if item.encoding == "recompute"}
@@ -72,11 +72,11 @@ def encode_residuals(joint: Joint) -> None:
     rebuild = _Rebuild(editor, decoders, as_they_are, again, joint.plan.made_of_inputs)
     editor.tag = "must_be_in_backward"  # what is decoded is no residual
     for node in list(graph.nodes):
-        if node in tangent and node.op == "call_function":
+        if node in backward and node.op == "call_function":
             before = node.args
             with editor.before(node):
                 for operand in list(tensor_operands(node)):
-                    if operand not in tangent:
+                    if operand not in backward:
                         node.replace_input_with(operand, rebuild(operand))
                 if node in joint.plan.centered and before != node.args:
                     _center_keys(editor, node)
@@ -87,10 +87,10 @@ def encode_residuals(joint: Joint) -> None:
     ]
 
 
-def _encode(editor: Editor, item: Stored, tangent: set[fx.Node]) -> tuple[fx.Node, ...]:
+def _encode(editor: Editor, item: Stored, backward: set[fx.Node]) -> tuple[fx.Node, ...]:
     """Encode once the loops after the residual are done: some of what they read needs no memory then."""
     source, last = item.source, item.node
-    while is_loop(last.next) and last.next not in tangent:
+    while is_loop(last.next) and last.next not in backward:
         last = last.next
     with editor.after(last):
         if item.encoding == "bits":

@@ -1,0 +1,170 @@
+"""Let the backward pass compute again what the user's checkpoints say, from what they keep.
+
+Before, with ``y = block(x)`` under `torch.utils.checkpoint`::
+
+    h = function(x)                               # tagged: not to be stored
+    y = mm(h, w)
+    dw = mm(permute(dy), h)
+
+After::
+
+    h = function(x)
+    y = mm(h, w)
+    again = function(x)                           # just before the first operation that reads it
+    dw = mm(permute(dy), again)
+
+PyTorch's partitioner does the same at the end. Done here, what a checkpoint keeps (what it reads from outside, and what
+a selective policy saves) is an ordinary residual that may be encoded; all that is made of it again is made of the
+decoded value, so that a region is consistent in itself: its gradient is that of its function near the point where it
+was.
+Random numbers are made again from the same seeds.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Container, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..decide.modes import modes
+from ..graph.cones import needed_for
+from ..graph.edit import Editor, bytes_of_example
+from ..graph.names import outputs_with_descriptors, static_inputs
+from ..graph.operations import (
+    ATTENTION,
+    IS_AGAIN,
+    RANDOM,
+    aten,
+    drops,
+    is_derivable,
+    is_random,
+    is_tagged,
+    makes_sparse,
+    mutates,
+    packet,
+)
+from ..joint import Joint
+
+_REGION = "ac_graph_id"
+"""Key of ``node.meta`` by which AOTAutograd numbers the checkpointed regions."""
+
+
+def recompute_checkpointed(joint: Joint) -> None:
+    """Put what checkpoints compute again into the backward pass, where anything may be encoded."""
+    if not any(mode.lossy for mode in modes(joint.policy)) or makes_sparse(joint.graph):
+        return
+    again = _computed_again(joint)
+    if not again:
+        return
+    unknown = next((node for node in joint.graph.nodes if node in again and not _repeats(node)), None)
+    if unknown is not None:
+        warnings.warn(
+            f"the model's checkpoints compute {packet(unknown.target)} again, which need not give the same values, so "
+            "they are left to PyTorch and nothing that they keep is encoded",
+            stacklevel=2,
+        )
+        return
+    tangent, editor = joint.tangent(), Editor(joint.graph)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in list(joint.graph.nodes):
+        if node in tangent and node.op == "call_function":
+            with editor.before(node):
+                for operand in node.all_input_nodes:
+                    if operand in again:
+                        node.replace_input_with(operand, _copy(operand, again, copies, editor))
+    for node in joint.graph.nodes:
+        node.meta.pop("recompute", None)
+    joint.graph.eliminate_dead_code()
+
+
+def _computed_again(joint: Joint) -> set[fx.Node]:
+    """Return what is computed in checkpointed regions and not kept.
+
+    And what is made of that by pointwise operations, or for the backward pass alone.
+    """
+    graph, tangent = joint.graph, joint.tangent()
+    pinned = {node for site in joint.sites for node in site.stored}
+    outputs = (value for value, _ in outputs_with_descriptors(graph) if isinstance(value, fx.Node))
+    forward = needed_for([node for node in outputs if node not in tangent], lambda arg, user: False)
+    read = _bytes_read(joint)
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or node in tangent or node in pinned or not _holds_tensors(node):
+            continue
+        if is_tagged(node):
+            if not _leaves_region(node, forward, read):
+                found.add(node)
+        elif (node not in forward or is_derivable(node)) and any(
+            arg in found for arg in node.all_input_nodes
+        ):
+            found.add(node)
+    return found
+
+
+def _leaves_region(node: fx.Node, forward: Container[fx.Node], read: Mapping[Any, int]) -> bool:
+    """Tell whether a value is kept for another region, or for what is in none if that takes less than its region reads.
+
+    Elsewhere that is computed again for what is in none as well: the logits of a checkpointed head.
+
+    Args:
+        read: bytes that each region reads.
+    """
+    region = node.meta.get(_REGION)
+    others = [user for user in node.users if user.op == "output" or user in forward]
+    regions = {_region(user, of_parts=region) for user in others} - {region}
+    return bool(regions - {None}) or (bool(regions) and bytes_of_example(node) <= read.get(region, 0))
+
+
+def _bytes_read(joint: Joint) -> dict[Any, int]:
+    """Return the bytes of activations that each region reads."""
+    statics = static_inputs(joint.graph, joint.names)
+    read: dict[Any, set[fx.Node]] = {}
+    for node in joint.graph.nodes:
+        region = node.meta.get(_REGION)
+        if is_tagged(node) and region is not None:
+            outside = (arg for arg in node.all_input_nodes if _region(arg, of_parts=region) != region)
+            read.setdefault(region, set()).update(arg for arg in outside if arg not in statics)
+    return {region: sum(map(bytes_of_example, nodes)) for region, nodes in read.items()}
+
+
+def _region(node: fx.Node, of_parts: Any) -> Any:
+    """Return the number of a node's region; one of several results has none of its own."""
+    return node.meta.get(_REGION, of_parts if node.target is operator.getitem else None)
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
+
+
+def _repeats(node: fx.Node) -> bool:
+    """Tell whether an operation returns the same where it reads the same."""
+    if node.target is operator.getitem or node.target in RANDOM:
+        return True
+    if packet(node.target) in ATTENTION:
+        return not drops(node)
+    return not mutates(node) and not is_random(node)
+
+
+def _copy(
+    node: fx.Node, again: Container[fx.Node], copies: dict[fx.Node, fx.Node], editor: Editor
+) -> fx.Node:
+    """Compute a node again at the insertion point, and what it is computed from, as far as that is to be."""
+    stack = [node]
+    while stack:
+        last = stack[-1]
+        missing = [arg for arg in last.all_input_nodes if arg in again and arg not in copies]
+        if missing and last not in copies:
+            stack += missing
+            continue
+        stack.pop()
+        if last not in copies:
+            copy = editor.graph.node_copy(last, lambda arg: copies.get(arg, arg))
+            copy.meta = {**last.meta, IS_AGAIN: True, "partitioner_tag": "must_be_in_backward"}
+            if copy.target is aten.view.default:
+                copy.target = aten.reshape.default  # what is decoded may have other strides
+            copies[last] = copy
+    return copies[node]
