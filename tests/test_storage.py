@@ -235,3 +235,29 @@ def test_logits_whose_float32_copy_would_be_the_peak_are_stored_as_they_are(
     encodings = {r.operation: r.encoding for r in report.residuals if r.bytes_after >= 64 * words}
     assert (encodings.get("aten.exp.default") == "int8") == is_encoded
     assert report.saved_bytes_after < report.saved_bytes_before
+
+
+def test_the_residual_stream_is_encoded_beside_a_module_that_is_excluded() -> None:
+    """What an excluded head reads is the sum of all layers: it stays exact, the others' sums do not."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+                for _ in range(6)
+            )
+            self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return self.head(self.norm(x)).sin().sum()
+
+    x = torch.randn(64, 64)
+    whole, without = (
+        wtacrs_fx.explain(Deep(), x, policy=Policy(ratio=1.0, exclude=excluded))
+        for excluded in ((), ("head",))
+    )
+    one = 4 * x.numel()
+    assert whole.saved_bytes_after < without.saved_bytes_after < whole.saved_bytes_after + 2 * one
