@@ -183,6 +183,7 @@ _INDUCTOR = {
 }
 _HEADLINE = _INDUCTOR | {
     BUDGET: "**wtacrs**, default policy",
+    f"{BUDGET}, checkpointing": "**wtacrs**, default policy, checkpointing",
     "wtacrs": "**wtacrs**, `ratio=0.3`: a third of the rows",
     "wtacrs, all rows": "**wtacrs**, `ratio=1.0`: all rows",
     "wtacrs, all rows in 8 bits": '**wtacrs**, `ratio=1.0, product="int8"`: all rows in 8 bits',

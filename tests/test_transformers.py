@@ -105,6 +105,35 @@ def test_parameter_names_and_checkpoints_stay(trained: Trainer) -> None:
     assert loaded.config.num_hidden_layers == 1
 
 
+def test_gradient_checkpointing_stores_less_than_it_does_alone(tmp_path: Path) -> None:
+    """Layers are computed again from inputs in 8 bits; the graph stays whole and the log has its bytes."""
+    torch.manual_seed(0)
+    network = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=256,
+        )
+    )
+    one = trainer(
+        tmp_path,
+        network,
+        max_steps=4,
+        logging_steps=1,
+        gradient_checkpointing=True,
+        eval_strategy="no",
+        save_strategy="no",
+    )
+    one.train_dataset = [{**sample, "labels": sample["input_ids"]} for sample in dataset()]
+    enable(one, Policy(ratio=1.0))
+    one.train()
+    logs = [entry for entry in one.state.log_history if "loss" in entry]
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert logs[-1]["wtacrs/saved_ratio"] < 0.5  # of PyTorch's checkpoints
+
+
 def test_a_checkpoint_holds_what_a_noise_budget_has_led_to(trained: Trainer) -> None:
     path = Path(trained.args.output_dir, "checkpoint-6", "wtacrs_decided.json")
     assert json.loads(path.read_text()) == []

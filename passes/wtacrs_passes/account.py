@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Iterator, Sequence, Set
 
 import sympy
@@ -10,7 +11,7 @@ from torch import fx
 
 from .analyse.products import Product
 from .decide.plan import Site, Stored
-from .graph.edit import nbytes, sympy_size
+from .graph.edit import bytes_of_example, nbytes, sympy_size
 from .graph.names import module_path
 from .joint import Joint
 from .maths.encodings import INTEGER_BITS, levels
@@ -87,7 +88,7 @@ def make_report(
             continue
         reports.append(SiteReport(name.rpartition(".")[0], name, 0, 0, "", "", "", "exact", 0, 0, reason))
     others = tuple(_residual_reports(residuals, ledger))
-    total_before, total_after = (simplify(sum(nbytes(n.meta["val"]) for n in s)) for s in (before, after))
+    total_before, total_after = (simplify(sum(map(_size, s), sympy.Integer(0))) for s in (before, after))
     losses = tuple(_loss_reports(joint))
     return Report(
         tuple(reports), total_before, total_after, residuals=others, losses=losses,
@@ -206,4 +207,11 @@ class _Ledger:
 
 def _take(saved: dict[str, fx.Node], names: Iterable[str]) -> sympy.Expr:
     found = [saved.pop(name) for name in names if name in saved]
-    return sum((nbytes(node.meta["val"]) for node in found), sympy.Integer(0))
+    return sum(map(_size, found), sympy.Integer(0))
+
+
+def _size(node: fx.Node) -> sympy.Expr:
+    """Return the bytes of a saved tensor; of the state of a generator, which checkpoints of PyTorch save, a number."""
+    source = node.args[0] if node.target is operator.getitem else None
+    is_state = isinstance(source, fx.Node) and "rng_state" in str(source.target)
+    return sympy.Integer(bytes_of_example(node)) if is_state else nbytes(node.meta["val"])
