@@ -259,3 +259,51 @@ def test_logits_of_a_checkpointed_head_are_not_kept() -> None:
     graph, found = partitions(Headed(), {"balanced": ENCODED})
     assert graph.partitions["balanced"].saved_bytes < 0.6 * graph.partitions[REFERENCE].saved_bytes
     assert distance(found["balanced"], found[REFERENCE]) < 0.01
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x.abs() + 1e-3).log(),
+        lambda x: 1 / (x.abs() + 1e-3),
+        lambda x: x.abs().add(1e-4).sqrt(),
+        lambda x: x / x.roll(1, -1).abs().add(1e-3),
+        lambda x: (4 * x).exp() * 1e-3,
+    ],
+    ids=["log", "quotient", "root", "of two", "exponential"],
+)
+def test_what_is_steep_at_zero_is_computed_from_exact_values(function: Callable[[Tensor], Tensor]) -> None:
+    """An element that rounding makes zero would have a gradient of another order, or none that is finite."""
+
+    class Steep(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(function(x))
+
+    model = Stack()
+    model.blocks[1] = Steep()
+    graph, found = partitions(model, {"small": MODES["small"]})
+    assert distance(found["small"], found[REFERENCE]) < 0.01
+    encodings = {site.module: site.encoding for site in graph.partitions["small"].report.residuals}
+    assert encodings["blocks.0"] == "exact"
+    assert encodings["first"][:3] == encodings["blocks.1"][:3] == "int"  # inputs of other regions
+
+
+def test_a_router_is_left_to_pytorch() -> None:
+    """It takes experts by their scores, and might take another one where they are nearly alike."""
+
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score, self.experts = nn.Linear(D, 4), nn.Linear(D, 4 * D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weights, chosen = self.score(x).softmax(-1).topk(2)
+            outputs = self.experts(x).unflatten(-1, (4, D))
+            taken = outputs.gather(-2, chosen.unsqueeze(-1).expand(-1, -1, -1, D))
+            return x + (weights.unsqueeze(-1) * taken).sum(-2)
+
+    model = Stack()
+    model.blocks[1] = Routed()
+    with pytest.warns(UserWarning, match=r"checkpoints compute aten\.\w+ again"):
+        _, found = partitions(model, {"balanced": ENCODED})
+    assert torch.equal(found["balanced"], found[REFERENCE])

@@ -152,9 +152,7 @@ class Readers:
 
     def refusal(self, residual: fx.Node) -> str:
         """Return why a residual must be stored exactly; an empty string where every reader is tolerant."""
-        return next(
-            filter(None, (self._refusal(residual, reader) for reader in self.of.get(residual, ()))), ""
-        )
+        return next(filter(None, (self.reason(residual, reader) for reader in self.of.get(residual, ()))), "")
 
     def are_dense(self, residual: fx.Node) -> bool:
         """Tell whether no reader's gradient is zero but for few elements that the data choose."""
@@ -164,7 +162,8 @@ class Readers:
             reader in self._to_be_masked for reader in readers
         )
 
-    def _refusal(self, residual: fx.Node, reader: fx.Node) -> str:
+    def reason(self, residual: fx.Node, reader: fx.Node) -> str:
+        """Return why one reader of a residual does not tolerate an error; an empty string where it does."""
         name = packet(reader.target)
         if reader.meta.get(IS_AGAIN):
             return ""  # all that a checkpointed region reads is made of the same values

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from ..analyse.functions import is_float
+from ..analyse.functions import is_float, shape
 from ..analyse.ranges import is_opaque
 from ..graph.edit import bytes_of_example
 from ..graph.names import module_path
@@ -14,7 +14,9 @@ from ..graph.operations import (
     ATTENTION_BACKWARD,
     FORMS,
     GATHERS,
+    IS_AGAIN,
     is_derivable,
+    is_recomputable,
     packet,
     same_content,
     tensor_operands,
@@ -58,6 +60,7 @@ class Exactness:
         if not all(self.facts.mode(module).lossy for module in modules):
             return _EXCLUDED
         reason = readers.refusal(node) or self._refusal_of_attention(node) or self._refusal_of_opaque(node)
+        reason = reason or self._refusal_of_checkpoints(node)
         return reason or (_OF_ANY_SIZE if self.facts.ranges.amplifies(node) else "")
 
     def _refusal_of_attention(self, node: fx.Node) -> str:
@@ -73,6 +76,32 @@ class Exactness:
         users = {user for form in same_content(node) for user in form.users}
         opaque = [user for user in users if user not in self.facts.tangent and is_opaque(user)]
         return f"read by {packet(opaque[0].target)}, whose gradient may cancel" if opaque else ""
+
+    def _refusal_of_checkpoints(self, node: fx.Node) -> str:
+        """Refuse what a checkpointed region computes a logarithm, a quotient, ... of, element by element.
+
+        Rounding may make a small element zero. Products of matrices and sums over a row do not see that.
+        """
+        stack, seen = [user for user in node.users if user.meta.get(IS_AGAIN)], set()
+        while stack:
+            again = stack.pop()
+            if again in seen or not is_recomputable(again):
+                continue
+            seen.add(again)
+            for user in again.users:
+                if user.meta.get(IS_AGAIN) and is_recomputable(user):
+                    stack.append(user)
+                elif is_float(again) and self._is_steep(again, user):
+                    return f"a checkpointed region computes {packet(again.target)} of it"
+        return ""
+
+    def _is_steep(self, again: fx.Node, reader: fx.Node) -> bool:
+        """Tell whether an error may be enlarged in what an operation reads that sums up, or has a gradient."""
+        if again in self.facts.ranges.wild:
+            return True
+        if self.facts.is_function(again) and shape(self.facts.function(again)) == "steep":
+            return True
+        return reader in self.facts.tangent and bool(self.facts.readers.reason(again, reader))
 
     def _refuse(self, node: fx.Node, reason: str) -> None:
         """Refuse a node and what it is derived from: through views, and functions of one tensor that may be stored.

@@ -29,7 +29,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
+from ..analyse.functions import is_float
 from ..decide.modes import modes
 from ..graph.cones import needed_for
 from ..graph.edit import Editor, bytes_of_example
@@ -47,6 +49,7 @@ from ..graph.operations import (
     mutates,
     packet,
 )
+from ..graph.torch_api import is_unbacked
 from ..joint import Joint
 
 _REGION = "ac_graph_id"
@@ -57,25 +60,23 @@ def recompute_checkpointed(joint: Joint) -> None:
     """Put what checkpoints compute again into the backward pass, where anything may be encoded."""
     if not any(mode.lossy for mode in modes(joint.policy)) or makes_sparse(joint.graph):
         return
-    again = _computed_again(joint)
-    if not again:
-        return
-    unknown = next((node for node in joint.graph.nodes if node in again and not _repeats(node)), None)
+    again, tangent = _computed_again(joint), joint.tangent()
+    reads = [(node, arg) for node in joint.graph.nodes if node in tangent for arg in node.all_input_nodes]
+    reads = [(node, arg) for node, arg in reads if arg in again and node.op == "call_function"]
+    needed = needed_for([arg for _, arg in reads], lambda arg, user: arg not in again)
+    unknown = next((node for node in joint.graph.nodes if node in needed and not _repeats(node)), None)
     if unknown is not None:
         warnings.warn(
-            f"the model's checkpoints compute {packet(unknown.target)} again, which need not give the same values, so "
-            "they are left to PyTorch and nothing that they keep is encoded",
+            f"the model's checkpoints compute {packet(unknown.target)} again, which need not give the same once what "
+            "they keep is rounded, so they are left to PyTorch and nothing is encoded",
             stacklevel=2,
         )
         return
-    tangent, editor = joint.tangent(), Editor(joint.graph)
+    editor = Editor(joint.graph)
     copies: dict[fx.Node, fx.Node] = {}
-    for node in list(joint.graph.nodes):
-        if node in tangent and node.op == "call_function":
-            with editor.before(node):
-                for operand in node.all_input_nodes:
-                    if operand in again:
-                        node.replace_input_with(operand, _copy(operand, again, copies, editor))
+    for node, operand in reads:
+        with editor.before(node):
+            node.replace_input_with(operand, _copy(operand, again, copies, editor))
     for node in joint.graph.nodes:
         node.meta.pop("recompute", None)
     joint.graph.eliminate_dead_code()
@@ -141,12 +142,20 @@ def _holds_tensors(node: fx.Node) -> bool:
 
 
 def _repeats(node: fx.Node) -> bool:
-    """Tell whether an operation returns the same where it reads the same."""
+    """Tell whether an operation returns nearly the same where it reads nearly the same.
+
+    Not what chooses elements by their size: experts that a router takes, of which two may be nearly alike.
+    """
     if node.target is operator.getitem or node.target in RANDOM:
         return True
     if packet(node.target) in ATTENTION:
         return not drops(node)
-    return not mutates(node) and not is_random(node)
+    values = [value for value in tree_leaves(node.meta["val"]) if isinstance(value, torch.Tensor)]
+    if any(is_unbacked(size) for value in values for size in value.shape):
+        return False
+    reads_numbers = any(map(is_float, node.all_input_nodes))
+    chooses = reads_numbers and any(not v.is_floating_point() and v.dtype is not torch.bool for v in values)
+    return not mutates(node) and not is_random(node) and not chooses
 
 
 def _copy(
