@@ -285,7 +285,7 @@ def test_what_is_steep_at_zero_is_computed_from_exact_values(function: Callable[
     assert distance(found["small"], found[REFERENCE]) < 0.01
     encodings = {site.module: site.encoding for site in graph.partitions["small"].report.residuals}
     assert encodings["blocks.0"] == "exact"
-    assert encodings["first"][:3] == encodings["blocks.1"][:3] == "int"  # inputs of other regions
+    assert encodings["first"].startswith("int")  # another region's input
 
 
 def test_a_router_is_left_to_pytorch() -> None:
