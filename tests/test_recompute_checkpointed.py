@@ -19,7 +19,7 @@ import wtacrs_fx
 from wtacrs_fx import Policy
 from wtacrs_passes.maths.encodings import dequantise, quantise
 
-D, TOKENS = 128, 64
+D, TOKENS = 128, 32
 EXACTLY = Policy(ratio=1.0, residuals="exact")
 ENCODED = Policy(ratio=1.0, product="exact")
 
@@ -51,12 +51,12 @@ def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
 
 
 class Stack(nn.Module):
-    """[batch, tokens, D] to a scalar; `call` runs each of three blocks."""
+    """[batch, tokens, D] to a scalar; `call` runs each of two blocks."""
 
     def __init__(self, call: Call = checkpointed, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks, self.call = nn.ModuleList(Block(**options) for _ in range(3)), call
+        self.blocks, self.call = nn.ModuleList(Block(**options) for _ in range(2)), call
         self.first, self.last = nn.Linear(D, D), nn.Linear(D, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def test_what_a_checkpoint_keeps_is_encoded(autocast: bool) -> None:
     stored = {
         site.module for site in graph.partitions["balanced"].report.residuals if site.encoding == "int8"
     }
-    assert stored == {"first", "blocks.0", "blocks.1"}  # inputs of blocks, and nothing inside of them
+    assert stored == {"first", "blocks.0"}  # inputs of blocks, and nothing inside of them
     full, _ = partitions(Stack(lambda block, x: block(x)), {"balanced": MODES["balanced"]}, autocast)
     assert saved["balanced"] < 0.4 * full.partitions["balanced"].saved_bytes
 
@@ -147,6 +147,7 @@ def test_a_region_is_consistent_in_itself() -> None:
 def test_dropout_is_the_same_when_it_is_computed_again() -> None:
     """In codes of another dropout, half of the gradient would be another."""
     model = Stack(dropout=0.5)
+    model.blocks = model.blocks[:1]
     found = {}
     for name, policy in {"exact": EXACTLY, "encoded": ENCODED}.items():
         torch._dynamo.reset()
