@@ -88,7 +88,7 @@ def _computed_again(joint: Joint) -> set[fx.Node]:
     And what is made of that by pointwise operations, or for the backward pass alone.
     """
     graph, tangent = joint.graph, joint.tangent()
-    pinned = {node for site in joint.sites for node in site.stored}
+    pinned = {node for made in (*joint.sites, *joint.losses) for node in made.stored}
     outputs = (value for value, _ in outputs_with_descriptors(graph) if isinstance(value, fx.Node))
     forward = needed_for([node for node in outputs if node not in tangent], lambda arg, user: False)
     read = _bytes_read(joint)
@@ -114,6 +114,8 @@ def _leaves_region(node: fx.Node, forward: Container[fx.Node], read: Mapping[Any
     Args:
         read: bytes that each region reads.
     """
+    if node.meta.get("has_backward_hook"):  # FSDP2's, which gathers what computing it again would need
+        return True
     region = node.meta.get(_REGION)
     others = [user for user in node.users if user.op == "output" or user in forward]
     regions = {_region(user, of_parts=region) for user in others} - {region}
