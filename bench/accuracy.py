@@ -335,8 +335,9 @@ def rows_of(
     for metric, values in figures.items():
         unit = "nats" if metric.startswith("training loss") else task.unit
         rows.append(row(metric, unit, **{**summarise(values), "value": statistics.mean(values)}))
-        error = {"value": standard_error(values), "rounds": len(values)}
-        rows.append(row(f"{metric}, standard error", unit, **error))
+        if len(values) > 1:
+            error = {"value": standard_error(values), "rounds": len(values)}
+            rows.append(row(f"{metric}, standard error", unit, **error))
     if exact:
         largest = float(above.mean(0).max())
         rows.append(row("training loss at equal time, gain over exact, largest", "nats", value=largest))
@@ -346,8 +347,8 @@ def rows_of(
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of the mean; NaN for a single value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    """Return the standard error of the mean of two values or more."""
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path, shapes: str) -> None:

@@ -88,7 +88,8 @@ def _computed_again(joint: Joint) -> set[fx.Node]:
     And what is made of that by pointwise operations, or for the backward pass alone.
     """
     graph, tangent = joint.graph, joint.tangent()
-    pinned = {node for made in (*joint.sites, *joint.losses) for node in made.stored}
+    pinned = {node for site in joint.sites for node in site.stored}
+    pinned.update(node for loss in joint.losses for node in loss.stored)
     outputs = (value for value, _ in outputs_with_descriptors(graph) if isinstance(value, fx.Node))
     forward = needed_for([node for node in outputs if node not in tangent], lambda arg, user: False)
     read = _bytes_read(joint)
