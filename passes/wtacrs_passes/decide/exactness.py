@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import fx
 
@@ -80,19 +80,17 @@ class Exactness:
     def _refusal_of_checkpoints(self, node: fx.Node) -> str:
         """Refuse what a checkpointed region computes a logarithm, a quotient, ... of, element by element.
 
-        Rounding may make a small element zero. Products of matrices and sums over a row do not see that.
+        Rounding may make a small element zero. Products of matrices and sums over a row do not see that. And refuse
+        what it makes anything of that a module reads whose gradients are to be exact.
         """
-        stack, seen = [user for user in node.users if user.meta.get(IS_AGAIN)], set()
-        while stack:
-            again = stack.pop()
-            if again in seen or not is_recomputable(again):
-                continue
-            seen.add(again)
-            for user in again.users:
-                if user.meta.get(IS_AGAIN) and is_recomputable(user):
-                    stack.append(user)
-                elif is_float(again) and self._is_steep(again, user):
-                    return f"a checkpointed region computes {packet(again.target)} of it"
+        readers = (user for again in _made_again(node, lambda again: True) for user in again.users)
+        gradients = (user for user in readers if user in self.facts.tangent)
+        if not all(self.facts.mode(module_path(gradient)).lossy for gradient in gradients):
+            return _EXCLUDED
+        elementwise = _made_again(node, is_recomputable)
+        for again in filter(is_float, elementwise):
+            if any(user not in elementwise and self._is_steep(again, user) for user in again.users):
+                return f"a checkpointed region computes {packet(again.target)} of it"
         return ""
 
     def _is_steep(self, again: fx.Node, reader: fx.Node) -> bool:
@@ -177,3 +175,15 @@ class Exactness:
             ):
                 known.add(node)
         return known
+
+
+def _made_again(node: fx.Node, through: Callable[[fx.Node], bool]) -> dict[fx.Node, None]:
+    """Return what checkpoints compute again from a node, by operations of a kind, always in the same order."""
+    found: dict[fx.Node, None] = {}
+    stack = [node]
+    while stack:
+        for user in stack.pop().users:
+            if user.meta.get(IS_AGAIN) and user not in found and through(user):
+                found[user] = None
+                stack.append(user)
+    return found

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ from torch.utils._pytree import tree_leaves
 from ..analyse.functions import is_float
 from ..decide.modes import modes
 from ..graph.cones import needed_for
-from ..graph.edit import Editor, bytes_of_example
-from ..graph.names import outputs_with_descriptors, static_inputs
+from ..graph.edit import Editor
+from ..graph.names import outputs_with_descriptors
 from ..graph.operations import (
     ATTENTION,
     IS_AGAIN,
@@ -92,13 +92,12 @@ def _computed_again(joint: Joint) -> set[fx.Node]:
     pinned.update(node for loss in joint.losses for node in loss.stored)
     outputs = (value for value, _ in outputs_with_descriptors(graph) if isinstance(value, fx.Node))
     forward = needed_for([node for node in outputs if node not in tangent], lambda arg, user: False)
-    read = _bytes_read(joint)
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function" or node in tangent or node in pinned or not _holds_tensors(node):
             continue
         if is_tagged(node):
-            if not _leaves_region(node, forward, read):
+            if not _is_kept(node, forward):
                 found.add(node)
         elif (node not in forward or is_derivable(node)) and any(
             arg in found for arg in node.all_input_nodes
@@ -107,32 +106,15 @@ def _computed_again(joint: Joint) -> set[fx.Node]:
     return found
 
 
-def _leaves_region(node: fx.Node, forward: Container[fx.Node], read: Mapping[Any, int]) -> bool:
-    """Tell whether a value is kept for another region, or for what is in none if that takes less than its region reads.
+def _is_kept(node: fx.Node, forward: Container[fx.Node]) -> bool:
+    """Tell whether a value in a region is kept: for another region, or for a hook of FSDP2.
 
-    Elsewhere that is computed again for what is in none as well: the logits of a checkpointed head.
-
-    Args:
-        read: bytes that each region reads.
+    For what is in no region it is computed again, as by PyTorch: it may be the logits of a checkpointed head.
     """
-    if node.meta.get("has_backward_hook"):  # FSDP2's, which gathers what computing it again would need
+    if node.meta.get("has_backward_hook"):
         return True
-    region = node.meta.get(_REGION)
-    others = [user for user in node.users if user.op == "output" or user in forward]
-    regions = {_region(user, of_parts=region) for user in others} - {region}
-    return bool(regions - {None}) or (bool(regions) and bytes_of_example(node) <= read.get(region, 0))
-
-
-def _bytes_read(joint: Joint) -> dict[Any, int]:
-    """Return the bytes of activations that each region reads."""
-    statics = static_inputs(joint.graph, joint.names)
-    read: dict[Any, set[fx.Node]] = {}
-    for node in joint.graph.nodes:
-        region = node.meta.get(_REGION)
-        if is_tagged(node) and region is not None:
-            outside = (arg for arg in node.all_input_nodes if _region(arg, of_parts=region) != region)
-            read.setdefault(region, set()).update(arg for arg in outside if arg not in statics)
-    return {region: sum(map(bytes_of_example, nodes)) for region, nodes in read.items()}
+    own = node.meta.get(_REGION)
+    return any(user in forward and _region(user, of_parts=own) not in (own, None) for user in node.users)
 
 
 def _region(node: fx.Node, of_parts: Any) -> Any:
