@@ -49,7 +49,7 @@ def mean_of_measures(x: Tensor, dys: list[Tensor], times: int, ratio: float | No
     for seed in range(times):
         signs = _signs([dy.shape[1] for dy in dys], seed, x.device)
         operands = (x, dys, None) if ratio is None else draw(x, dys, ratio)
-        total += torch.stack(measure(*operands[:2], signs, operands[2])[1:]) / times
+        total += torch.stack(measure(*operands[:2], signs, operands[2])[1 : 3 + len(RATIOS)]) / times
     return total.tolist()
 
 
@@ -96,11 +96,31 @@ def test_the_variance_of_rounding_is_that_of_products_in_8_bits(
     assert float(measure(x, dys, signs)[1]) == pytest.approx(mean, rel=0.05)
 
 
+def test_the_variance_of_rounding_rows_that_are_drawn(site: tuple[Tensor, list[Tensor]]) -> None:
+    """Rescaled rows of large elements make steps wide: more than the rows of all together, over the ratio."""
+    torch.manual_seed(6)
+    x, dys = site
+    x = x * torch.randn(len(x), 1).exp()
+    index, times = RATIOS.index(0.2), 200
+    signs = _signs(OUTPUTS, 0, x.device)
+    figures = [measure(x, dys, signs, seed=seed) for seed in range(times)]
+    predicted = float(torch.stack([each[3 + len(RATIOS) + index] for each in figures]).mean())
+    total = 0.0
+    for _ in range(times):
+        rows, drawn, _ = draw(x, dys, 0.2)
+        for dy in drawn:
+            draws = [torch.rand(size) for operand in (rows, dy) for size in operand.shape]
+            rounded = low_precision.multiply(rows, dy, draws, "int8")
+            total += float((rounded - rows.T @ dy).square().sum()) / times
+    assert predicted == pytest.approx(total, rel=0.15)  # the standard error of both together is 3 %
+    assert predicted > 1.3 * float(figures[0][1]) / 0.2
+
+
 def test_around_the_mean_a_common_direction_adds_nothing() -> None:
     torch.manual_seed(4)
     x, dy = torch.randn(256, 16) * 0.01 + 1, torch.randn(256, 16)
     signs = _signs([16], 0, x.device)
-    plain, centred = (torch.stack(measure(x, [dy], signs, None, center)[3:]) for center in (False, True))
+    plain, centred = (torch.stack(measure(x, [dy], signs, None, center)[3:8]) for center in (False, True))
     assert (centred < 1e-3 * plain).all()
 
 
@@ -108,7 +128,7 @@ def test_a_padded_batch_adds_nothing_once_its_rows_are_kept() -> None:
     torch.manual_seed(5)
     x, dy = torch.randn(200, 8), torch.randn(200, 8)
     dy[:150] = 0
-    added = [float(value) for value in measure(x, [dy], _signs([8], 0, x.device))[3:]]
+    added = [float(value) for value in measure(x, [dy], _signs([8], 0, x.device))[3:8]]
     assert added[0] > 0 and added[2:] == [0, 0, 0]
 
 
@@ -260,9 +280,11 @@ def test_in_16_bits_the_figures_are_those_of_float32(
 
 def noise_of(**fields: object) -> Noise:
     """Return a measurement, for other tests."""
-    usual = {
+    usual: dict[str, object] = {
         "modules": ("a",), "rows": 1000, "features": 64, "outputs": (64,), "dtype": torch.float32,
         "device": torch.device("cpu"), "drawn": 1.0, "added": (0.5, 0.1, 0.05, 0.02, 0.01), "rounded": 0.001,
         "minibatch": 1.0, "steps": 16,
     }  # fmt: skip
-    return Noise(**{**usual, **fields})  # type: ignore[arg-type]
+    found = {**usual, **fields}
+    found.setdefault("rounded_drawn", tuple(found["rounded"] * found["drawn"] / ratio for ratio in RATIOS))
+    return Noise(**found)  # type: ignore[arg-type]

@@ -39,6 +39,11 @@ def test_the_fastest_way_within_the_budget_is_taken() -> None:
     assert way_of(Policy(noise=0.0005)) == (1.0, False)
 
 
+def test_drawn_rows_are_rounded_where_that_was_measured_to_be_little() -> None:
+    assert way_of(Policy(noise=0.2), rounded_drawn=(9.0,) * 5) == (0.2, False)
+    assert way_of(Policy(noise=0.2), rounded_drawn=(9.0, 9.0, 0.001, 0.001, 0.001)) == (0.3, True)
+
+
 def test_the_minibatch_is_the_measure() -> None:
     assert way_of(Policy(), minibatch=4.0) == (0.2, True)
     assert way_of(Policy(), minibatch=0.01) == (1.0, False)

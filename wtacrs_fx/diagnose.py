@@ -17,7 +17,7 @@ from wtacrs_passes.decide.rows import BY_BUDGET
 from wtacrs_passes.decide.ways import decide, rules
 from wtacrs_passes.maths.estimators import inclusion_probabilities
 from wtacrs_passes.maths.observer import RATIOS as MEASURED
-from wtacrs_passes.maths.observer import Noise, draw_variance, rounding_variance
+from wtacrs_passes.maths.observer import Noise, draw_variance, rounding_of_draw, rounding_variance
 from wtacrs_passes.policy import Policy, Rule
 from wtacrs_passes.report import SiteReport, align
 
@@ -301,6 +301,7 @@ class _Layer:
     added: float
     curve: tuple[float, ...]
     rounded: float
+    rounded_drawn: tuple[float, ...]
     weights: Tensor
     x: Tensor  # on the meta device, as dy
     dy: Tensor
@@ -369,10 +370,11 @@ def _measure(x: Tensor, dy: Tensor, group: str, weights: Tensor, policy: Policy,
     curve = tuple(
         sampling_variance(x, dy, norms, weights, max(1, math.ceil(ratio * rows))) for ratio in RATIOS
     )
-    kept = int(sampling.kept(rows))
-    return _Layer(
-        group, square, kept, sampling_variance(x, dy, norms, weights, kept), curve, rounded, weights, *kinds
-    )
+    kept, generator = int(sampling.kept(rows)), torch.Generator(x.device).manual_seed(0)
+    chances = (inclusion_probabilities(weights, max(1, math.ceil(ratio * rows))) for ratio in MEASURED)
+    rounded_drawn = tuple(float(rounding_of_draw(x, [dy], q, None, generator)) for q in chances)
+    added = sampling_variance(x, dy, norms, weights, kept)
+    return _Layer(group, square, kept, added, curve, rounded, rounded_drawn, weights, *kinds)
 
 
 def sampling_variance(x: Tensor, dy: Tensor, norms: Tensor, weights: Tensor, kept: int) -> float:
@@ -434,6 +436,9 @@ def _site(found: Sequence[Sequence[_Layer]], paths: Sequence[str], minibatch: Ma
         drawn=1.0,
         added=tuple(sum(layer.curve[RATIOS.index(ratio)] for layer in every) / total for ratio in MEASURED),
         rounded=sum(layer.rounded for layer in every) / total,
+        rounded_drawn=tuple(
+            sum(column) / total for column in zip(*(x.rounded_drawn for x in every), strict=True)
+        ),
         minibatch=sum(minibatch[path] * square for path, square in zip(paths, squares, strict=True)) / total,
         steps=len(found[0]),
     )

@@ -107,8 +107,11 @@ def _way(noise: Noise, policy: Policy) -> Way:
 
 def _share(noise: Noise, ratio: float, rounds: bool) -> float:
     """Return the variance that is added, over the minibatch's; `rounds`: of factors in 8 bits."""
-    added = 0.0 if ratio == 1.0 else noise.added[RATIOS.index(ratio)]
-    added += noise.rounded * noise.drawn / ratio if rounds else 0.0
+    if ratio == 1.0:
+        added = noise.rounded * noise.drawn if rounds else 0.0
+    else:
+        which = RATIOS.index(ratio)
+        added = noise.added[which] + (noise.rounded_drawn[which] if rounds else 0.0)
     return added / noise.minibatch if noise.minibatch else math.inf if added else 0.0
 
 

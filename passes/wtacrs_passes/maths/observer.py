@@ -6,7 +6,7 @@ Of one site, products ``G_j = X^T dY_j`` that share a draw, with row i of the jo
 - the variance that a draw of a ratio adds (Hajek 1964, for fixed size and maximal entropy):
   ``sum_i c_i a_i^2 / q_i^2 - ||sum_i c_i g_i / q_i||^2 / sum_i c_i``, ``g_i = x_i dy_i^T`` and ``c_i = q_i (1 - q_i)``;
 - that of factors rounded at random to 8 bits: an element in steps of s has the variance ``s^2 f (1 - f)``, where f is
-  what it is above a whole step;
+  what it is above a whole step; of drawn rows, rescaled, by a draw of each ratio, as those make steps wide;
 - with the step before, the variance of the minibatch: ``||G - G'||^2 / 2``, for batches drawn independently and
   parameters that one step hardly moves.
 
@@ -53,6 +53,7 @@ class Noise:
         added: variance that a draw of each of :data:`RATIOS` adds.
         drawn: share of the rows that were at hand.
         rounded: variance that factors in 8 bits add, rounded at random, of these rows.
+        rounded_drawn: the same of drawn rows, at each of :data:`RATIOS`.
         minibatch: variance of the gradient between batches.
         steps: that were measured.
     """
@@ -66,6 +67,7 @@ class Noise:
     drawn: float
     added: tuple[float, ...]
     rounded: float
+    rounded_drawn: tuple[float, ...]
     minibatch: float
     steps: int
 
@@ -122,12 +124,13 @@ class Observer:
         for (key, _), sums in sites.items():
             pairs, means = sums.means() if sums.pairs else (0, [])
             if pairs:
-                minibatch, rounded, drawn, *added = means
+                minibatch, rounded, drawn, *of_ratios = means
+                added, rounded_drawn = of_ratios[: len(RATIOS)], of_ratios[len(RATIOS) :]
                 minibatch = max(minibatch - drawn, 0.0)  # the difference of two drawn gradients
                 found.append(
                     Noise(
-                        tuple(key.split("|")), *sums.sizes, sums.drawn, tuple(added), rounded, minibatch,
-                        2 * pairs,
+                        tuple(key.split("|")), *sums.sizes, sums.drawn, tuple(added), rounded,
+                        tuple(rounded_drawn), minibatch, 2 * pairs,
                     )
                 )  # fmt: skip
         return found
@@ -168,9 +171,9 @@ class _Sums:
         pair, first, self._first = step // 2, self._first, None
         if first is None or first[0] != pair:
             signs = _signs([dy.shape[1] for dy in dys], pair, x.device)
-            self._first = pair, measure(x, dys, signs, drawn, center), signs
+            self._first = pair, measure(x, dys, signs, drawn, center, step), signs
             return
-        (gradient, *variances), (other, *others) = measure(x, dys, first[2], drawn, center), first[1]
+        (gradient, *variances), (other, *others) = measure(x, dys, first[2], drawn, center, step), first[1]
         gradient, other = gradient.double(), other.double()
         square = (gradient.square().sum() + other.square().sum()) / 2
         of_both = [(a + b) / 2 for a, b in zip(variances, others, strict=True)]
@@ -196,6 +199,7 @@ def measure(
     signs: Sequence[Tensor],
     drawn: Drawn | None = None,
     center: bool = False,
+    seed: int = 0,
 ) -> list[Tensor]:
     """Measure one site in one step.
 
@@ -204,10 +208,12 @@ def measure(
         signs: for each dY [outputs, s].
         drawn: of all rows, where `x` and `dys` hold drawn ones, and after them the mean row where `center`.
         center: rows are drawn around their mean.
+        seed: of the draws whose rounding is measured.
 
     Returns:
         the sketch of the gradient [features, s]; and variances, float64 scalars: of rounding these rows to 8 bits, of
-        the draw that led to them (zero where there was none), and of one of each of :data:`RATIOS`.
+        the draw that led to them (zero where there was none), of one of each of :data:`RATIOS`, and of rounding the
+        rows of each of those.
     """
     mean = x.float().mean(0) if center and drawn is None else None
     blocks = range(0, len(x), _BLOCK)
@@ -237,7 +243,28 @@ def measure(
         means.addmm_(_less(rows[: len(part)], mean).T, scaled)
     spread = means.double().square().sum(0).view(len(kept), columns).mean(-1)
     draws = [draw_variance(q, weights, square) for q, square in zip(probabilities, spread, strict=True)]
-    return [gradient, rounding_variance(x, dys), *draws]
+    rounded = rounding_variance(x, dys)
+    if drawn is None:
+        generator = torch.Generator(x.device).manual_seed(seed)
+        of_draws = [rounding_of_draw(x, dys, q, mean, generator) for q in probabilities[1:]]
+    else:  # the sum of their squares is about as large as a draw is small
+        of_draws = [rounded * (kept[0] / len(weights) / ratio) for ratio in RATIOS]
+    return [gradient, rounded, *draws, *of_draws]
+
+
+def rounding_of_draw(
+    x: Tensor, dys: Sequence[Tensor], q: Tensor, mean: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    """Return the variance of rounding drawn rows, rescaled, to 8 bits: a float64 scalar.
+
+    Args:
+        x, dys: as of :func:`measure`; q: [rows], the inclusion probabilities, each row by itself; mean: [features],
+            what rows are drawn around.
+    """
+    drawn = torch.rand(len(q), generator=generator, device=q.device) < q
+    scales = (1 / q[drawn]).float().unsqueeze(-1)
+    rows = _less(x[drawn], mean) * scales
+    return rounding_variance(rows, [dy[drawn] for dy in dys]) if len(rows) else q.new_zeros(())
 
 
 def draw_variance(q: Tensor, norms: Tensor, mean_square: Tensor) -> Tensor:
