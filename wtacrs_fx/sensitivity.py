@@ -139,22 +139,24 @@ def sensitivity(
     """
     policy = Policy() if policy is None else policy
     traced = _trace(model, batch)
-    found: dict[str, dict[Residuals, tuple[float, int]]] = {}
+    found: dict[str, dict[str, tuple[float, int]]] = {}
     with torch.no_grad(), torch.autocast(traced.device.type, enabled=False):
         for mode in MODES:
             for module, figures in _measure(traced, _with_mode(policy, mode)).items():
                 found.setdefault(module, {})[mode] = figures
-    free = {module: each for module, each in found.items() if len(each) == len(MODES)}
-    if not free:
+    if not found:
         raise DiagnosisError(
             "no residual of the model may be rounded; see explain for the reasons, and the policy's include, exclude "
             "and rules"
         )
+    nothing = (
+        0.0,
+        0,
+    )  # where a mode stores none of a module's, as the output of attention that is computed again
+    by_mode = {module: [each.get(mode, nothing) for mode in MODES] for module, each in found.items()}
     modules = (
-        ModuleSensitivity(
-            module, tuple(each[mode][0] for mode in MODES), tuple(each[mode][1] for mode in MODES)
-        )
-        for module, each in free.items()
+        ModuleSensitivity(module, tuple(e for e, _ in each), tuple(size for _, size in each))
+        for module, each in by_mode.items()
     )
     return Sensitivity(tuple(modules), policy)
 
