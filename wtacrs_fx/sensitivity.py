@@ -149,10 +149,7 @@ def sensitivity(
             "no residual of the model may be rounded; see explain for the reasons, and the policy's include, exclude "
             "and rules"
         )
-    nothing = (
-        0.0,
-        0,
-    )  # where a mode stores none of a module's, as the output of attention that is computed again
+    nothing = 0.0, 0  # of a module of which a mode stores none, as the output of attention computed again
     by_mode = {module: [each.get(mode, nothing) for mode in MODES] for module, each in found.items()}
     modules = (
         ModuleSensitivity(module, tuple(e for e, _ in each), tuple(size for _, size in each))
@@ -281,7 +278,7 @@ def _measure(traced: _Traced, policy: Policy) -> dict[str, tuple[float, int]]:
     values = _inputs(graph, traced.primals)
     outputs = outputs_with_descriptors(graph)
     gradients = {value for value, about in outputs if isinstance(value, fx.Node) and about.is_grad()}
-    backward = joint.tangent()
+    backward = joint.backward()
     forward = [node for node in _computed(graph) if node not in backward]
     operations.compute(forward, values, keep={*forward, *values})
     encode_residuals(joint)

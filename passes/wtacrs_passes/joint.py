@@ -10,7 +10,7 @@ from torch import fx
 
 from .graph.cones import tangent_cone
 from .graph.names import NamedInput
-from .graph.operations import IS_AGAIN
+from .graph.operations import is_again
 from .policy import Policy
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Joint:
 
     def backward(self) -> set[fx.Node]:
         """Return what the backward pass computes: :meth:`tangent`, and what checkpoints compute again."""
-        again = {node for node in self.graph.nodes if node.meta.get(IS_AGAIN)}
+        again = {node for node in self.graph.nodes if is_again(node)}
         return self.tangent() | again
 
     def replace(self, new: Mapping[fx.Node, fx.Node]) -> None:

@@ -25,7 +25,6 @@ from ..graph.operations import (
     FORMS,
     GATHERS,
     GEMMS,
-    IS_AGAIN,
     IS_AMPLIFIED,
     IS_FROM_DATA,
     IS_MASKED,
@@ -35,6 +34,7 @@ from ..graph.operations import (
     VIEWS,
     aten,
     content_of,
+    is_again,
     is_random,
     packet,
     prims,
@@ -95,21 +95,17 @@ class Readers:
         self._solved: set[fx.Node] = set()
         self._data = _from_data(graph)
         nodes = [node for node in graph.nodes if node in tangent and node.op == "call_function"]
-        for node in nodes:
+        for node in (*nodes, *filter(is_again, graph.nodes)):
             for operand in tensor_operands(node):
-                if operand not in tangent and not operand.meta.get(IS_AGAIN):
+                if operand not in tangent and not is_again(operand):
                     self.of.setdefault(operand, []).append(node)
+        for node in nodes:
             if self._carries(node, self._amplified) or self._amplifies(node):
                 self._amplified.add(node)
             if self._carries(node, self._masked) or self._masks(node):
                 self._masked.add(node)
             if any(arg in self._delicate or self._is_solved(arg) for arg in node.all_input_nodes):
                 self._solved.add(node)
-        for node in graph.nodes:
-            if node.meta.get(IS_AGAIN):
-                for operand in tensor_operands(node):
-                    if not operand.meta.get(IS_AGAIN):
-                        self.of.setdefault(operand, []).append(node)
         self._to_be_amplified: set[fx.Node] = set()
         self._to_be_masked: set[fx.Node] = set()
         self._to_be_solved: set[fx.Node] = set()
@@ -165,7 +161,7 @@ class Readers:
     def reason(self, residual: fx.Node, reader: fx.Node) -> str:
         """Return why one reader of a residual does not tolerate an error; an empty string where it does."""
         name = packet(reader.target)
-        if reader.meta.get(IS_AGAIN):
+        if is_again(reader):
             return ""  # all that a checkpointed region reads is made of the same values
         if residual in self._delicate:
             return "made of an inverse or a factorisation, whose gradient cancels to the last bit or does not"

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from ..analyse.functions import Unary, is_float, rounding_error
 from ..graph.names import module_path
-from ..graph.operations import IS_AGAIN, aten, content_of
+from ..graph.operations import aten, content_of, is_again
 from ..graph.torch_api import hint, real_tensors
 from ..maths.encodings import INTEGER_BITS, Table, encoded_bits, packs_well
 from ..maths.tables import serves, tabulate
@@ -91,7 +91,7 @@ class Choices:
     def _of_checkpoints(self) -> set[fx.Node]:
         """Return what checkpointed regions are computed from again, and what that is derived from."""
         readers = self.facts.readers.of
-        stack = [node for node in readers if any(reader.meta.get(IS_AGAIN) for reader in readers[node])]
+        stack = [node for node in readers if any(is_again(reader) for reader in readers[node])]
         found: set[fx.Node] = set()
         while stack:
             node = stack.pop()

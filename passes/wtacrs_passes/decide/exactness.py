@@ -14,7 +14,7 @@ from ..graph.operations import (
     ATTENTION_BACKWARD,
     FORMS,
     GATHERS,
-    IS_AGAIN,
+    is_again,
     is_derivable,
     is_recomputable,
     packet,
@@ -183,7 +183,7 @@ def _made_again(node: fx.Node, through: Callable[[fx.Node], bool]) -> dict[fx.No
     stack = [node]
     while stack:
         for user in stack.pop().users:
-            if user.meta.get(IS_AGAIN) and user not in found and through(user):
+            if is_again(user) and user not in found and through(user):
                 found[user] = None
                 stack.append(user)
     return found

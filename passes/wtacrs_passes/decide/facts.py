@@ -16,12 +16,12 @@ from ..graph.operations import (
     ATTENTION_BACKWARD,
     FORMS,
     GATHERS,
-    IS_AGAIN,
     TAKES_ANY_LOG_SUM_EXP,
     VIEWS,
     aten,
     content_of,
     drops,
+    is_again,
     is_derivable,
     is_random,
     packet,
@@ -75,7 +75,7 @@ class Facts:
 
     def is_at_hand(self, node: fx.Node) -> bool:
         """Tell whether a node needs no storage: an input, a constant, stored for a site, or computed again."""
-        if node.meta.get(IS_AGAIN):
+        if is_again(node):
             return True
         constant = not any(tensor_operands(node)) and not is_random(node)
         return constant or node in self.pinned or self.roots[node] is None

@@ -36,11 +36,9 @@ def plan_storage(joint: Joint) -> None:
 
     What is to be stored as it is remains the partitioner's choice: it may find something as good.
     """
-    if not any(mode.masks for mode in modes(joint.policy)) or makes_sparse(joint.graph):
-        return
-    if is_checkpointed(joint.graph):
-        return
-    joint.plan = choose_storage(joint)
+    stores = any(mode.masks for mode in modes(joint.policy))
+    if stores and not makes_sparse(joint.graph) and not is_checkpointed(joint.graph):
+        joint.plan = choose_storage(joint)
 
 
 def choose_storage(joint: Joint) -> Plan:

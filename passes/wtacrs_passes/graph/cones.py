@@ -52,6 +52,26 @@ def needed_for(outputs: Iterable[fx.Node], skip: Callable[[fx.Node, fx.Node], bo
     return needed
 
 
+def build(
+    node: fx.Node,
+    operands: Callable[[fx.Node], Iterable[fx.Node]],
+    built: dict[fx.Node, fx.Node],
+    make: Callable[[fx.Node], fx.Node],
+) -> fx.Node:
+    """Return what is made of a node, after what is made of its operands; `built` holds what is made already."""
+    stack = [node]
+    while stack:  # a loop: chains may be longer than Python's stack
+        last = stack[-1]
+        missing = [operand for operand in operands(last) if operand not in built]
+        if missing and last not in built:
+            stack += missing
+            continue
+        stack.pop()
+        if last not in built:
+            built[last] = make(last)
+    return built[node]
+
+
 def value_numbers(graph: fx.Graph) -> dict[fx.Node, int]:
     """Number the nodes so that equal numbers mean equal values (hash consing of pure operations)."""
     numbers: dict[fx.Node, int] = {}

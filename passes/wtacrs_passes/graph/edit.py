@@ -160,6 +160,14 @@ class Editor:
                 new[node] = self.call(node.target, *args, **kwargs)
         return tuple(new[node] for node in torch.utils._pytree.arg_tree_leaves(*output_of(traced).args))
 
+    def repeat(self, node: fx.Node, new: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """Insert a copy of `node` that reads the new nodes in the place of the old ones; it keeps its `meta`."""
+        repeated = self.graph.node_copy(node, lambda operand: new.get(operand, operand))
+        repeated.meta = {**node.meta, "partitioner_tag": self.tag}
+        if repeated.target is aten.view.default:
+            repeated.target = aten.reshape.default  # what is computed again may have other strides
+        return repeated
+
     def size(self, node: fx.Node, dim: int) -> Any:
         """Return a size of `node`: an int, or a node where it is symbolic."""
         size = node.meta["val"].shape[dim]

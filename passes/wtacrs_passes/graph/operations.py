@@ -206,6 +206,11 @@ def is_tagged(node: fx.Node) -> bool:
     return node.meta.get("recompute") in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
 
 
+def is_again(node: fx.Node) -> bool:
+    """Tell whether the backward pass computes a node again because a checkpoint says so."""
+    return bool(node.meta.get(IS_AGAIN))
+
+
 def is_checkpointed(graph: fx.Graph) -> bool:
     """Tell whether checkpoints say what the partitioner lets the backward pass compute again."""
     return any(map(is_tagged, graph.nodes))

@@ -26,8 +26,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..decide.plan import Stored
+from ..graph.cones import build
 from ..graph.edit import Editor
-from ..graph.operations import aten, is_derivable, is_loop, same_content, tensor_operands
+from ..graph.operations import is_derivable, is_loop, same_content, tensor_operands
 from ..joint import Joint
 from ..maths import encodings, ops
 from ..maths.attention import center_keys
@@ -161,17 +162,7 @@ class _Rebuild:
         self.of_inputs = of_inputs
 
     def __call__(self, node: fx.Node) -> fx.Node:
-        stack = [node]
-        while stack:  # a loop: chains may be longer than Python's stack
-            last = stack[-1]
-            missing = [operand for operand in self._operands(last) if operand not in self.built]
-            if missing and last not in self.built:
-                stack += missing
-                continue
-            stack.pop()
-            if last not in self.built:
-                self.built[last] = self._build(last)
-        return self.built[node]
+        return build(node, self._operands, self.built, self._build)
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """Return what a node is computed from again; nothing where it is stored or cannot be."""
@@ -186,8 +177,4 @@ class _Rebuild:
         is_made = node.op == "call_function" and node in self.of_inputs
         if not is_made and all(new is old for old, new in rebuilt.items()):
             return node
-        copy = self.editor.graph.node_copy(node, lambda operand: rebuilt.get(operand, operand))
-        copy.meta = {**node.meta, "partitioner_tag": self.editor.tag}
-        if copy.target is aten.view.default:
-            copy.target = aten.reshape.default  # what is computed again may have other strides
-        return copy
+        return self.editor.repeat(node, rebuilt)

@@ -33,14 +33,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..analyse.functions import is_float
 from ..decide.modes import modes
-from ..graph.cones import needed_for
+from ..graph.cones import build, needed_for
 from ..graph.edit import Editor
 from ..graph.names import outputs_with_descriptors
 from ..graph.operations import (
     ATTENTION,
     IS_AGAIN,
     RANDOM,
-    aten,
     drops,
     is_derivable,
     is_random,
@@ -73,10 +72,20 @@ def recompute_checkpointed(joint: Joint) -> None:
         )
         return
     editor = Editor(joint.graph)
+    editor.tag = "must_be_in_backward"
     copies: dict[fx.Node, fx.Node] = {}
+
+    def read_again(node: fx.Node) -> list[fx.Node]:
+        return [arg for arg in node.all_input_nodes if arg in again]
+
+    def repeat(node: fx.Node) -> fx.Node:
+        copy = editor.repeat(node, copies)
+        copy.meta[IS_AGAIN] = True
+        return copy
+
     for node, operand in reads:
         with editor.before(node):
-            node.replace_input_with(operand, _copy(operand, again, copies, editor))
+            node.replace_input_with(operand, build(operand, read_again, copies, repeat))
     for node in joint.graph.nodes:
         node.meta.pop("recompute", None)
     joint.graph.eliminate_dead_code()
@@ -141,24 +150,3 @@ def _repeats(node: fx.Node) -> bool:
     reads_numbers = any(map(is_float, node.all_input_nodes))
     chooses = reads_numbers and any(not v.is_floating_point() and v.dtype is not torch.bool for v in values)
     return not mutates(node) and not is_random(node) and not chooses
-
-
-def _copy(
-    node: fx.Node, again: Container[fx.Node], copies: dict[fx.Node, fx.Node], editor: Editor
-) -> fx.Node:
-    """Compute a node again at the insertion point, and what it is computed from, as far as that is to be."""
-    stack = [node]
-    while stack:
-        last = stack[-1]
-        missing = [arg for arg in last.all_input_nodes if arg in again and arg not in copies]
-        if missing and last not in copies:
-            stack += missing
-            continue
-        stack.pop()
-        if last not in copies:
-            copy = editor.graph.node_copy(last, lambda arg: copies.get(arg, arg))
-            copy.meta = {**last.meta, IS_AGAIN: True, "partitioner_tag": "must_be_in_backward"}
-            if copy.target is aten.view.default:
-                copy.target = aten.reshape.default  # what is decoded may have other strides
-            copies[last] = copy
-    return copies[node]
