@@ -416,7 +416,7 @@ def main(
                 for one, run in study(made, chosen, count, seed, progress).items():
                     found[one].append(run)
                     progress.print(
-                        f"{made.name}, {one}, seed {seed}: {made.metric} {run.merit:.4g} {made.unit}"
+                        f"{made.name}, {one}, seed {seed}: {made.metric} {run.merit:.7g} {made.unit}"
                     )
                 if not quick:  # seed by seed: an hour may be interrupted
                     keep_curves(made, found, RESULTS, shapes)
