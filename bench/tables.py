@@ -314,6 +314,7 @@ TABLES: dict[str, Table] = {
         lambda row: f"{row.dtype}: {row.metric}",
         _ratio,
     ),
+    "blocks": Table("blocks", "", _any, _variant, lambda row: row.metric, _ratio),
     "smollm2": Table(
         "regime",
         "",

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import pathlib
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -121,11 +122,12 @@ class Backend:
         return not (self.config.get("triton.cudagraphs") or calls_regions(gm))
 
     def _warn_unmatched(self, report: Report) -> None:
-        modules = sorted({site.module for site in report.sites})
+        named = {site.module for site in report.sites} | {one.module for one in report.residuals}
+        modules = sorted(named - {""})
         self._unmatched &= set(self.policy.unmatched(modules))
         for pattern in sorted(self._unmatched):
             warnings.warn(
-                f"the pattern {pattern!r} of the policy matches no module with a weight gradient"
+                f"the pattern {pattern!r} of the policy matches no module with a weight gradient or residual"
                 f"{nearest(pattern, modules)} (modules of this graph: {', '.join(modules)})",
                 PatternWarning,
                 stacklevel=2,
@@ -240,12 +242,14 @@ _BACKENDS: dict[tuple[str | None, str], Backend] = {}
 
 
 def lifted_inputs(gm: fx.GraphModule) -> tuple[NamedInput, ...]:
-    """Return the parameters and buffers that Dynamo lifted into the inputs of a graph, and token masks."""
+    """Return the parameters and buffers that Dynamo lifted into the inputs of a graph, token masks and activations."""
     found = []
     for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         argument = node.meta.get("grapharg")
         source = getattr(argument, "source", None)
         if source is None:
+            if _is_computed(node.meta.get("example_value")):  # of another part of a graph that was split
+                found.append(NamedInput(index, node.name, "activation"))
             continue
         name = source.name() if callable(source.name) else source.name
         if isinstance(argument.example, torch.nn.Parameter):
@@ -254,7 +258,44 @@ def lifted_inputs(gm: fx.GraphModule) -> tuple[NamedInput, ...]:
             found.append(NamedInput(index, path_from_source(name), "buffer"))
         elif (mask := last_name(name)) in MASK_NAMES:
             found.append(NamedInput(index, mask, "mask"))
+        elif _is_local(name) and _is_computed(argument.example):
+            found.append(NamedInput(index, last_name(name), "activation"))
     return tuple(found)
+
+
+def _is_local(source: str) -> bool:
+    """Tell whether a tensor is an argument, a variable, an item of one, or part of what a call returned.
+
+    What other objects hold lives as long as they do.
+
+    >>> [_is_local(f"L{name}") for name in ("['x']", "['args'][0]", "['kwargs']['mask']", "['states'][2]")]
+    [True, True, True, True]
+    >>> _is_local("L['___stack1'].last_hidden_state")
+    True
+    >>> [_is_local(f"L{name}") for name in ("['self'].weight", "['self']._modules['0']", "['batch'].x", "['p']['w']")]
+    [False, False, False, False]
+    """
+    return _LOCAL.fullmatch(source) is not None
+
+
+_LOCAL = re.compile(
+    r"L\['[^']*'\](\[\d+\])*|L\['kwargs'\]\['[^']*'\]|L\['___stack\d+'\]([.]\w+|\[\d+\]|\['[^']*'\])*"
+)
+
+_LARGEST = 1e4
+"""Masks hold numbers of this size, or larger ones, for scores that are not to count."""
+
+
+def _is_computed(example: object) -> bool:
+    """Tell whether a tensor is a result with a gradient, and as far as is known one of no sentinels.
+
+    Nobody but what reads it saves it; a leaf is its maker's.
+    """
+    if not isinstance(example, torch.Tensor) or example.is_leaf or not example.is_floating_point():
+        return False
+    if isinstance(example, torch_api.FakeTensor) or not example.numel():
+        return True
+    return bool(example.detach().abs().amax() < _LARGEST)
 
 
 def _is_training(example_inputs: Sequence[Any]) -> bool:

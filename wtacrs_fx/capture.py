@@ -26,6 +26,7 @@ from wtacrs_passes.pipeline import (
     run,
 )
 from wtacrs_passes.policy import Policy
+from wtacrs_passes.received import hand_on, receive_activations
 from wtacrs_passes.regions import describe_regions, region_of
 from wtacrs_passes.report import Report
 
@@ -139,7 +140,8 @@ def _without_memory(
         if not isinstance(value, Tensor) or not value.is_meta:
             return value
         empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-        return empty.requires_grad_(value.requires_grad)
+        empty.requires_grad_(value.requires_grad)
+        return empty if value.is_leaf else empty.clone()
 
     with torch_api.FakeTensorMode(allow_non_fake_inputs=True):
         twin._apply(fake)  # type: ignore[no-untyped-call]
@@ -160,7 +162,10 @@ def transform(graph_module: fx.GraphModule, policy: Policy | None = None) -> fx.
     rewritten = copy_joint(graph_module)
     table = graph_module.meta.get(STATIC_INPUTS, ())
     partitioner = plain_partitioner(rewritten, table)
+    receive_activations(rewritten.graph, {known.index: known for known in table})
     run(REWRITES, rewritten, done.policy, table, count_forward_outputs(rewritten.graph), partitioner)
+    hand_on(rewritten.graph)
+    rewritten.recompile()
     rewritten.report = done.report  # type: ignore[assignment]
     return rewritten
 

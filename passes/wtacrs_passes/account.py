@@ -10,10 +10,11 @@ import sympy
 from torch import fx
 
 from .analyse.products import Product
-from .decide.plan import Site, Stored
+from .decide.plan import Plan, Site, Stored
 from .graph.edit import bytes_of_example, nbytes, sympy_size
 from .graph.names import module_path
 from .joint import Joint
+from .maths import ops
 from .maths.encodings import INTEGER_BITS, levels
 from .partition import rows_names
 from .report import InputGradientReport, LossReport, Peak, Report, ResidualReport, SiteReport, simplify
@@ -87,7 +88,7 @@ def make_report(
         if name in made:
             continue
         reports.append(SiteReport(name.rpartition(".")[0], name, 0, 0, "", "", "", "exact", 0, 0, reason))
-    others = tuple(_residual_reports(residuals, ledger))
+    others = tuple(_residual_reports(residuals, plan, ledger))
     total_before, total_after = (simplify(sum(map(_size, s), sympy.Integer(0))) for s in (before, after))
     losses = tuple(_loss_reports(joint))
     return Report(
@@ -154,23 +155,35 @@ def _effect(stored: Stored) -> str:
     return "exact"
 
 
-def _residual_reports(residuals: Sequence[EncodedResidual], ledger: _Ledger) -> Iterable[ResidualReport]:
+def _residual_reports(
+    residuals: Sequence[EncodedResidual], plan: Plan, ledger: _Ledger
+) -> Iterable[ResidualReport]:
     for residual in residuals:
         stored = residual.stored
         size_before = ledger.take_before(residual.stored_names)
         if stored.encoding == "recompute" and not size_before:
             continue  # Inductor would not have saved it either, or it is the X of a site
         yield ResidualReport(
-            stored.module, str(stored.node.target), stored.encoding, simplify(size_before),
+            stored.module, _operation(stored.node), stored.encoding, simplify(size_before),
             simplify(ledger.take_after(code.name for code in residual.codes)), _effect(stored),
         )  # fmt: skip
+    exact = {
+        item.node.name: f"exact: {item.reason}"
+        for item in plan.residuals if item.encoding == "exact" and item.reason
+    }  # fmt: skip
     for node in ledger.left():
         module = module_path(node) or ""
         size_before, size_after = ledger.take_before([node.name]), ledger.take_after([node.name])
-        encoding, gradient = ("exact", "exact") if size_after else ("replaced", "as what is read instead")
+        encoding, gradient = "exact", exact.get(node.name, "exact")
+        if not size_after:
+            encoding, gradient = "replaced", "as what is read instead"
         yield ResidualReport(
-            module, str(node.target), encoding, simplify(size_before), simplify(size_after), gradient
+            module, _operation(node), encoding, simplify(size_before), simplify(size_after), gradient
         )
+
+
+def _operation(node: fx.Node) -> str:
+    return "input" if node.target is ops.receive else str(node.target)
 
 
 class _Ledger:

@@ -43,6 +43,7 @@ from .lower.write_once import write_once
 from .maths import ops
 from .partition import partition, saved_tensors
 from .policy import Policy
+from .received import hand_on, receive_activations
 from .regions import (
     counted_in_region,
     counted_outside,
@@ -189,11 +190,13 @@ def rewrite_and_partition(
     Where the policy would raise the peak, less of it is done: see `_milder`.
     """
     _refuse_inference(gm)
+    names = {known.index: known for known in table}
     with without_code(), collector_at_rest():
+        if region_of(gm) is None:
+            receive_activations(gm.graph, names)
         plain = copy_joint(gm)
         erase_markers(plain.graph)
         before = _measure(partitioner(plain, num_fwd_outputs), num_fwd_outputs)
-        names = {known.index: known for known in table}
         is_part = region_of(gm) is not None or hands_on_gradients(gm.graph, names)
         refused: list[str] = []
         for name, attempt in _milder(policy):
@@ -203,8 +206,14 @@ def rewrite_and_partition(
                 break
             refused.append(f"{name}: {compared_peaks(before.peak, after.peak)}")
     saved_before = [node for node in before.saved if not counted_in_region(node)]
-    saved_after = [node for node in after.saved if not counted_outside(node)]
+    saved_after = after.saved
+    if region_of(gm) is not None:
+        saved_after = [node for node in saved_after if not counted_outside(node)]
     report = make_report(joint, saved_before, saved_after, before.peak, after.peak, refused)
+    if region_of(gm) is None:
+        for part in after.parts:
+            hand_on(part.graph)
+            part.recompile()
     return Rewritten(after.parts, report, attempt)
 
 

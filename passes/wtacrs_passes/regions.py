@@ -17,7 +17,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from .analyse.functions import unary_roots
 from .analyse.ranges import Ranges, is_opaque
@@ -31,6 +31,7 @@ from .joint import Partitioned
 from .maths import ops
 from .partition import PartitionError
 from .policy import Policy, PolicyError
+from .received import hand_on, receive
 from .report import Report, Size, simplify
 
 _KEY = "wtacrs_region"
@@ -180,14 +181,7 @@ def enter_region(
             statics.append(position)
         gradients.append(GradAOTOutput(grad_of=known[0]) if kinds == {"parameter"} else None)
     output_of(gm.graph).meta["desc"] = [None] * region.outputs + gradients
-    editor = Editor(gm.graph)
-    first = next(node for node in gm.graph.nodes if node.op != "placeholder")
-    for position in sorted(region.received):
-        primal = primals[position]
-        if isinstance(primal.meta.get("val"), Tensor):
-            with editor.before(first):
-                received = editor.call(ops.receive, primal)
-            primal.replace_all_uses_with(received, functools.partial(operator.is_not, received))
+    receive(gm.graph, (primals[position] for position in sorted(region.received)))
     return statics
 
 
@@ -214,7 +208,7 @@ def _renaming_of_call(region: Region, number: int, table: Mapping[int, NamedInpu
 
 def _names(region: Region, number: int, table: Mapping[int, NamedInput]) -> list[str]:
     found = [named_input(each, table) for each in region.calls[number]]
-    return [each.name for each in found if each is not None]
+    return [each.name for each in found if each is not None and each.kind != "activation"]
 
 
 def _renaming(first: Sequence[str], other: Sequence[str]) -> Callable[[str], str]:
@@ -236,9 +230,7 @@ def _moved(path: str, before: str, after: str) -> str:
 def leave_region(parts: Partitioned, region: Region, report: Report) -> None:
     """Let the forward graph of a region return what it received as its caller's; keep its report there."""
     forward, _ = parts
-    for node in forward.graph.find_nodes(op="call_function", target=ops.receive):
-        node.replace_all_uses_with(node.args[0])
-        forward.graph.erase_node(node)
+    hand_on(forward.graph)
     forward.recompile()
     forward.meta[_KEY] = dataclasses.replace(region, report=report)
 

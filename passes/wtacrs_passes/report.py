@@ -105,14 +105,15 @@ class ResidualReport:
     What a site reports is not repeated here, so that bytes add up to those of the graph.
 
     Attributes:
-        module: path of the module that computes it; operation: the ATen operation that does.
+        module: path of the module that computes it; operation: the ATen operation that does, ``input`` of what another
+            graph does.
         encoding: how it is stored; ``recompute``: computed from others, or from inputs; ``replaced``: the backward pass
             reads something else.
         bytes_before: its bytes among the tensors that Inductor would have saved; zero where Inductor
             would have saved something else in its place, and where a site has counted them.
         bytes_after: bytes stored now.
-        gradient: what the encoding does to gradients: ``exact``, ``unbiased`` (stochastic rounding) or
-            ``rounded`` with the bound of an element's error.
+        gradient: what the encoding does to gradients: ``exact``, with the reason where it had to be, ``unbiased``
+            (stochastic rounding) or ``rounded`` with the bound of an element's error.
     """
 
     module: str

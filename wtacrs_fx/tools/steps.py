@@ -39,23 +39,37 @@ class Step:
     Dynamo keeps what it compiled under the code object of `forward`, which all copies share, and tells
     variants apart by their backend object alone. Hence a new object for each step (`_compile` is a bound
     method), a count of the graphs that it compiled, and no `torch._dynamo.reset()` while steps are in use.
+
+    Args:
+        layers: what of a model is compiled one by one, and what lies around them apart; None for one graph.
     """
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Tensor], backend: Compiler | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        backend: Compiler | None,
+        layers: Callable[[nn.Module], Iterable[nn.Module]] | None = None,
+    ) -> None:
         self.model = deepcopy(model)
         self.inputs = inputs
         self._backend = backend
         self._graphs = 0
         compiled = backend is not None
         self._call = (
-            torch.compile(self.model, backend=self._compile, fullgraph=True) if compiled else self.model
+            torch.compile(self.model, backend=self._compile, fullgraph=layers is None)
+            if compiled
+            else self.model
         )
+        for layer in layers(self.model) if layers else ():
+            own = torch.compile(layer.forward, backend=self._compile)
+            layer.forward = torch.compiler.disable(own, recursive=False)  # type: ignore[no-untyped-call]
         earlier = len(reports())
         began = time.perf_counter()
         with many_variants():
             self()
         self.first_call_seconds = time.perf_counter() - began
-        self._expected = int(compiled)
+        self._expected = self._graphs if layers else int(compiled)
         self._places = list(range(earlier, len(reports())))
 
     @property

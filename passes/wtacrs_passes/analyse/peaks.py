@@ -70,7 +70,11 @@ class _Memory:
         self.reads: dict[fx.Node, dict[fx.Node, None]] = {}
         inlined: dict[fx.Node, dict[fx.Node, None]] = {}
         for node in graph.nodes:
-            if node.op != "call_function" or _is_alias(node) or node.target is operator.getitem:
+            if (
+                node.op != "call_function"
+                or _is_alias(node)
+                or node.target in (operator.getitem, ops.receive)
+            ):
                 continue
             reads: dict[fx.Node, None] = {}
             for argument in node.all_input_nodes:

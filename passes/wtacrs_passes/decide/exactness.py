@@ -43,7 +43,7 @@ class Exactness:
             reason = self._refusal(node)
             if reason:
                 self._refuse(node, reason)
-        if not facts.is_region:  # beside a region lies what those of other layers have stored
+        if not facts.is_part:  # beside it lies what those of other layers have stored
             for node in self._wide():
                 self._refuse(node, _WIDE)
         self.known = self._known()

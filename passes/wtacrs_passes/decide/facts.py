@@ -54,7 +54,7 @@ class Facts:
         again: outputs and log-sum-exps that the backward pass computes again, with the attention; those of the others
             are stored.
         statistics: what is small beside what it summarises.
-        is_region: the graph is called for each layer.
+        is_part: the graph is one of several of a step: a layer's, or of a region that is called for each.
     """
 
     def __init__(self, joint: Joint) -> None:
@@ -71,7 +71,7 @@ class Facts:
         self.residuals = [node for node in self.readers.of if not self.is_at_hand(node)]
         self.attention, self.again = self._attention(graph)
         self.statistics = _statistics(graph)
-        self.is_region = bool(graph.find_nodes(op="call_function", target=ops.receive))
+        self.is_part = bool(graph.find_nodes(op="call_function", target=ops.receive))
 
     def is_at_hand(self, node: fx.Node) -> bool:
         """Tell whether a node needs no storage: an input, a constant, stored for a site, or computed again."""

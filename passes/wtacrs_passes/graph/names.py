@@ -20,13 +20,14 @@ class NamedInput:
 
     Args:
         index: position among the flat inputs.
-        name: path as ``named_parameters()`` prints it; of a mask its argument's name.
-        kind: a parameter or buffer of the model, or a mask of tokens.
+        name: path as ``named_parameters()`` prints it; of a mask or activation its argument's name.
+        kind: a parameter or buffer of the model, a mask of tokens, or what another graph of the step computed, which
+            lives only as long as this one saves it.
     """
 
     index: int
     name: str
-    kind: Literal["parameter", "buffer", "mask"]
+    kind: Literal["parameter", "buffer", "mask", "activation"]
 
 
 def outputs_with_descriptors(graph: fx.Graph) -> list[tuple[Any, Any]]:
@@ -107,8 +108,10 @@ def hands_on_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> bool
     """Tell whether a gradient is of an input that is no parameter: the graph is one of several of a step."""
     for value, descriptor in outputs_with_descriptors(graph):
         source = _differentiated(descriptor)
-        if isinstance(value, fx.Node) and source is not None and named_input(source, table) is None:
-            return True
+        if isinstance(value, fx.Node) and source is not None:
+            known = named_input(source, table)
+            if known is None or known.kind == "activation":
+                return True
     return False
 
 

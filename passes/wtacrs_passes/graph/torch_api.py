@@ -37,6 +37,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 __all__ = [
     "CheckpointPolicy",
     "CustomPartitionerFn",
+    "FakeTensor",
     "FakeTensorMode",
     "GradAOTOutput",
     "cache_dir",
