@@ -19,7 +19,7 @@ from torch import fx
 
 from .graph.edit import Editor, copy_joint, output_of
 from .graph.names import outputs_with_descriptors, written_inputs
-from .graph.operations import VIEWS, aten, content_of, mutates
+from .graph.operations import VIEWS, aten, content_of, is_checkpointed, mutates
 from .graph.torch_api import CheckpointPolicy
 from .joint import Joint, Partitioned, Partitioner
 from .rewrite.encode_residuals import EncodedResidual
@@ -39,7 +39,10 @@ def partition(joint: Joint) -> None:
         PartitionError: rows would be drawn twice, or an encoded residual is still saved.
     """
     is_rounded = any(not reason for *_, reason in joint.plan.precisions + joint.plan.input_precisions)
-    is_rewritten = bool(joint.losses or joint.sites or joint.residuals or joint.observed or is_rounded)
+    is_tagged = bool(joint.policy.recompute) and is_checkpointed(joint.graph)
+    is_rewritten = bool(
+        joint.losses or joint.sites or joint.residuals or joint.observed or is_rounded or is_tagged
+    )
     written = {n.name for n in written_inputs(joint.graph) if isinstance(n.meta.get("val"), torch.Tensor)}
     if not is_rewritten and not written:
         return  # the graph is partitioned as it came

@@ -16,13 +16,14 @@ from torch import fx
 
 from .account import make_report
 from .analyse.annotations import Annotations, erase_markers, take_annotations
+from .analyse.layers import repeated_layers
 from .analyse.peaks import predict_peak
 from .analyse.products import Analysis, find_products
 from .decide.plan import Plan
 from .decide.precision import plan_precision
 from .decide.rows import plan_rows
 from .decide.storage import plan_storage
-from .graph.cones import has_tangents
+from .graph.cones import has_tangents, tangent_cone
 from .graph.edit import bytes_of_example, copy_joint
 from .graph.names import NamedInput, hands_on_gradients
 from .graph.operations import VIEWS, content_of
@@ -55,7 +56,8 @@ from .regions import (
     verify_calls,
     with_regions,
 )
-from .report import MIB, Peak, Report, compared_peaks
+from .report import MIB, Peak, Report, compared_peaks, format_bytes
+from .rewrite.checkpoint_layers import checkpoint_layers, number_of_layers
 from .rewrite.chunk_losses import chunk_losses
 from .rewrite.encode_residuals import encode_residuals
 from .rewrite.merge_equal import merge_equal
@@ -77,6 +79,7 @@ PASSES: tuple[Pass, ...] = (
     plan_rows,
     sample_rows,
     reassociate,
+    checkpoint_layers,
     recompute_checkpointed,
     plan_storage,
     encode_residuals,
@@ -187,7 +190,8 @@ def rewrite_and_partition(
 ) -> Rewritten:
     """Rewrite a copy of a joint graph and partition it; report the bytes beside those without the rewrite.
 
-    Where the policy would raise the peak, less of it is done: see `_milder`.
+    Where the policy would raise the peak, less of it is done: see `_milder`. Where it has a target for the peak, and that
+    is not reached, more: see `_within`.
     """
     _refuse_inference(gm)
     names = {known.index: known for known in table}
@@ -198,23 +202,88 @@ def rewrite_and_partition(
         erase_markers(plain.graph)
         before = _measure(partitioner(plain, num_fwd_outputs), num_fwd_outputs)
         is_part = region_of(gm) is not None or hands_on_gradients(gm.graph, names)
-        refused: list[str] = []
-        for name, attempt in _milder(policy):
-            joint = run(PASSES, copy_joint(gm), attempt, table, num_fwd_outputs, partitioner)
-            after = before if joint.parts is None else _measure(joint.parts, num_fwd_outputs)
-            if joint.losses or not name or not _raises_peak(before, after, is_part):
-                break
-            refused.append(f"{name}: {compared_peaks(before.peak, after.peak)}")
+
+        def attempt(policy: Policy) -> _Attempt:
+            refused: list[str] = []
+            for name, milder in _milder(policy):
+                joint = run(PASSES, copy_joint(gm), milder, table, num_fwd_outputs, partitioner)
+                after = before if joint.parts is None else _measure(joint.parts, num_fwd_outputs)
+                if joint.losses or not name or not _raises_peak(before, after, is_part):
+                    break
+                refused.append(f"{name}: {compared_peaks(before.peak, after.peak)}")
+            return _Attempt(milder, joint, after, tuple(refused))
+
+        done, notes = _within(policy, attempt, len(repeated_layers(gm.graph, tangent_cone(gm.graph))), is_part)
+    joint, after = done.joint, done.after
     saved_before = [node for node in before.saved if not counted_in_region(node)]
     saved_after = after.saved
     if region_of(gm) is not None:
         saved_after = [node for node in saved_after if not counted_outside(node)]
-    report = make_report(joint, saved_before, saved_after, before.peak, after.peak, refused)
+    report = make_report(joint, saved_before, saved_after, before.peak, after.peak, done.refused)
+    report = dataclasses.replace(report, notes=notes)
     if region_of(gm) is None:
         for part in after.parts:
             hand_on(part.graph)
             part.recompile()
-    return Rewritten(after.parts, report, attempt)
+    return Rewritten(after.parts, report, done.policy)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """What became of a graph with a policy, and what of that is left as it raises the peak."""
+
+    policy: Policy
+    joint: Joint
+    after: _Measured
+    refused: tuple[str, ...]
+
+_SMALL_CHUNKS = 2**23
+"""Bytes of the logits of a chunk where memory is what matters: 128 rows of 16,384 words."""
+
+
+def _within(
+    policy: Policy, attempt: Callable[[Policy], _Attempt], layers: int, is_part: bool
+) -> tuple[_Attempt, tuple[str, ...]]:
+    """Return what is done within the policy's target for the peak, or nearest to it, and what there is to say about it.
+
+    In the order of what is lost for the bytes: time, as few layers as it takes are computed again; the error of
+    ``residuals="small"``; products of fewer rows, of losses in smaller chunks.
+    """
+    done, target = attempt(policy), policy.memory_bytes
+    if target is None:
+        return done, _recomputed(done, layers)
+    tried = policy
+    for fields in ({"recompute": 1.0}, {"residuals": "small"}, {"chunk_bytes": _SMALL_CHUNKS}):
+        if _size(done) <= target:
+            break
+        if "recompute" not in fields or layers:
+            tried = tried.everywhere(**fields)
+            done = min(done, attempt(tried), key=_size)
+    if _size(done) <= target and tried.recompute > policy.recompute:
+        few, enough = number_of_layers(policy.recompute, layers), layers
+        while enough - few > 1:
+            middle = (few + enough) // 2
+            fewer = attempt(tried.everywhere(recompute=middle / layers))
+            if _size(fewer) <= target:
+                done, enough = fewer, middle
+            else:
+                few = middle
+    reached = "" if _size(done) <= target else f", not reached {done.after.peak}"
+    alone = "; other graphs of the step have a peak of their own" if is_part else ""
+    asked = f"memory: {format_bytes(target)} asked, {format_bytes(_size(done))} predicted{reached}{alone}"
+    return done, (asked, *_recomputed(done, layers))
+
+
+def _size(done: _Attempt) -> int:
+    return done.after.peak.size
+
+
+def _recomputed(done: _Attempt, layers: int) -> tuple[str, ...]:
+    """Say how many layers the backward pass computes again."""
+    if not done.policy.recompute:
+        return ()
+    again = number_of_layers(done.policy.recompute, layers)
+    return (f"computed again in the backward pass: {again} of {layers} layers that are alike",)
 
 
 @dataclasses.dataclass(frozen=True)

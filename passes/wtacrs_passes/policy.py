@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import math
+import re
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any, Literal, get_args
@@ -33,6 +34,31 @@ def nearest(name: object, valid: Iterable[str]) -> str:
 def _check_choice(field: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise PolicyError(f"{field} must be one of {', '.join(valid)}, got {value!r}{nearest(value, valid)}")
+
+
+_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(field: str, value: object) -> int:
+    """Return a number of bytes, or that of a text.
+
+    >>> parse_bytes("memory", "1.5 GiB"), parse_bytes("memory", 10)
+    (1610612736, 10)
+
+    Raises:
+        PolicyError: neither, or less than one byte.
+    """
+    found = value
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", value)
+        unit = _UNITS.get(match[2]) if match else None
+        found = int(float(match[1]) * unit) if match and unit else None
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise PolicyError(
+            f"{field} must be a whole number of bytes, or a text such as '14GiB' (units: {', '.join(_UNITS)}), "
+            f"got {value!r}"
+        )
+    return found
 
 
 def _check_patterns(field: str, value: object) -> tuple[str, ...]:
@@ -210,6 +236,12 @@ class Policy(SamplingOptions):
             once. None: 64 MiB, on a GPU at least as much as the gradient of the head's weight in float32, half of it
             where rows are sampled, as its products of fewer rows wait for memory. Gradients of a loss in chunks are
             those of the whole up to rounding, before rows are sampled.
+        recompute: share of the layers that are alike whose values the backward pass computes again, in [0, 1]: what
+            checkpointing the first of them does. A checkpoint of the program's own is as it says.
+        memory: the most bytes that a step may hold at once beside parameters, buffers, inputs and the state of an
+            optimizer, gradients included, as predicted from its graph: a number, or a text such as ``14GiB``. As long
+            as they are more, first layers are computed again, as many as it takes; then residuals are stored as with
+            ``small``; then losses are computed in smaller chunks. None: no target.
 
     Example:
         >>> policy = Policy(ratio=0.1, exclude=("lm_head",), rules=(Rule("*.attention.*", ratio=0.3),))
@@ -222,6 +254,8 @@ class Policy(SamplingOptions):
     rules: tuple[Rule, ...] = ()
     chunk_bytes: int | None = None
     decided: tuple[Rule, ...] = ()
+    recompute: float = 0.0
+    memory: int | str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,6 +269,11 @@ class Policy(SamplingOptions):
             raise PolicyError(
                 f"chunk_bytes must be a whole number of bytes, 0 for no chunks or None, got {size!r}"
             )
+        share = self.recompute
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise PolicyError(f"recompute must be a share of the layers in [0, 1], got {share!r}")
+        if self.memory is not None:
+            parse_bytes("memory", self.memory)
         object.__setattr__(self, "decided", tuple(self.decided))
         for name in ("rules", "decided"):
             for rule in getattr(self, name):
@@ -289,6 +328,11 @@ class Policy(SamplingOptions):
         if self.ratio is not None:
             return dataclasses.replace(self, rules=settled_rules)
         return dataclasses.replace(self, rules=settled_rules, ratio=1.0, product=self.product or "auto")
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What `memory` says, in bytes."""
+        return None if self.memory is None else parse_bytes("memory", self.memory)
 
     def _everywhere(self) -> SamplingOptions:
         return SamplingOptions(**{name: getattr(self, name) for name in _OPTIONS})

@@ -184,6 +184,7 @@ class Report:
         losses: one entry for each loss over a vocabulary whose logits are larger than `Policy.chunk_bytes`.
         peak_before, peak_after: predicted without and with the rewrite, see `analyse.peaks`.
         refused: what of the policy is not done because it would raise the peak, with the peak.
+        notes: what became of a target for the peak, and which layers the backward pass computes again.
         input_gradients: one entry for each for which the policy names a precision.
         noise: one entry for each site with a noise budget, once it was measured.
     """
@@ -197,6 +198,7 @@ class Report:
     peak_before: Peak | None = None
     peak_after: Peak | None = None
     refused: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     input_gradients: tuple[InputGradientReport, ...] = ()
     noise: tuple[NoiseReport, ...] = ()
 
@@ -221,6 +223,7 @@ class Report:
             "peak_before": self.peak_before and dataclasses.asdict(self.peak_before),
             "peak_after": self.peak_after and dataclasses.asdict(self.peak_after),
             "refused": list(self.refused),
+            "notes": list(self.notes),
             "input_gradients": [dataclasses.asdict(entry) for entry in self.input_gradients],
             "noise": [dataclasses.asdict(entry) for entry in self.noise],
         }
@@ -244,6 +247,7 @@ class Report:
             before,
             after,
             tuple(data["refused"]),
+            tuple(data["notes"]),
             tuple(InputGradientReport(**entry) for entry in data["input_gradients"]),
             tuple(
                 NoiseReport(**{**entry, "modules": tuple(entry["modules"]), "drawn": tuple(entry["drawn"])})
@@ -322,9 +326,8 @@ class Report:
             tables += ["", *align([residual_header, *residual_lines])]
         if self.noise:
             tables += ["", *align(list(self._noise_table()))]
-        return "\n".join(
-            [*tables, "", *map(str, self.losses), *inputs, *of_inputs, *refused, total, *lines_of_peak, count]
-        )
+        others = [*map(str, self.losses), *inputs, *of_inputs, *refused, *self.notes]
+        return "\n".join([*tables, "", *others, total, *lines_of_peak, count])
 
     def _noise_table(self) -> Iterator[tuple[str, ...]]:
         yield (

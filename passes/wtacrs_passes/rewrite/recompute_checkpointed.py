@@ -48,10 +48,10 @@ from ..graph.operations import (
     mutates,
     packet,
 )
-from ..graph.torch_api import is_unbacked
+from ..graph.torch_api import CheckpointPolicy, is_unbacked
 from ..joint import Joint
 
-_REGION = "ac_graph_id"
+REGION = "ac_graph_id"
 """Key of ``node.meta`` by which AOTAutograd numbers the checkpointed regions."""
 
 
@@ -63,7 +63,7 @@ def recompute_checkpointed(joint: Joint) -> None:
     reads = [(node, arg) for node in joint.graph.nodes if node in tangent for arg in node.all_input_nodes]
     reads = [(node, arg) for node, arg in reads if arg in again and node.op == "call_function"]
     needed = needed_for([arg for _, arg in reads], lambda arg, user: arg not in again)
-    unknown = next((node for node in joint.graph.nodes if node in needed and not _repeats(node)), None)
+    unknown = next((node for node in joint.graph.nodes if node in needed and not repeats(node)), None)
     if unknown is not None:
         warnings.warn(
             f"the model's checkpoints compute {packet(unknown.target)} again, which need not give the same once what "
@@ -105,6 +105,8 @@ def _computed_again(joint: Joint) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op != "call_function" or node in tangent or node in pinned or not _holds_tensors(node):
             continue
+        if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:
+            continue
         if is_tagged(node):
             if not _is_kept(node, forward):
                 found.add(node)
@@ -122,20 +124,20 @@ def _is_kept(node: fx.Node, forward: Container[fx.Node]) -> bool:
     """
     if node.meta.get("has_backward_hook"):
         return True
-    own = node.meta.get(_REGION)
+    own = node.meta.get(REGION)
     return any(user in forward and _region(user, of_parts=own) not in (own, None) for user in node.users)
 
 
 def _region(node: fx.Node, of_parts: Any) -> Any:
     """Return the number of a node's region; one of several results has none of its own."""
-    return node.meta.get(_REGION, of_parts if node.target is operator.getitem else None)
+    return node.meta.get(REGION, of_parts if node.target is operator.getitem else None)
 
 
 def _holds_tensors(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor | tuple | list)
 
 
-def _repeats(node: fx.Node) -> bool:
+def repeats(node: fx.Node) -> bool:
     """Tell whether an operation returns nearly the same where it reads nearly the same.
 
     Not what chooses elements by their size: experts that a router takes, of which two may be nearly alike.

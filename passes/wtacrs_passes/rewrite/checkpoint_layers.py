@@ -1,0 +1,36 @@
+"""Checkpoint as many layers as the policy says, as the user could have.
+
+The backward pass computes them again from what they read, see `recompute_checkpointed`. It comes to the first layers last,
+when what the others have stored is free: they are computed again first, as beside them lies least.
+
+What other layers read is stored, and what does not repeat: attention with dropout, what writes to a buffer.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ..analyse.layers import repeated_layers
+from ..graph.operations import is_checkpointed
+from ..graph.torch_api import CheckpointPolicy
+from ..joint import Joint
+from .recompute_checkpointed import REGION, repeats
+
+
+def checkpoint_layers(joint: Joint) -> None:
+    """Tag the operations of the first layers. The user's own checkpoints stay the only ones."""
+    if not joint.policy.recompute or is_checkpointed(joint.graph):
+        return
+    tangent = joint.tangent()
+    layers = repeated_layers(joint.graph, tangent)
+    for number, layer in enumerate(layers[: number_of_layers(joint.policy.recompute, len(layers))]):
+        members = set(layer)
+        for node in layer:
+            inside = all(user in members or user in tangent for user in node.users) and repeats(node)
+            kind = CheckpointPolicy.PREFER_RECOMPUTE if inside else CheckpointPolicy.MUST_SAVE
+            node.meta["recompute"], node.meta[REGION] = kind, number
+
+
+def number_of_layers(share: float, layers: int) -> int:
+    """Return how many of so many layers a share of them is, rounded up."""
+    return math.ceil(share * layers - 1e-6)
