@@ -21,7 +21,13 @@ from wtacrs_fx import Policy
 from wtacrs_fx.tools.steps import Step, inductor, measure_steps
 from wtacrs_passes.report import MIB
 
-MODELS = {"llama-lm": "autocast", "bert-lm": "autocast", "llama": "bfloat16", "gpt2": "float32", "bert": "autocast"}
+MODELS = {
+    "llama-lm": "autocast",
+    "bert-lm": "autocast",
+    "llama": "bfloat16",
+    "gpt2": "float32",
+    "bert": "autocast",
+}
 SHARES = (1 / 3, 2 / 3)
 """Places of the targets between the lowest and the highest peak."""
 

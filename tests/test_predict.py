@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch._functorch import config as functorch_config
-from transformers import BertConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, T5Config
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    T5Config,
+)
 from typer.testing import CliRunner
 
 import wtacrs_fx
@@ -23,9 +31,11 @@ from wtacrs_fx.tools.predict import (
     LORA_WTACRS,
     WTACRS,
     Line,
+    Loss,
     ModelError,
     Prediction,
     build,
+    named_model,
     predict,
 )
 
@@ -181,7 +191,7 @@ def test_no_more_tokens_than_positions(tmp_path: Path) -> None:
 
 FACTORIES = """
 import torch
-from transformers import BertConfig, BertModel
+from transformers import AutoConfig, BertConfig, BertModel
 
 class Loss(torch.nn.Module):
     def __init__(self):
@@ -280,3 +290,32 @@ def test_a_factory_of_batches_is_diagnosed(factories: str) -> None:
 def test_what_names_no_factory(name: str, message: str, factories: str) -> None:
     shown = CliRunner().invoke(app, ["explain", name.format(factories)])
     assert shown.exit_code == 2 and message in " ".join(shown.output.split())
+
+
+def test_the_largest_batch_by_layers_computed_again(
+    llama: tuple[str, Prediction], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "fits.png"
+    found = invoke("explain", llama[0], "--length", "64", "--memory", "64MiB", "--plot", str(picture))
+    inductor, *ours = found["points"]
+    saved, work = [point["saved"] for point in ours], [point["work"] for point in ours]
+    assert saved == sorted(saved, reverse=True) and work == sorted(work) and work[0] == 1 < work[-1] < 4 / 3
+    assert ours[-1]["batch"] > ours[0]["batch"] > inductor["batch"]
+    assert picture.stat().st_size > 10_000
+    config = AutoConfig.from_pretrained(llama[0])
+    model, inputs = named_model(config, config.num_hidden_layers, 1, 64, torch.bfloat16)
+    policy = Policy(ratio=0.3, recompute=1.0)
+    whole = wtacrs_fx.explain(Loss(model), policy=policy, **inputs)
+    assert ours[-1]["saved"] == pytest.approx(whole.saved_bytes_after, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--memory", "24"], "--memory must be a whole number of bytes, or a text such as '14GiB'"),
+        (["--memory", "24 gigs"], "--memory must be"),
+    ],
+)
+def test_memory_that_is_none(llama: tuple[str, Prediction], arguments: list[str], message: str) -> None:
+    shown = CliRunner().invoke(app, ["explain", llama[0], *arguments])
+    assert shown.exit_code == 2 and message in shown.output

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from wtacrs_fx import Policy
+    from wtacrs_fx.tools.frontier import Frontier
     from wtacrs_fx.tools.predict import Prediction
     from wtacrs_fx.tools.progress import Progress
 
@@ -82,18 +83,33 @@ def explain(
     dtype: DtypeOption = "bfloat16",
     ratio: RatioOption = 0.3,
     residuals: ResidualsOption = "balanced",
+    memory: Annotated[
+        str | None, typer.Option(help="Of the device, such as 24GiB: print the largest batches that fit.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for a picture of that, .png or .svg.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tell what training a model would store, without allocating anything.
 
     A factory is called as factory(batch, length) on the meta device and returns a model and a dict of inputs.
+    With --memory: by how many layers are computed again, what a sample stores and the largest batch.
 
     Examples:  wtacrs explain ./my-model --batch 4 --length 4096;  wtacrs explain config.json --json;
-    wtacrs explain my_package.models:make --batch 4
+    wtacrs explain my_package.models:make --batch 4;  wtacrs explain ./my-model --memory 24GiB --plot fits.png
     """
+    from wtacrs_fx.tools.frontier import frontier
     from wtacrs_fx.tools.predict import predict
     from wtacrs_fx.tools.progress import bars
+    from wtacrs_passes.policy import parse_bytes
 
+    if memory is not None:
+        with _errors(), bars() as progress:
+            size = parse_bytes("--memory", memory)
+            fits = frontier(model, size, length, _dtype(dtype), _policy(ratio, residuals), progress)
+        if plot is not None:
+            fits.plot(plot)
+        typer.echo(json.dumps(fits.to_dict())) if as_json else _print_frontier(fits, length, dtype)
+        return
     with _errors(), bars() as progress:
         found = predict(model, batch, length, _dtype(dtype), _policy(ratio, residuals), progress)
     if as_json:
@@ -258,6 +274,25 @@ def _print_prediction(found: Prediction, dtype: str) -> None:
     if found.per_token is not None:
         pair = f" + {found.per_pair:.3g} B x length" if found.per_pair else ""
         typer.echo(f"wtacrs saves batch x length x ({format_bytes(round(found.per_token))}{pair})")
+
+
+def _print_frontier(found: Frontier, length: int, dtype: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from wtacrs_passes.report import format_bytes
+
+    table = Table(
+        title=f"{found.name}, samples of {length} tokens, {dtype}: what fits in {format_bytes(found.memory)} beside "
+        f"{format_bytes(round(found.state))} of weights, gradients and AdamW"
+    )
+    table.add_column("training")
+    for column in ("saved a sample", "multiplications", "largest batch"):
+        table.add_column(column, justify="right")
+    for point in found.points:
+        saved = format_bytes(round(point.saved))
+        table.add_row(point.way, saved, f"{point.work:.2f}", str(point.batch))
+    Console().print(table)
 
 
 def _print_comparison(rows: dict[str, dict[str, float]], title: str) -> None:

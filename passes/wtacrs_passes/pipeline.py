@@ -190,8 +190,8 @@ def rewrite_and_partition(
 ) -> Rewritten:
     """Rewrite a copy of a joint graph and partition it; report the bytes beside those without the rewrite.
 
-    Where the policy would raise the peak, less of it is done: see `_milder`. Where it has a target for the peak, and that
-    is not reached, more: see `_within`.
+    Where the policy would raise the peak, less of it is done: see `_milder`. Where it has a target for the peak that is
+    not reached, more: see `_within`.
     """
     _refuse_inference(gm)
     names = {known.index: known for known in table}
@@ -213,7 +213,9 @@ def rewrite_and_partition(
                 refused.append(f"{name}: {compared_peaks(before.peak, after.peak)}")
             return _Attempt(milder, joint, after, tuple(refused))
 
-        done, notes = _within(policy, attempt, len(repeated_layers(gm.graph, tangent_cone(gm.graph))), is_part)
+        done, notes = _within(
+            policy, attempt, len(repeated_layers(gm.graph, tangent_cone(gm.graph))), is_part
+        )
     joint, after = done.joint, done.after
     saved_before = [node for node in before.saved if not counted_in_region(node)]
     saved_after = after.saved
@@ -236,6 +238,7 @@ class _Attempt:
     joint: Joint
     after: _Measured
     refused: tuple[str, ...]
+
 
 _SMALL_CHUNKS = 2**23
 """Bytes of the logits of a chunk where memory is what matters: 128 rows of 16,384 words."""

@@ -56,23 +56,28 @@ class Line:
         return self.around + layers * self.layer
 
     @classmethod
-    def through(cls, one: float, two: float) -> Line:
-        """Return the line through the bytes of one and of two layers."""
-        return cls(float(2 * one - two), float(two - one))
+    def through(cls, fewer: float, more: float, layers: tuple[int, int] = (1, 2)) -> Line:
+        """Return the line through the bytes of so many layers, the second one more than the first."""
+        layer = float(more - fewer)
+        return cls(float(fewer - layers[0] * layer), layer)
 
 
-def saved_lines(make_model: MakeModel, policy: Policy) -> tuple[dict[str, Line], Report]:
+def saved_lines(
+    make_model: MakeModel, policy: Policy, layers: tuple[int, int] = (1, 2)
+) -> tuple[dict[str, Line], Report]:
     """Return the bytes that cross from forward to backward by depth, with and without a policy.
 
     Args:
         make_model: number of layers -> model and inputs, on the meta device.
+        layers: of the two models, the second one more than the first.
 
     Returns:
-        the lines of ``inductor`` and ``wtacrs``; the report of two layers.
+        the lines of ``inductor`` and ``wtacrs``; the report of the deeper model.
     """
-    one, two = (explain(model, **inputs, policy=policy) for model, inputs in map(make_model, (1, 2)))
-    before = Line.through(one.saved_bytes_before, two.saved_bytes_before)
-    return {INDUCTOR: before, WTACRS: Line.through(one.saved_bytes_after, two.saved_bytes_after)}, two
+    fewer, more = (explain(model, **inputs, policy=policy) for model, inputs in map(make_model, layers))
+    before = Line.through(fewer.saved_bytes_before, more.saved_bytes_before, layers)
+    after = Line.through(fewer.saved_bytes_after, more.saved_bytes_after, layers)
+    return {INDUCTOR: before, WTACRS: after}, more
 
 
 def state_bytes(parameters: float, itemsize: int) -> float:
@@ -156,11 +161,11 @@ def predict(
     """
     if _names_factory(name):
         return _predict_factory(name, batch, length, policy, progress)
-    config = _configuration(name)
+    config = configuration(name)
     depth = int(config.num_hidden_layers)
     adapts = find_spec("peft") is not None
     advance = _counter(progress, 2 + len(BUDGETS) + adapts)
-    models = {layers: _model(config, layers, batch, length, dtype) for layers in (1, 2)}
+    models = {layers: named_model(config, layers, batch, length, dtype) for layers in (1, 2)}
     lines, report = saved_lines(models.__getitem__, policy)
     advance()
     saved = {INDUCTOR: lines[INDUCTOR](depth)}
@@ -171,16 +176,18 @@ def predict(
     wider = copy.deepcopy(config)
     if getattr(config, "max_position_embeddings", None):
         wider.max_position_embeddings = max(config.max_position_embeddings, 2 * length)
-    longer, _ = saved_lines(lambda layers: _model(wider, layers, batch, 2 * length, dtype), policy)
+    longer, _ = saved_lines(lambda layers: named_model(wider, layers, batch, 2 * length, dtype), policy)
     advance()
-    one, two = (_count(model) for model, _ in models.values())
+    one, two = (count_parameters(model) for model, _ in models.values())
     parameters = round(Line.through(one, two)(depth))
     inputs_of_layers = depth * batch * length * int(config.hidden_size) * dtype.itemsize
     saved |= {CHECKPOINTING: lines[INDUCTOR](1) + inputs_of_layers, WTACRS: lines[WTACRS](depth)}
     state = dict.fromkeys(saved, state_bytes(parameters, dtype.itemsize))
     if adapts:
-        adapted = {layers: _model(config, layers, batch, length, dtype, lora=True) for layers in (1, 2)}
-        trained = round(Line.through(*(_count(model, trained=True) for model, _ in adapted.values()))(depth))
+        adapted = {layers: named_model(config, layers, batch, length, dtype, lora=True) for layers in (1, 2)}
+        trained = round(
+            Line.through(*(count_parameters(model, trained=True) for model, _ in adapted.values()))(depth)
+        )
         lines, _ = saved_lines(adapted.__getitem__, policy)
         saved |= {LORA: lines[INDUCTOR](depth), LORA_WTACRS: lines[WTACRS](depth)}
         bytes_ = parameters * dtype.itemsize + state_bytes(trained, dtype.itemsize)
@@ -208,7 +215,10 @@ def _predict_factory(name: str, batch: int, length: int, policy: Policy, progres
         advance()
     saved[WTACRS] = float(report.saved_bytes_after)
     itemsize = next(model.parameters()).element_size()
-    fixed, trained = _count(model) - _count(model, trained=True), _count(model, trained=True)
+    fixed, trained = (
+        count_parameters(model) - count_parameters(model, trained=True),
+        count_parameters(model, trained=True),
+    )
     state = dict.fromkeys(saved, fixed * itemsize + state_bytes(trained, itemsize))
     return Prediction(name, 1, fixed + trained, batch, length, itemsize, saved, state, report)
 
@@ -229,7 +239,7 @@ def build(
     if _names_factory(name):
         with torch.device(device):
             return _made(name, batch, length)
-    model, inputs = _model(_configuration(name), layers, batch, length, dtype, device=device)
+    model, inputs = named_model(configuration(name), layers, batch, length, dtype, device=device)
     return (Loss(model) if "labels" in inputs else model), inputs
 
 
@@ -283,11 +293,13 @@ def _counter(progress: Progress, total: int) -> Callable[[], None]:
     return advance
 
 
-def _count(model: nn.Module, trained: bool = False) -> int:
+def count_parameters(model: nn.Module, trained: bool = False) -> int:
+    """Return how many numbers the parameters hold, of all or of those that are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
-def _configuration(name: str) -> Any:
+def configuration(name: str) -> Any:
+    """Return the configuration of a model of transformers; of several parts that of its text."""
     try:
         from transformers import AutoConfig
     except ImportError as error:
@@ -348,7 +360,7 @@ def _with_lora(model: nn.Module) -> nn.Module:
     return adapted
 
 
-def _model(
+def named_model(
     config: Any,
     layers: int,
     batch: int,

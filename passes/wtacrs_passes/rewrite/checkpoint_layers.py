@@ -1,7 +1,7 @@
 """Checkpoint as many layers as the policy says, as the user could have.
 
-The backward pass computes them again from what they read, see `recompute_checkpointed`. It comes to the first layers last,
-when what the others have stored is free: they are computed again first, as beside them lies least.
+The backward pass computes them again from what they read, see `recompute_checkpointed`. It comes to the first layers
+last, when what the others have stored is free: they are the first to be computed again, as beside them lies least.
 
 What other layers read is stored, and what does not repeat: attention with dropout, what writes to a buffer.
 """
@@ -14,20 +14,21 @@ from ..analyse.layers import repeated_layers
 from ..graph.operations import is_checkpointed
 from ..graph.torch_api import CheckpointPolicy
 from ..joint import Joint
-from .recompute_checkpointed import REGION, repeats
+from .recompute_checkpointed import REGION, computed_forward, repeats
 
 
 def checkpoint_layers(joint: Joint) -> None:
     """Tag the operations of the first layers. The user's own checkpoints stay the only ones."""
     if not joint.policy.recompute or is_checkpointed(joint.graph):
         return
-    tangent = joint.tangent()
+    forward, tangent = computed_forward(joint), joint.tangent()
     layers = repeated_layers(joint.graph, tangent)
     for number, layer in enumerate(layers[: number_of_layers(joint.policy.recompute, len(layers))]):
         members = set(layer)
         for node in layer:
-            inside = all(user in members or user in tangent for user in node.users) and repeats(node)
-            kind = CheckpointPolicy.PREFER_RECOMPUTE if inside else CheckpointPolicy.MUST_SAVE
+            read_outside = any(user in forward and user not in members for user in node.users)
+            again = not read_outside and repeats(node)
+            kind = CheckpointPolicy.PREFER_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
             node.meta["recompute"], node.meta[REGION] = kind, number
 
 

@@ -1,0 +1,136 @@
+"""The frontier of memory against work: how many layers are computed again, and the batch that fits then."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wtacrs_passes.policy import Policy
+
+from .predict import (
+    INDUCTOR,
+    WTACRS,
+    Line,
+    Loss,
+    ModelError,
+    configuration,
+    count_parameters,
+    named_model,
+    saved_lines,
+    state_bytes,
+)
+from .progress import Progress, silent
+
+_QUARTERS = 4
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way of training.
+
+    Attributes:
+        way: its name.
+        saved: bytes of saved activations of a sample.
+        work: multiplications of a step, beside those without anything computed again.
+        batch: the most samples that fit.
+    """
+
+    way: str
+    saved: float
+    work: float
+    batch: int
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """What fits in so many bytes of a device.
+
+    Attributes:
+        memory: bytes; state: those of weights, gradients and AdamW's moments.
+        points: from Inductor's on, in the order of work.
+    """
+
+    name: str
+    memory: int
+    state: float
+    points: tuple[Point, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and strings."""
+        return dataclasses.asdict(self)
+
+    def plot(self, path: Path) -> None:
+        """Draw the largest batch against the work of a step."""
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        ours = [point for point in self.points if point.way != INDUCTOR]
+        axes.plot([p.work for p in ours], [p.batch for p in ours], "o-", label=WTACRS)
+        base = next(point for point in self.points if point.way == INDUCTOR)
+        axes.plot(base.work, base.batch, "s", label=INDUCTOR)
+        for point in ours[1:]:
+            label = point.way.removeprefix(f"{WTACRS}, ")
+            axes.annotate(label, (point.work, point.batch), (4, -12), textcoords="offset points", fontsize=7)
+        axes.set(
+            xlabel="multiplications of a step, of those without layers computed again",
+            ylabel="largest batch",
+            title=f"{self.name}, {self.memory / 2**30:.3g} GiB",
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+
+def frontier(
+    name: str, memory: int, length: int, dtype: torch.dtype, policy: Policy, progress: Progress = silent
+) -> Frontier:
+    """Predict what fits beside the state of training, by the number of layers that are computed again.
+
+    Models of two and of three layers are traced, with none and with all of them computed again; more layers follow.
+
+    Args:
+        name: of a model of transformers, see :func:`wtacrs_fx.tools.predict.predict`.
+        memory: bytes of the device.
+        length: tokens of a sample.
+
+    Raises:
+        ModelError: no such configuration, or a factory, whose layers this cannot choose.
+    """
+    if ":" in name:
+        raise ModelError(f"--memory needs a model by name, got {name!r}; use Policy(memory=...) and explain")
+    config = configuration(name)
+    depth = int(config.num_hidden_layers)
+    made = {layers: named_model(config, layers, 1, length, dtype) for layers in (2, 3)}
+    # A training step asks for the loss alone, not for the logits that transformers' models return beside it.
+    models = {
+        layers: (Loss(model) if "labels" in inputs else model, inputs)
+        for layers, (model, inputs) in made.items()
+    }
+    lines = {}
+    for again in (0.0, 1.0):
+        asked = dataclasses.replace(policy, recompute=again)
+        found, _ = saved_lines(models.__getitem__, asked, (2, 3))
+        lines[again] = found
+        progress("traced", 1 + int(again), 2)
+    parameters = Line.through(*(count_parameters(models[layers][0]) for layers in (2, 3)), layers=(2, 3))
+    words = int(getattr(config, "vocab_size", 0)) * int(config.hidden_size)
+    share = depth * parameters.layer / (depth * parameters.layer + words)  # of the products, in the layers
+    state = state_bytes(round(parameters(depth)), dtype.itemsize)
+    plain, whole = lines[0.0][WTACRS], lines[1.0][WTACRS]
+
+    def point(way: str, saved: float, layers: int) -> Point:
+        work = 1 + share * layers / depth / 3  # a forward pass is a third of a step
+        return Point(way, saved, work, max(0, int((memory - state) // saved)))
+
+    points = [point(INDUCTOR, lines[0.0][INDUCTOR](depth), 0), point(WTACRS, plain(depth), 0)]
+    for quarter in range(1, _QUARTERS + 1):
+        layers = depth * quarter // _QUARTERS
+        if layers:
+            saved = plain.around + (depth - layers) * plain.layer + layers * whole.layer
+            points.append(point(f"{WTACRS}, {layers} of {depth} layers again", saved, layers))
+    return Frontier(name, memory, state, tuple(points))
