@@ -117,7 +117,7 @@ def frontier(
         found, _ = saved_lines(models.__getitem__, asked, (2, 3))
         lines[again] = found
         progress("traced", 1 + int(again), 2)
-    parameters = Line.through(*(count_parameters(models[layers][0]) for layers in (2, 3)), layers=(2, 3))
+    parameters = Line.through(count_parameters(models[2][0]), count_parameters(models[3][0]), (2, 3))
     words = int(getattr(config, "vocab_size", 0)) * int(config.hidden_size)
     share = depth * parameters.layer / (depth * parameters.layer + words)  # of the products, in the layers
     state = state_bytes(round(parameters(depth)), dtype.itemsize)

@@ -185,9 +185,8 @@ def predict(
     state = dict.fromkeys(saved, state_bytes(parameters, dtype.itemsize))
     if adapts:
         adapted = {layers: named_model(config, layers, batch, length, dtype, lora=True) for layers in (1, 2)}
-        trained = round(
-            Line.through(*(count_parameters(model, trained=True) for model, _ in adapted.values()))(depth)
-        )
+        one, two = (count_parameters(model, trained=True) for model, _ in adapted.values())
+        trained = round(Line.through(one, two)(depth))
         lines, _ = saved_lines(adapted.__getitem__, policy)
         saved |= {LORA: lines[INDUCTOR](depth), LORA_WTACRS: lines[WTACRS](depth)}
         bytes_ = parameters * dtype.itemsize + state_bytes(trained, dtype.itemsize)
@@ -215,10 +214,8 @@ def _predict_factory(name: str, batch: int, length: int, policy: Policy, progres
         advance()
     saved[WTACRS] = float(report.saved_bytes_after)
     itemsize = next(model.parameters()).element_size()
-    fixed, trained = (
-        count_parameters(model) - count_parameters(model, trained=True),
-        count_parameters(model, trained=True),
-    )
+    trained = count_parameters(model, trained=True)
+    fixed = count_parameters(model) - trained
     state = dict.fromkeys(saved, fixed * itemsize + state_bytes(trained, itemsize))
     return Prediction(name, 1, fixed + trained, batch, length, itemsize, saved, state, report)
 
