@@ -26,6 +26,7 @@ BENCHMARKS = (
     ["regime", *shlex.split(SMOLLM2)],
     ["regime", *shlex.split(SMOLLM2), "--precision", "float32"],
     ["blocks"],
+    ["memory_target"],
     ["roofline"],
     ["encodings"],
     ["products"],
