@@ -27,6 +27,7 @@ BENCHMARKS = (
     ["regime", *shlex.split(SMOLLM2), "--precision", "float32"],
     ["blocks"],
     ["memory_target"],
+    ["offload"],
     ["roofline"],
     ["encodings"],
     ["products"],

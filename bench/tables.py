@@ -315,8 +315,14 @@ TABLES: dict[str, Table] = {
         _ratio,
     ),
     "memory-target": Table(
-        "memory_target", "", _any, lambda row: f"{row.model}, {row.dtype}", lambda row: f"{row.variant}: {row.metric}", _ratio
+        "memory_target",
+        "",
+        _any,
+        lambda row: f"{row.model}, {row.dtype}",
+        lambda row: f"{row.variant}: {row.metric}",
+        _ratio,
     ),
+    "offload": Table("offload", "", _any, _variant, lambda row: f"{row.dtype}: {row.metric}", _ratio),
     "blocks": Table("blocks", "", _any, _variant, lambda row: row.metric, _ratio),
     "smollm2": Table(
         "regime",

@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from wtacrs_passes.maths.offload import OffloadError
 from wtacrs_passes.partition import PartitionError
 from wtacrs_passes.pipeline import NoTangentsError
 from wtacrs_passes.policy import Policy, PolicyError, Rule
@@ -22,6 +23,7 @@ __all__ = [
     "GradientNorms",
     "ModuleSensitivity",
     "NoTangentsError",
+    "OffloadError",
     "PartitionError",
     "PatternWarning",
     "Policy",

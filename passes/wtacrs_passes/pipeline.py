@@ -222,6 +222,7 @@ def rewrite_and_partition(
     if region_of(gm) is not None:
         saved_after = [node for node in saved_after if not counted_outside(node)]
     report = make_report(joint, saved_before, saved_after, before.peak, after.peak, done.refused)
+    notes = (*notes, joint.plan.offloaded) if joint.plan.offloaded else notes
     report = dataclasses.replace(report, notes=notes)
     if region_of(gm) is None:
         for part in after.parts:

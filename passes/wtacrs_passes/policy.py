@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import fnmatch
 import math
+import os
 import re
 from collections.abc import Iterable
 from fractions import Fraction
@@ -242,6 +243,8 @@ class Policy(SamplingOptions):
             optimizer, gradients included, as predicted from its graph: a number, or a text such as ``14GiB``. As long
             as they are more, first layers are computed again, as many as it takes; then residuals are stored as with
             ``small``; then losses are computed in smaller chunks. None: no target.
+        offload: where encoded residuals wait for the backward pass: ``host``, pinned memory beside a CUDA device;
+            ``disk:<folder>``, a file, of a model on the CPU. As many as go there while the forward pass computes.
 
     Example:
         >>> policy = Policy(ratio=0.1, exclude=("lm_head",), rules=(Rule("*.attention.*", ratio=0.3),))
@@ -256,6 +259,7 @@ class Policy(SamplingOptions):
     decided: tuple[Rule, ...] = ()
     recompute: float = 0.0
     memory: int | str | None = None
+    offload: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -274,6 +278,7 @@ class Policy(SamplingOptions):
             raise PolicyError(f"recompute must be a share of the layers in [0, 1], got {share!r}")
         if self.memory is not None:
             parse_bytes("memory", self.memory)
+        self._check_offload()
         object.__setattr__(self, "decided", tuple(self.decided))
         for name in ("rules", "decided"):
             for rule in getattr(self, name):
@@ -281,6 +286,16 @@ class Policy(SamplingOptions):
                     raise PolicyError(f"{name} must be a tuple of Rule, got {rule!r}")
         for fields in self._variants():
             fields._check_budget()
+
+    def _check_offload(self) -> None:
+        place = self.offload
+        folder = place.removeprefix("disk:") if isinstance(place, str) and place.startswith("disk:") else ""
+        if place not in (None, "host") and not folder:
+            raise PolicyError(f"offload must be 'host', 'disk:<folder>' or None, got {place!r}")
+        if folder and not os.path.isdir(folder):
+            raise PolicyError(f"the folder of offload must exist, got {folder!r}; make it")
+        if folder:
+            object.__setattr__(self, "offload", f"disk:{os.path.abspath(folder)}")
 
     def sampling(self, module: str) -> Sampling | None:
         """Return how the products of `module` (a path) are sampled, or None where they stay exact."""

@@ -62,6 +62,7 @@ class Stored:
         stochastic: integers are rounded at random.
         shares: each row sums to one, and does so again once it is decoded.
         reason: why it is not stored in fewer bits, or may be made again.
+        place: where its codes wait, see :mod:`maths.offload`; empty: on the device.
     """
 
     node: fx.Node
@@ -72,6 +73,7 @@ class Stored:
     stochastic: bool = False
     shares: bool = False
     reason: str = ""
+    place: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Plan:
         observed: products of all rows whose noise is measured for a budget, together as they would share a draw.
         residuals: how everything else that the backward pass reads is stored.
         made_of_inputs: what cheap operations make of inputs that stay as they are.
+        offloaded: what there is to say about residuals that leave the device.
         centered: backward passes of attention that read a stored output, and centred keys where anything is rounded.
     """
 
@@ -96,5 +99,6 @@ class Plan:
     input_precisions: tuple[tuple[InputGradient, Precision, str], ...] = ()
     observed: tuple[Site, ...] = ()
     residuals: tuple[Stored, ...] = ()
+    offloaded: str = ""
     made_of_inputs: frozenset[fx.Node] = frozenset()
     centered: frozenset[fx.Node] = frozenset()

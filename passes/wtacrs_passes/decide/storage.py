@@ -28,6 +28,7 @@ from .exactness import Exactness
 from .facts import Facts
 from .modes import modes
 from .network import minimum_cut
+from .offload import choose_offloaded
 from .plan import Plan, Stored
 
 
@@ -56,12 +57,14 @@ def choose_storage(joint: Joint) -> Plan:
             encoded.add(node)
             if choices(node)[0] != "exact" or node in facts.again:
                 chosen.append(Stored(node, "recompute", node, module=module_path(node) or ""))
+    chosen, offloaded = choose_offloaded(joint, chosen)
     planned = {item.node for item in chosen}
     again = [node for node in facts.residuals if node in made and node not in planned]
     twice = set(facts.again.values())
     return dataclasses.replace(
         joint.plan,
         residuals=(*chosen, *map(_made, filter(_takes_memory, again))),
+        offloaded=offloaded,
         made_of_inputs=made,
         centered=frozenset(backward for backward, call in facts.attention.items() if call not in twice),
     )

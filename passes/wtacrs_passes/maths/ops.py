@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import attention, chunks, estimators, low_precision, observer
+from . import attention, chunks, estimators, low_precision, observer, offload
 
 _LIBRARY = torch.library.Library("wtacrs", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
@@ -31,6 +31,8 @@ for _schema in (
     "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor centered, Tensor value, Tensor output, "
     "Tensor logsumexp, Tensor spread, float dropout_p, bool is_causal, Tensor? attn_mask, float? scale) "
     "-> (Tensor, Tensor, Tensor)",
+    "put_away(Tensor x, str place) -> Tensor",
+    "bring_back(Tensor ticket, int[] size, ScalarType dtype, Device device, str place) -> Tensor",
     "observed_step() -> Tensor",
     "observe(Tensor(a!) handle, Tensor x, Tensor[] dys, Tensor[] norms, Tensor? indices, bool center, str modules) "
     "-> ()",
@@ -199,6 +201,12 @@ def _require_zero(norms: Tensor, mask: Tensor) -> Tensor:
     return norms.new_zeros(())
 
 
+def _bring_back_fake(
+    ticket: Tensor, size: list[int], dtype: torch.dtype, device: torch.device, place: str
+) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=device)
+
+
 for _name, _kernel, _fake in (
     ("choose_rows", _choose_rows, _choose_rows_fake),
     ("row_norms", _row_norms, _row_norms_fake),
@@ -213,6 +221,8 @@ for _name, _kernel, _fake in (
     ("round_columns", low_precision.round_columns, low_precision.round_columns_fake),
     ("multiply_codes", low_precision.multiply_codes, low_precision.multiply_codes_fake),
     ("attention_backward", attention.attention_backward, attention.attention_backward_fake),
+    ("put_away", offload.put_away, lambda x, place: torch.empty(1, dtype=torch.int64)),
+    ("bring_back", offload.bring_back, _bring_back_fake),
     ("observed_step", observer.observed_step, lambda: torch.empty(2, dtype=torch.int64)),
     ("observe", observer.observe, lambda *operands: None),
     ("in_chunks", chunks.in_chunks, chunks.in_chunks_fake),
@@ -276,6 +286,12 @@ multiply_codes = torch.ops.wtacrs.multiply_codes.default
 
 attention_backward = torch.ops.wtacrs.attention_backward.default
 """As :func:`attention.attention_backward`."""
+
+put_away = torch.ops.wtacrs.put_away.default
+"""As :func:`offload.put_away`."""
+
+bring_back = torch.ops.wtacrs.bring_back.default
+"""As :func:`offload.bring_back`."""
 
 observed_step = torch.ops.wtacrs.observed_step.default
 """As :func:`observer.observed_step`."""

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from ..decide.plan import Stored
 from ..graph.cones import build
-from ..graph.edit import Editor
+from ..graph.edit import Editor, bytes_of_example
 from ..graph.operations import is_derivable, is_loop, same_content, tensor_operands
 from ..joint import Joint
 from ..maths import encodings, ops
@@ -62,7 +62,7 @@ def encode_residuals(joint: Joint) -> None:
     editor = Editor(graph)
     names = {item.node: frozenset(form.name for form in same_content(item.node)) for item in changed}
     items = {item.node: item for item in changed if item.encoding != "recompute"}
-    encoded = {node: _encode(editor, item, backward) for node, item in items.items()}
+    encoded = {node: _put_away(editor, item, _encode(editor, item, backward)) for node, item in items.items()}
     as_they_are = {item.node for item in joint.plan.residuals if item.encoding == "exact"}
     as_they_are.update(node for site in joint.sites for node in site.stored)
     again = {item.node for item in changed if item.encoding == "recompute"}
@@ -108,6 +108,28 @@ def _encode(editor: Editor, item: Stored, backward: set[fx.Node]) -> tuple[fx.No
         return editor.trace(encodings.quantise, source, *noises, bits=bits)
 
 
+def _put_away(editor: Editor, item: Stored, codes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """Return tickets in the place of the codes that leave the device; what is small stays."""
+    if not item.place:
+        return codes
+    largest = max(codes, key=bytes_of_example)
+    with editor.after(max(codes, key=list(editor.graph.nodes).index)):
+        ticket = editor.call(ops.put_away, largest, item.place)
+    ticket.meta[_CODES] = largest.meta["val"]
+    return tuple(ticket if code is largest else code for code in codes)
+
+
+def _bring_back(editor: Editor, item: Stored, stored: fx.Node) -> fx.Node:
+    """Return codes, wherever they have waited."""
+    if stored.target is not ops.put_away:
+        return stored
+    codes = stored.meta[_CODES]
+    return editor.call(ops.bring_back, stored, list(codes.shape), codes.dtype, codes.device, item.place)
+
+
+_CODES = "wtacrs_codes"
+
+
 def _center_keys(editor: Editor, attention: fx.Node) -> None:
     """Let a backward pass of attention read centred keys where rounding moves logits little."""
     gradient, query, key, value, output, logsumexp, *rest = attention.args
@@ -126,6 +148,7 @@ def _features(editor: Editor, node: fx.Node) -> Any:
 
 def _decode(editor: Editor, item: Stored, stored: tuple[fx.Node, ...], features: Any) -> fx.Node:
     dtype = item.node.meta["val"].dtype
+    stored = tuple(_bring_back(editor, item, each) for each in stored)
     if item.encoding == "bits":
         [decoded] = editor.trace(encodings.unpack_mask, *stored, n=features)
     elif item.table is not None:
