@@ -251,3 +251,8 @@ def test_a_place_that_is_none(place: Any) -> None:
 def test_a_place_that_is_for_another_device() -> None:
     with pytest.raises(PolicyError, match="offload='host' is for residuals on cuda, got a model on cpu"):
         wtacrs_fx.explain(Model(), TOKENS, policy=Policy(**ENCODED, offload="host"))
+
+
+def test_cuda_graphs_do_not_wait_for_the_host() -> None:
+    with pytest.raises(PolicyError, match="CUDA graphs cannot wait for the host"):
+        wtacrs_fx.backend(Policy(offload="host"), mode="reduce-overhead")
