@@ -59,6 +59,7 @@ class Graph:
         sizes: number of symbolic sizes that the reference saves.
     """
 
+    activations: frozenset[int] = frozenset()
     outputs: int = 0
     sizes: int = 0
     partitions: dict[str, Partitioned] = dataclasses.field(default_factory=dict)
@@ -83,7 +84,8 @@ class Variants:
 
     def __call__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Trace a Dynamo graph with Inductor's decompositions and partition it in all ways."""
-        graph, table = Graph(), lifted_inputs(gm)
+        table = lifted_inputs(gm)
+        graph = Graph(frozenset(known.index for known in table if known.kind == "activation"))
 
         def partition(joint: fx.GraphModule, joint_inputs: Sequence[Any], **options: Any) -> Any:
             graph.outputs = options["num_fwd_outputs"]
@@ -124,7 +126,9 @@ class Variants:
         chosen = graph.partitions[self.active]
         results = chosen.forward(*args)
         outputs, saved = results[: graph.outputs], results[graph.outputs :]
-        chosen.saved_bytes = _bytes_beside(saved, args)
+        chosen.saved_bytes = _bytes_beside(
+            saved, [x for i, x in enumerate(args) if i not in graph.activations]
+        )
         chosen.sizes = [value for value in saved if not isinstance(value, Tensor)]
         tensors = [value for value in saved if isinstance(value, Tensor)]
         return [*outputs, *tensors, *[0] * graph.sizes]  # as many sizes as AOTAutograd saw

@@ -185,3 +185,21 @@ def test_attention_reads_what_is_written_for_several_readers() -> None:
     compiled = torch.compile(model, backend=wtacrs_fx.backend())
     compiled(tokens).last_hidden_state.float().square().mean().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_residuals_wait_in_pinned_memory() -> None:
+    model, tokens = Transformer(d=256, layers=3).cuda(), torch.randint(50, (8, 256), device="cuda")
+    found, held = [], []
+    for place in (None, "host"):
+        policy = Policy(ratio=1.0, product="exact", offload=place)
+        call = torch.compile(model, backend=wtacrs_fx.backend(policy))
+        found.append(step(model, call, tokens))
+        model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        loss = call(tokens)
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated() - before)
+        loss.backward()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+    assert held[1] < 0.5 * held[0]

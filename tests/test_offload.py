@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from aot import small_tensors
 from conftest import Transformer, gradients
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import wtacrs_fx
 from wtacrs_fx import Policy, PolicyError
 from wtacrs_fx.tools import measure
+from wtacrs_passes.decide import offload as decide
+from wtacrs_passes.graph.cones import is_tangent
 from wtacrs_passes.maths import offload
 from wtacrs_passes.maths.offload import OffloadError, bring_back, put_away
 
@@ -30,7 +34,7 @@ ENCODED = {"ratio": 1.0, "product": "exact"}
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[str]:
     yield str(tmp_path)
-    offload._store.cache_clear()
+    offload._STORES.clear()
 
 
 def back(ticket: Tensor, x: Tensor, folder: str) -> Tensor:
@@ -38,7 +42,7 @@ def back(ticket: Tensor, x: Tensor, folder: str) -> Tensor:
 
 
 def store_of(folder: str) -> Any:
-    return offload._store(folder, os.getpid())
+    return offload._store(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float32, torch.bfloat16])
@@ -162,84 +166,83 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.model = Transformer(d=128, layers=3, dropout=0.1)
+        self.model = Transformer(d=128, layers=1, dropout=0.1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         loss: Tensor = self.model(tokens)
         return loss
 
 
-TOKENS = torch.randint(50, (8, 128), generator=torch.Generator().manual_seed(0))
+TOKENS = torch.randint(50, (16, 128), generator=torch.Generator().manual_seed(0))
 
 
-def train(policy: Policy, dtype: torch.dtype | None = None, twice: bool = False) -> tuple[Any, ...]:
-    """Return the gradients, what is saved and the report of a step."""
-    torch._dynamo.reset()
-    model, backend = Model(), wtacrs_fx.backend(policy)
-    call = torch.compile(model, backend=backend)
-    once: dict[str, Tensor] = {}
-    for _ in range(2):
-        model.zero_grad()
+def test_gradients_are_the_same_bit_for_bit(folder: str) -> None:
+    gm = wtacrs_fx.capture(Model(), TOKENS)
+    primals, tangents = (
+        [torch.randint(50, x.shape) if x.dtype is torch.int64 else torch.randn(x.shape) / 8 for x in group]
+        for group in values_of(gm)
+    )
+    found = []
+    for place in (None, f"disk:{folder}"):
+        rewritten = wtacrs_fx.transform(gm, Policy(**ENCODED, offload=place))
         torch.manual_seed(1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-            loss = call(TOKENS)
-        loss.backward(retain_graph=twice)
-        if twice:
-            once = gradients(model)
-            loss.backward()
-            for name, gradient in gradients(model).items():
-                torch.testing.assert_close(gradient, 2 * once[name])
-    found = once if twice else gradients(model)
-    saved = measure.saved_bytes(lambda: call(TOKENS), [*model.parameters(), TOKENS])
-    return found, saved, backend.reports[-1]
+        with small_tensors():  # in one thread the embedding's gradient is summed up in one order
+            found.append(tree_leaves(rewritten(primals, tangents)))
+    assert "wait in disk:" in rewritten.report.notes[0]
+    for here, there in zip(*found, strict=True):
+        assert here is there is None or torch.equal(here, there)
 
 
-@pytest.mark.parametrize("precision", ["float32", "autocast"])
-def test_gradients_are_the_same_and_less_is_kept(precision: str, folder: str) -> None:
-    dtype = torch.bfloat16 if precision == "autocast" else None
-    here, kept, _ = train(Policy(**ENCODED), dtype)
-    there, fewer, report = train(Policy(**ENCODED, offload=f"disk:{folder}"), dtype, twice=True)
-    if precision == "autocast":
-        error = sum(float((here[n] - there[n]).square().sum() / here[n].square().sum()) for n in here)
-        assert error < 1e-3  # loops that read codes are fused otherwise, and round elsewhere
-    else:
-        for name in here:
-            torch.testing.assert_close(there[name], here[name], rtol=1e-5, atol=1e-7)
-    assert fewer < 0.45 * kept
-    assert report.saved_bytes_after == fewer
-    [note] = report.notes
-    assert f"encoded residuals wait in disk:{folder}" in note
+def values_of(gm: torch.fx.GraphModule) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the example values of primals and of tangents."""
+    nodes = gm.graph.find_nodes(op="placeholder")
+    return tuple([n.meta["val"] for n in nodes if is_tangent(n) is which] for which in (False, True))
+
+
+def test_a_compiled_step_keeps_less_and_survives_a_full_disk(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    model, backend = Model(), wtacrs_fx.backend(Policy(**ENCODED, offload=f"disk:{folder}"))
+    call = torch.compile(model, backend=backend)
+
+    def step() -> Tensor:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss: Tensor = call(TOKENS)
+        return loss
+
+    loss = step()
+    loss.backward(retain_graph=True)
+    once = copy.deepcopy(gradients(model))
+    loss.backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, 2 * once[name])
+    del loss
+    saved = measure.saved_bytes(step, [*model.parameters(), TOKENS])
+    assert backend.reports[-1].saved_bytes_after == saved < 0.2 * backend.reports[-1].saved_bytes_before
     gc.collect()
-    assert not store_of(folder).entries and os.listdir(folder) == []
+    store = store_of(folder)
+    assert not store.entries and os.listdir(folder) == []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fail)
+        store._free.clear()
+        with pytest.raises(OffloadError, match="it is full"):
+            step()
+    model.zero_grad()
+    step().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, once[name])
 
 
 def test_only_what_goes_while_the_forward_pass_computes(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from wtacrs_passes.decide import offload as decide
-
     counts = []
-    for rate in (1e2, 1e7, 1e12):
+    for rate in (1e2, 1e8, 1e12):
         monkeypatch.setattr(decide, "bytes_per_second", lambda place, rate=rate: rate)
         report = wtacrs_fx.explain(Model(), TOKENS, policy=Policy(**ENCODED, offload=f"disk:{folder}"))
         counts.append(report.saved_bytes_after)
     assert counts[0] > counts[1] > counts[2]
-
-
-def test_a_step_that_fails_on_a_full_disk_goes_on_elsewhere(
-    folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch._dynamo.reset()
-    model = Model()
-    call = torch.compile(model, backend=wtacrs_fx.backend(Policy(**ENCODED, offload=f"disk:{folder}")))
-    call(TOKENS).backward()
-    expected = copy.deepcopy(gradients(model))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", fail)
-        store_of(folder)._free.clear()
-        with pytest.raises(OffloadError, match="it is full"):
-            call(TOKENS).backward()
-    model.zero_grad()
-    call(TOKENS).backward()
-    assert gradients(model).keys() == expected.keys()
 
 
 @pytest.mark.parametrize("place", ["disk:", "disk", "hosts", 3])

@@ -68,7 +68,9 @@ class Backend:
         self.policy = policy
         self.config = inductor_config(mode, inductor_options)
         if policy.offload == "host" and self.config.get("triton.cudagraphs"):
-            raise PolicyError("CUDA graphs cannot wait for the host, got offload='host' with them; leave one out")
+            raise PolicyError(
+                "CUDA graphs cannot wait for the host, got offload='host' with them; leave one out"
+            )
         self.reports: list[Report] = []
         self.decided = policy.decided
         self._again: dict[_Identity, _Progress] = {}

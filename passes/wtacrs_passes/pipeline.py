@@ -211,7 +211,7 @@ def rewrite_and_partition(
                 if joint.losses or not name or not _raises_peak(before, after, is_part):
                     break
                 refused.append(f"{name}: {compared_peaks(before.peak, after.peak)}")
-            return _Attempt(milder, joint, after, tuple(refused))
+            return _Attempt(policy, milder, joint, after, tuple(refused))
 
         done, notes = _within(
             policy, attempt, len(repeated_layers(gm.graph, tangent_cone(gm.graph))), is_part
@@ -233,8 +233,9 @@ def rewrite_and_partition(
 
 @dataclasses.dataclass(frozen=True)
 class _Attempt:
-    """What became of a graph with a policy, and what of that is left as it raises the peak."""
+    """What became of a graph with the policy that was asked for, and the one that is left as that raises the peak."""
 
+    asked: Policy
     policy: Policy
     joint: Joint
     after: _Measured
@@ -251,27 +252,28 @@ def _within(
     """Return what is done within the policy's target for the peak, or nearest to it, and what there is to say about it.
 
     In the order of what is lost for the bytes: time, as few layers as it takes are computed again; the error of
-    ``residuals="small"``; products of fewer rows, of losses in smaller chunks.
+    ``residuals="small"``; products of fewer rows, of losses in smaller chunks. More layers do not always lower the
+    peak, as beside a layer that is computed again lie its values: a quarter of them is tried, then half, and so on.
     """
     done, target = attempt(policy), policy.memory_bytes
     if target is None:
         return done, _recomputed(done, layers)
-    tried = policy
-    for fields in ({"recompute": 1.0}, {"residuals": "small"}, {"chunk_bytes": _SMALL_CHUNKS}):
+    few = first = number_of_layers(policy.recompute, layers)
+    for count in [count for quarter in range(1, 5) if (count := -(-layers * quarter // 4)) > first]:
         if _size(done) <= target:
             break
-        if "recompute" not in fields or layers:
-            tried = tried.everywhere(**fields)
-            done = min(done, attempt(tried), key=_size)
-    if _size(done) <= target and tried.recompute > policy.recompute:
-        few, enough = number_of_layers(policy.recompute, layers), layers
-        while enough - few > 1:
-            middle = (few + enough) // 2
-            fewer = attempt(tried.everywhere(recompute=middle / layers))
-            if _size(fewer) <= target:
-                done, enough = fewer, middle
-            else:
-                few = middle
+        one = attempt(policy.everywhere(recompute=count / layers))
+        few = few if _size(one) <= target else count
+        done = min(done, one, key=_size)
+    for fields in ({"residuals": "small"}, {"chunk_bytes": _SMALL_CHUNKS}):
+        if _size(done) > target:
+            done, few = min(done, attempt(done.asked.everywhere(**fields)), key=_size), first
+    enough = number_of_layers(done.asked.recompute, layers)
+    while _size(done) <= target and enough - few > 1:
+        middle = (few + enough) // 2
+        one = attempt(done.asked.everywhere(recompute=middle / layers))
+        few, enough = (few, middle) if _size(one) <= target else (middle, enough)
+        done = one if _size(one) <= target else done
     reached = "" if _size(done) <= target else f", not reached {done.after.peak}"
     alone = "; other graphs of the step have a peak of their own" if is_part else ""
     asked = f"memory: {format_bytes(target)} asked, {format_bytes(_size(done))} predicted{reached}{alone}"

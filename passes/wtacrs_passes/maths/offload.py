@@ -48,7 +48,7 @@ def put_away(x: Tensor, where: str) -> Tensor:
     Raises:
         OffloadError: the folder is missing or full.
     """
-    return _store(where, os.getpid()).put(x.contiguous())
+    return _store(where).put(x.contiguous())
 
 
 def bring_back(
@@ -59,13 +59,20 @@ def bring_back(
     Raises:
         OffloadError: it could not be written or read.
     """
-    return _store(where, os.getpid()).get(int(ticket.item())).view(dtype).view(tuple(size))
+    return _store(where).get(int(ticket.item())).view(dtype).view(tuple(size))
 
 
-@functools.cache
-def _store(where: str, process: int) -> _Files | _Pinned:
+def _store(where: str) -> _Files | _Pinned:
     """Return the store of a place; a forked process has its own."""
-    return _Pinned() if where == HOST else _Files(where)
+    key = where, os.getpid()
+    with _LOCK:
+        if key not in _STORES:
+            _STORES[key] = _Pinned() if where == HOST else _Files(where)
+        return _STORES[key]
+
+
+_STORES: dict[tuple[str, int], _Files | _Pinned] = {}
+_LOCK = threading.Lock()
 
 
 def _ticket(number: int, when_dropped: Callable[[int], None]) -> Tensor:
