@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import wtacrs_fx
 from wtacrs_fx import Policy
 
-FEW, RUNS = 4, 64
+FEW, RUNS = 3, 64
 SLOW = {
     *("autoformer", "data2vec-audio", "funnel", "led", "levit", "mobilenet_v2", "mobilevit", "prophetnet"),
     *("qwen3_next", "recurrent_gemma", "rwkv", "speech_to_text", "switch_transformers"),

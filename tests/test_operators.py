@@ -82,7 +82,7 @@ LARGEST = 2**17  # elements of an operand
 DRAWN = 1  # case of an operator in the ordinary run
 RUNS = 100  # of a program whose mean is tested
 
-SHARE = 0.1
+SHARE = 0.07
 ALL = os.environ.get("WTACRS_OPERATORS") == "all"
 SEED = seed_of_run("WTACRS_OPERATORS_SEED")
 
