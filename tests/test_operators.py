@@ -6,7 +6,7 @@ sums what comes out with random weights; in half of the programs another linear 
 reference is PyTorch's partition without the rewrite. Nothing is compiled: the two graphs run operation by
 operation.
 
-A random tenth of the operators is tried, in one case each; ``make operators`` tries all.
+A random share of the operators (7 in 100) is tried, in one case each; ``make operators`` tries all.
 What fails, grouped: ``python tests/test_operators.py --only 'softmax|norm' --policy balanced``.
 """
 
