@@ -335,7 +335,7 @@ def test_a_mixture_of_encodings_is_taken_back() -> None:
     assert before == MODES
 
 
-@pytest.mark.parametrize("method", ["full", "LoRA, balanced 0.3"])
+@pytest.mark.parametrize("method", ["full"])
 def test_layers_of_a_table_add_up(method: str) -> None:
     pytest.importorskip("peft")
     from bench.paper_tables import METHODS, Size, activations, of_all_layers, weights_bytes

@@ -75,6 +75,7 @@ def test_room_is_used_again_once_tickets_are_dropped(folder: str) -> None:
     size = store._end
     del tickets
     gc.collect()
+    store.sweep()
     assert not store.entries
     tickets = put()
     assert store._end == size and len(store.entries) == len(tickets)
@@ -223,6 +224,7 @@ def test_a_compiled_step_keeps_less_and_survives_a_full_disk(
     assert backend.reports[-1].saved_bytes_after == saved < 0.2 * backend.reports[-1].saved_bytes_before
     gc.collect()
     store = store_of(folder)
+    store.sweep()
     assert not store.entries and os.listdir(folder) == []
 
     with monkeypatch.context() as patch:
@@ -259,3 +261,9 @@ def test_a_place_that_is_for_another_device() -> None:
 def test_cuda_graphs_do_not_wait_for_the_host() -> None:
     with pytest.raises(PolicyError, match="CUDA graphs cannot wait for the host"):
         wtacrs_fx.backend(Policy(offload="host"), mode="reduce-overhead")
+
+
+def test_measuring_a_folder_leaves_no_file_open(folder: str) -> None:
+    opened = len(os.listdir("/proc/self/fd"))
+    assert offload.bytes_per_second.__wrapped__(folder) > 0
+    assert len(os.listdir("/proc/self/fd")) == opened and os.listdir(folder) == []

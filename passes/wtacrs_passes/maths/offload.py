@@ -12,6 +12,7 @@ to NVMe.)
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -93,9 +94,11 @@ class _Files:
         self._descriptor = _open(folder)
         self._numbers, self._lock = itertools.count(), threading.Lock()
         self._end, self._free = 0, dict[int, list[int]]()
+        self._dropped = collections.deque[int]()  # the collector may drop a ticket while the lock is held
         self._writer, self._reader = (ThreadPoolExecutor(1, f"wtacrs-{name}") for name in ("write", "read"))
 
     def put(self, x: Tensor) -> Tensor:
+        self.sweep()
         source = x.detach().view(-1).view(torch.uint8)
         entry = _Entry(source.numel(), self._take(_rounded(source.numel())))
         buffer = mmap.mmap(-1, _rounded(entry.size))
@@ -105,9 +108,10 @@ class _Files:
         number = next(self._numbers)
         with self._lock:
             self.entries[number] = entry
-        return _ticket(number, self._drop)
+        return _ticket(number, self._dropped.append)
 
     def get(self, number: int) -> Tensor:
+        self.sweep()
         with self._lock:
             entry = self.entries[number]
             ahead, entry.read = entry.read, None
@@ -176,16 +180,24 @@ class _Files:
             self._end += size
             return place
 
-    def _drop(self, number: int) -> None:
-        """Give the room of an entry back, once nothing writes to it or reads it."""
+    def close(self) -> None:
+        """End the threads and remove the file, with all that waits in it."""
+        self._writer.shutdown()
+        self._reader.shutdown()
+        os.close(self._descriptor)
+
+    def sweep(self) -> None:
+        """Give back the room of what nobody can ask for any more, once nothing writes to it or reads it."""
+        while self._dropped:
+            with contextlib.suppress(IndexError):  # another thread was first
+                number = self._dropped.popleft()
+                with self._lock:
+                    entry = self.entries.pop(number)
+                (entry.read or entry.write).add_done_callback(functools.partial(self._give_back, entry))
+
+    def _give_back(self, entry: _Entry, done: Future[Any]) -> None:
         with self._lock:
-            entry = self.entries.pop(number)
-
-        def free(_: Any) -> None:
-            with self._lock:
-                self._free.setdefault(_rounded(entry.size), []).append(entry.place)
-
-        (entry.read or entry.write).add_done_callback(free)
+            self._free.setdefault(_rounded(entry.size), []).append(entry.place)
 
 
 class _Entry:
@@ -278,4 +290,6 @@ def bytes_per_second(where: str) -> float:
     tickets = [store.put(x) for _ in range(3)]
     for entry in list(store.entries.values()):
         entry.write.result()
-    return len(tickets) * size / (time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    store.close()
+    return len(tickets) * size / seconds
