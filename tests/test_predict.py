@@ -191,7 +191,7 @@ def test_no_more_tokens_than_positions(tmp_path: Path) -> None:
 
 FACTORIES = """
 import torch
-from transformers import AutoConfig, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 class Loss(torch.nn.Module):
     def __init__(self):
@@ -292,9 +292,7 @@ def test_what_names_no_factory(name: str, message: str, factories: str) -> None:
     assert shown.exit_code == 2 and message in " ".join(shown.output.split())
 
 
-def test_the_largest_batch_by_layers_computed_again(
-    llama: tuple[str, Prediction], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_largest_batch_by_layers_computed_again(llama: tuple[str, Prediction], tmp_path: Path) -> None:
     picture = tmp_path / "fits.png"
     found = invoke("explain", llama[0], "--length", "64", "--memory", "64MiB", "--plot", str(picture))
     inductor, *ours = found["points"]

@@ -164,8 +164,7 @@ def transform(graph_module: fx.GraphModule, policy: Policy | None = None) -> fx.
     partitioner = plain_partitioner(rewritten, table)
     receive_activations(rewritten.graph, {known.index: known for known in table})
     run(REWRITES, rewritten, done.policy, table, count_forward_outputs(rewritten.graph), partitioner)
-    hand_on(rewritten.graph)
-    rewritten.recompile()
+    hand_on(rewritten)
     rewritten.report = done.report  # type: ignore[assignment]
     return rewritten
 

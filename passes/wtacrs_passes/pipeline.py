@@ -195,13 +195,14 @@ def rewrite_and_partition(
     """
     _refuse_inference(gm)
     names = {known.index: known for known in table}
+    is_region = region_of(gm) is not None  # what that receives is put in, and taken out, by `regions`
     with without_code(), collector_at_rest():
-        if region_of(gm) is None:
+        if not is_region:
             receive_activations(gm.graph, names)
         plain = copy_joint(gm)
         erase_markers(plain.graph)
         before = _measure(partitioner(plain, num_fwd_outputs), num_fwd_outputs)
-        is_part = region_of(gm) is not None or hands_on_gradients(gm.graph, names)
+        is_part = is_region or hands_on_gradients(gm.graph, names)
 
         def attempt(policy: Policy) -> _Attempt:
             refused: list[str] = []
@@ -218,16 +219,13 @@ def rewrite_and_partition(
         )
     joint, after = done.joint, done.after
     saved_before = [node for node in before.saved if not counted_in_region(node)]
-    saved_after = after.saved
-    if region_of(gm) is not None:
-        saved_after = [node for node in saved_after if not counted_outside(node)]
+    saved_after = [node for node in after.saved if not (is_region and counted_outside(node))]
     report = make_report(joint, saved_before, saved_after, before.peak, after.peak, done.refused)
     notes = (*notes, joint.plan.offloaded) if joint.plan.offloaded else notes
     report = dataclasses.replace(report, notes=notes)
-    if region_of(gm) is None:
+    if not is_region:
         for part in after.parts:
-            hand_on(part.graph)
-            part.recompile()
+            hand_on(part)
     return Rewritten(after.parts, report, done.policy)
 
 

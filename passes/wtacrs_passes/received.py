@@ -46,8 +46,9 @@ def receive(graph: fx.Graph, inputs: Iterable[fx.Node]) -> None:
             node.replace_all_uses_with(received, functools.partial(operator.is_not, received))
 
 
-def hand_on(graph: fx.Graph) -> None:
+def hand_on(gm: fx.GraphModule) -> None:
     """Let everything read the inputs again that :func:`receive` stands for."""
-    for node in graph.find_nodes(op="call_function", target=ops.receive):
+    for node in gm.graph.find_nodes(op="call_function", target=ops.receive):
         node.replace_all_uses_with(node.args[0])
-        graph.erase_node(node)
+        gm.graph.erase_node(node)
+    gm.recompile()

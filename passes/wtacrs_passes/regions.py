@@ -230,8 +230,7 @@ def _moved(path: str, before: str, after: str) -> str:
 def leave_region(parts: Partitioned, region: Region, report: Report) -> None:
     """Let the forward graph of a region return what it received as its caller's; keep its report there."""
     forward, _ = parts
-    hand_on(forward.graph)
-    forward.recompile()
+    hand_on(forward)
     forward.meta[_KEY] = dataclasses.replace(region, report=report)
 
 

@@ -113,9 +113,8 @@ def _put_away(editor: Editor, item: Stored, codes: tuple[fx.Node, ...]) -> tuple
     if not item.place:
         return codes
     largest = max(codes, key=bytes_of_example)
-    with editor.after(max(codes, key=list(editor.graph.nodes).index)):
+    with editor.after(largest):
         ticket = editor.call(ops.put_away, largest, item.place)
-    ticket.meta[_CODES] = largest.meta["val"]
     return tuple(ticket if code is largest else code for code in codes)
 
 
@@ -123,11 +122,8 @@ def _bring_back(editor: Editor, item: Stored, stored: fx.Node) -> fx.Node:
     """Return codes, wherever they have waited."""
     if stored.target is not ops.put_away:
         return stored
-    codes = stored.meta[_CODES]
+    codes = stored.all_input_nodes[0].meta["val"]
     return editor.call(ops.bring_back, stored, list(codes.shape), codes.dtype, codes.device, item.place)
-
-
-_CODES = "wtacrs_codes"
 
 
 def _center_keys(editor: Editor, attention: fx.Node) -> None:
