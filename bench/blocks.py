@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import wtacrs_fx
-from bench.harness import BASELINE, Row, circumstances, compare, record
+from bench.harness import BASELINE, Row, compare, record, to_rows
 from bench.models import PRECISIONS, TINY, WORDS, Shape, make_language_model
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.steps import Step, inductor
@@ -57,21 +57,18 @@ VARIANTS = {
 
 def measure(shape: Shape, precision: str, rounds: int) -> list[Row]:
     """Return saved bytes, peak, compile time and, with rounds, step time of each variant."""
-    steps, rows = {}, []
+    steps = {}
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     model, inputs = make_language_model("llama-lm", shape, dtype)
     model = Parts(model.model, precision == "autocast")
     for variant, (compiler, layers) in VARIANTS.items():
         steps[variant] = Step(model, inputs, compiler(), layers)
-    for variant, figures in compare(steps, rounds).items():
+    found = compare(steps, rounds)
+    for variant, figures in found.items():
         seconds = steps[variant].first_call_seconds
-        figure = {"value": seconds, "ratio": seconds / steps[BASELINE].first_call_seconds}
-        rows += [
-            Row("blocks", "llama-lm", variant, metric, unit=unit, shapes=str(shape), dtype=precision,
-                **values, **circumstances())
-            for metric, unit, values in (*figures, ("first step", "s", figure))
-        ]  # fmt: skip
-    return rows
+        ratio = seconds / steps[BASELINE].first_call_seconds
+        figures.append(("first step", "s", {"value": seconds, "ratio": ratio}))
+    return to_rows("blocks", "llama-lm", shape, precision, found)
 
 
 def main(

@@ -18,7 +18,7 @@ import torch
 import typer
 from torch import nn
 
-from bench.harness import BASELINE, RESULTS, VARIANTS, Row, circumstances, compare, read, record
+from bench.harness import BASELINE, RESULTS, VARIANTS, Row, compare, read, record, to_rows
 from bench.models import PRECISIONS, TINY, Shape, build
 from wtacrs_fx.tools.steps import Step
 
@@ -59,14 +59,7 @@ def measure(name: str, shape: Shape, precision: str, device: str, rounds: int) -
     for variant in (*INDUCTOR, *POLICIES):
         steps[variant] = make_step(name, shape, precision, variant, device)
         print(f"{name}, {variant}: compiled in {steps[variant].first_call_seconds:.0f} s", flush=True)
-    return [
-        Row(
-            "frontier", name, variant, metric, unit=unit, shapes=str(shape), dtype=precision,
-            **figure, **circumstances(device),
-        )
-        for variant, figures in compare(steps, rounds).items()
-        for metric, unit, figure in figures
-    ]  # fmt: skip
+    return to_rows("frontier", name, shape, precision, compare(steps, rounds), device)
 
 
 def points(rows: list[Row]) -> dict[str, Point]:

@@ -8,7 +8,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,6 +134,25 @@ class Row:
     def __str__(self) -> str:
         ratio = "" if self.ratio is None else f" (ratio {self.ratio:.3f})"
         return f"{self.model} {self.dtype} {self.variant}: {self.metric} {self.value:.4g} {self.unit}{ratio}"
+
+
+def to_rows(
+    benchmark: str,
+    model: str,
+    shape: object,
+    precision: str,
+    found: Mapping[str, Iterable[Figure]],
+    device: str = "cpu",
+) -> list[Row]:
+    """Return the rows of the figures of each variant."""
+    return [
+        Row(
+            benchmark, model, variant, metric, unit=unit, shapes=str(shape), dtype=precision,
+            **figure, **circumstances(device),
+        )
+        for variant, figures in found.items()
+        for metric, unit, figure in figures
+    ]  # fmt: skip
 
 
 def summarise(values: Sequence[float], baseline: Sequence[float] | None = None) -> dict[str, Any]:

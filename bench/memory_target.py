@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import wtacrs_fx
-from bench.harness import BASELINE, Row, circumstances, record, summarise
+from bench.harness import BASELINE, Row, record, summarise, to_rows
 from bench.models import PRECISIONS, Shape, build
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.steps import Step, inductor, measure_steps
@@ -39,20 +39,15 @@ def measure(name: str, shape: Shape, precision: str, rounds: int) -> list[Row]:
     for variant, target in targets.items():
         steps[variant] = Step(model, inputs, wtacrs_fx.backend(Policy(ratio=1.0, memory=target)))
         print(name, variant, *steps[variant].reports[-1].notes, sep="; ", flush=True)
-    rows = []
-    found = measure_steps(steps, rounds)
+    measured = measure_steps(steps, rounds)
+    found = {}
     for variant, target in targets.items():
-        peak = {"value": found[variant].peak / MIB, "ratio": found[variant].peak / target}
-        figures = [
-            ("measured over asked", "MiB", peak),
-            ("step time", "s", summarise(found[variant].seconds, found[BASELINE].seconds)),
+        one = measured[variant]
+        found[variant] = [
+            ("measured over asked", "MiB", {"value": one.peak / MIB, "ratio": one.peak / target}),
+            ("step time", "s", summarise(one.seconds, measured[BASELINE].seconds)),
         ]
-        rows += [
-            Row("memory_target", name, variant, metric, unit=unit, shapes=str(shape), dtype=precision,
-                **figure, **circumstances())
-            for metric, unit, figure in figures
-        ]  # fmt: skip
-    return rows
+    return to_rows("memory_target", name, shape, precision, found)
 
 
 def main(

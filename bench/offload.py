@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 import wtacrs_fx
-from bench.harness import BASELINE, Row, circumstances, compare, record
+from bench.harness import BASELINE, Row, compare, record, to_rows
 from bench.models import PRECISIONS, TINY, WORDS, Shape, build
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.steps import Step, inductor
@@ -59,12 +59,7 @@ def measure(name: str, shape: Shape, precision: str, folder: str, rounds: int) -
     resident = {variant: resident_after_forward(step) for variant, step in steps.items()}
     for variant, size in resident.items():
         found[variant].append(("resident", "MiB", {"value": size / MIB, "ratio": size / resident[BASELINE]}))
-    return [
-        Row("offload", name, variant, metric, unit=unit, shapes=str(shape), dtype=precision,
-            **figure, **circumstances())
-        for variant, figures in found.items()
-        for metric, unit, figure in figures
-    ]  # fmt: skip
+    return to_rows("offload", name, shape, precision, found)
 
 
 def main(

@@ -17,7 +17,7 @@ import typer
 
 import wtacrs_fx
 from bench.frontier import CHECKPOINTING, checkpoint
-from bench.harness import BUDGET, Row, circumstances, compare, record, settle
+from bench.harness import BUDGET, Row, compare, record, settle, to_rows
 from bench.models import PRECISIONS, TINY, WORDS, Shape, build
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.steps import Compiler, Step, inductor
@@ -64,14 +64,7 @@ def measure(
         if variant.startswith(BUDGET) and rounds:
             settle(step)
             print(*step.reports, sep="\n\n", flush=True)
-    return [
-        Row(
-            "regime", name, variant, metric, unit=unit, shapes=str(shape), dtype=precision,
-            **figure, **circumstances(device),
-        )
-        for variant, figures in compare(steps, rounds).items()
-        for metric, unit, figure in figures
-    ]  # fmt: skip
+    return to_rows("regime", name, shape, precision, compare(steps, rounds), device)
 
 
 def main(

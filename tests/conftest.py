@@ -80,6 +80,12 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """Return the squared error of all gradients, beside their squares."""
+    error = sum(float((found[name] - exact[name]).double().square().sum()) for name in exact)
+    return error / sum(float(each.double().square().sum()) for each in exact.values())
+
+
 def step(model: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> dict[str, Tensor]:
     """Run one forward and backward pass; return the gradients."""
     model.zero_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from aot import REFERENCE, Variants, small_tensors
-from conftest import Transformer, gradients
+from conftest import Transformer, distance, gradients
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -50,12 +50,6 @@ def train(
             loss.backward()
             found.append(gradients(network))
     return found[0], found[1]
-
-
-def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Return the squared error of all gradients, beside their squares."""
-    error = sum(float((found[name] - exact[name]).double().square().sum()) for name in exact)
-    return error / sum(float(each.double().square().sum()) for each in exact.values())
 
 
 def test_layers_are_found_by_their_modules(model: tuple[Transformer, Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Block, gradients
+from conftest import Block, distance, gradients
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
@@ -79,12 +79,6 @@ def train(
     alive = [not reference.expired() for reference in model.alive]
     loss.backward()
     return gradients(model), alive, backend
-
-
-def distance(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """Return the squared error of all gradients, beside their squares."""
-    error = sum(float((found[name] - exact[name]).double().square().sum()) for name in exact)
-    return error / sum(float(each.double().square().sum()) for each in exact.values())
 
 
 @pytest.mark.parametrize("kind", LAYERS)
