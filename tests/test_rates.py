@@ -64,8 +64,27 @@ def test_what_was_measured_is_kept(folder: Path, measured: list[int]) -> None:
         assert ask() == dict.fromkeys(WAYS, 1.0)
         assert ask(rows=95) == dict.fromkeys(WAYS, 1.0)
         assert ask(m=32) == dict.fromkeys(WAYS, 2.0)
-        assert ask(ways=["exact", "bfloat16"]) == dict.fromkeys(["exact", "bfloat16"], 3.0)
     assert [file.name for file in folder.iterdir()] == ["wtacrs_rates.json"]
+
+
+def test_a_rate_that_was_given_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a layer is planned by other figures than the next one, and a second process finds no code in the caches."""
+    took = iter(({"exact": 2.0, "int8": 1.0}, {"exact": 3.0, "bfloat16": 1.5, rates.ROUNDING: 0.3}))
+    asked = []
+
+    def measure(precisions: Sequence[str], *_: Any) -> rates.Rates:
+        asked.append(set(precisions))
+        return next(took)
+
+    monkeypatch.setattr(rates, "_measure", measure)
+    with config.patch(force_disable_caches=False):
+        first = ask(ways=["int8"])
+        assert ask(ways=["exact", "int8", "bfloat16", rates.ROUNDING]) == {
+            "exact": 2.0, **first, "bfloat16": pytest.approx(1.0), rates.ROUNDING: pytest.approx(0.2),
+        }  # fmt: skip
+        rates._of_process.cache_clear()  # another process
+        assert ask(ways=["int8"]) == first == {"int8": 1.0}
+    assert asked == [{"exact", "int8"}, {"exact", "bfloat16", rates.ROUNDING}]
 
 
 def test_of_large_products_a_part_is_measured(folder: Path, measured: list[int]) -> None:

@@ -41,7 +41,8 @@ def seconds(
     """Return how long ``a^T b`` takes in each precision, with the rounding; of large factors a part is measured.
 
     Kept for the process and, unless Inductor's caches are off, in ``wtacrs_rates.json`` in their folder; measured
-    anew where Inductor is to autotune.
+    anew where Inductor is to autotune. A rate that was given stays, so that one program leads to one plan: precisions
+    that are asked for later are measured beside the exact product, and scaled to what that took before.
 
     Args:
         precisions: of a [rows, m] and b [rows, n]: ``exact``, in `dtype`, or as of :func:`low_precision.multiply`;
@@ -50,13 +51,15 @@ def seconds(
     rows = min(rows, _MOST_ROWS)
     rows -= rows % (1 << max(0, rows.bit_length() - 2))  # 512, 768, 1024, ...: what is alike has one rate
     m, n = (min(size, _MOST_COLUMNS) for size in (m, n))
-    known = _of_process(_machine(device))
     key = f"{dtype} {rows} x {m} x {n}"
-    if not known.get(key, {}).keys() >= set(precisions):
-        known.setdefault(key, {}).update(_measure(precisions, (rows, m, n), dtype, device))
+    known = _of_process(_machine(device)).setdefault(key, {})
+    if missing := [precision for precision in precisions if precision not in known]:
+        found = _measure(["exact", *(one for one in missing if one != "exact")], (rows, m, n), dtype, device)
+        scale = known.get("exact", found["exact"]) / found["exact"]
+        known.update({precision: scale * time for precision, time in found.items() if precision not in known})
         if not _is_without_file():
-            _write(_machine(device), key, known[key])
-    return {precision: known[key][precision] for precision in precisions}
+            _write(_machine(device), key, known)
+    return {precision: known[precision] for precision in precisions}
 
 
 @functools.cache
