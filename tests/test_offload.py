@@ -265,5 +265,5 @@ def test_cuda_graphs_do_not_wait_for_the_host() -> None:
 
 def test_measuring_a_folder_leaves_no_file_open(folder: str) -> None:
     opened = len(os.listdir("/proc/self/fd"))
-    assert offload.bytes_per_second.__wrapped__(folder) > 0
+    assert offload.measure_writing(folder) > 0
     assert len(os.listdir("/proc/self/fd")) == opened and os.listdir(folder) == []

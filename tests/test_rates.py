@@ -87,6 +87,20 @@ def test_a_rate_that_was_given_stays(folder: Path, monkeypatch: pytest.MonkeyPat
     assert asked == [{"exact", "int8"}, {"exact", "bfloat16", rates.ROUNDING}]
 
 
+def test_how_fast_a_folder_is_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many residuals as in the process before leave the device: the same code."""
+    found = iter((5e8, 6e8, 7e8))
+    monkeypatch.setattr(rates, "measure_writing", lambda place: next(found))
+    with config.patch(force_disable_caches=False):
+        assert rates.bytes_per_second("a") == rates.bytes_per_second("a") == 5e8
+        assert rates.bytes_per_second("b") == 6e8
+        rates._of_process.cache_clear()  # another process
+        assert (rates.bytes_per_second("a"), rates.bytes_per_second("b")) == (5e8, 6e8)
+    with config.patch(force_disable_caches=True):
+        assert rates.bytes_per_second("c") == 7e8
+    assert ask(ways=["exact"]).keys() == {"exact"}
+
+
 def test_of_large_products_a_part_is_measured(folder: Path, measured: list[int]) -> None:
     assert ask(2**13, 2**14, 2**12) == ask(2**13 + 1, 2**15, 2**13)
     assert len(measured) == 1

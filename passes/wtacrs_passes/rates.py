@@ -1,4 +1,5 @@
-"""How long a weight-gradient product takes in each precision on a device: measured once, then kept in a file.
+"""What decisions rest on that is measured once, then kept in a file: how long a product takes in each precision on a
+device, how fast a folder takes bytes.
 
 Of a large product a part is measured: of more columns the rounding of the factors is a smaller share, and of more rows
 what is done to the result, so that one in fewer bits is no slower than it seems.
@@ -23,6 +24,7 @@ from .graph.torch_api import cache_dir, real_tensors
 from .maths import ops
 from .maths.estimators import NOISE
 from .maths.low_precision import multiply, round_columns
+from .maths.offload import measure_writing
 
 Rates = dict[str, float]
 """Seconds by precision."""
@@ -57,9 +59,17 @@ def seconds(
         found = _measure(["exact", *(one for one in missing if one != "exact")], (rows, m, n), dtype, device)
         scale = known.get("exact", found["exact"]) / found["exact"]
         known.update({precision: scale * time for precision, time in found.items() if precision not in known})
-        if not _is_without_file():
-            _write(_machine(device), key, known)
+        _keep(_machine(device), key, known)
     return {precision: known[precision] for precision in precisions}
+
+
+def bytes_per_second(folder: str) -> float:
+    """Return how fast a folder takes bytes; kept as :func:`seconds` are."""
+    known = _of_process(folder)
+    if "writing" not in known:
+        known["writing"] = {"bytes per second": measure_writing(folder)}
+        _keep(folder, "writing", known["writing"])
+    return known["writing"]["bytes per second"]
 
 
 @functools.cache
@@ -95,8 +105,10 @@ def _read() -> dict[str, dict[str, Rates]]:
     return found if isinstance(found, dict) else {}
 
 
-def _write(machine: str, key: str, rates: Rates) -> None:
+def _keep(machine: str, key: str, rates: Rates) -> None:
     """Add to the file; another process that writes meanwhile may lose its rates, never the file."""
+    if _is_without_file():
+        return
     table = _read()
     table.setdefault(machine, {})[key] = rates
     with contextlib.suppress(OSError):

@@ -16,9 +16,9 @@ from ..graph.operations import GEMMS
 from ..graph.torch_api import hint, real_tensors
 from ..joint import Joint
 from ..maths.encodings import INTEGER_BITS, encoded_bits
-from ..maths.offload import HOST, bytes_per_second
+from ..maths.offload import HOST
 from ..policy import PolicyError
-from ..rates import seconds
+from ..rates import bytes_per_second, seconds
 from .plan import Stored
 
 _SMALLEST = 2**16

@@ -281,9 +281,8 @@ class _Pinned:
         self._ahead.pop(number, None)
 
 
-@functools.cache
-def bytes_per_second(where: str) -> float:
-    """Return how fast a folder takes bytes, measured once."""
+def measure_writing(where: str) -> float:
+    """Return how many bytes a second a folder takes."""
     store, size = _Files(where), 2**25
     x = torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     began = time.perf_counter()
