@@ -27,7 +27,7 @@ from .maths.low_precision import multiply, round_columns
 from .maths.offload import measure_writing
 
 Rates = dict[str, float]
-"""Seconds by precision."""
+"""Seconds by precision; of a folder, bytes per second."""
 
 DRAWING = "drawing"
 """Among the precisions: the draw of half of the rows of both factors, without a product."""
@@ -67,16 +67,18 @@ def bytes_per_second(folder: str) -> float:
     """Return how fast a folder takes bytes; kept as :func:`seconds` are."""
     known = _of_process(folder)
     if "writing" not in known:
-        known["writing"] = {"bytes per second": measure_writing(folder)}
+        with real_tensors():
+            known["writing"] = {"bytes per second": measure_writing(folder)}
         _keep(folder, "writing", known["writing"])
     return known["writing"]["bytes per second"]
 
 
 @functools.cache
-def _of_process(machine: str) -> dict[str, Rates]:
+def _of_process(place: str) -> dict[str, Rates]:
+    """Return what is known of a machine or a folder, to be added to."""
     known: dict[str, Rates] = {}
     if not _is_without_file() and not torch._inductor.config.max_autotune:
-        known.update(_read().get(machine, {}))
+        known.update(_read().get(place, {}))
     return known
 
 
@@ -105,12 +107,12 @@ def _read() -> dict[str, dict[str, Rates]]:
     return found if isinstance(found, dict) else {}
 
 
-def _keep(machine: str, key: str, rates: Rates) -> None:
+def _keep(place: str, key: str, rates: Rates) -> None:
     """Add to the file; another process that writes meanwhile may lose its rates, never the file."""
     if _is_without_file():
         return
     table = _read()
-    table.setdefault(machine, {})[key] = rates
+    table.setdefault(place, {})[key] = rates
     with contextlib.suppress(OSError):
         write_at_once(_file(), json.dumps(table, indent=1))
 

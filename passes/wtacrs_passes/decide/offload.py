@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from ..graph.operations import GEMMS
-from ..graph.torch_api import hint, real_tensors
+from ..graph.torch_api import hint
 from ..joint import Joint
 from ..maths.encodings import INTEGER_BITS, encoded_bits
 from ..maths.offload import HOST
@@ -37,8 +37,7 @@ def choose_offloaded(joint: Joint, stored: Sequence[Stored]) -> tuple[list[Store
         return list(stored), ""
     place = where.removeprefix("disk:")
     _check_device(joint, place)
-    with real_tensors():
-        rate = _PINNED if place == HOST else bytes_per_second(place)
+    rate = _PINNED if place == HOST else bytes_per_second(place)
     time = _forward_seconds(joint)
     room, away = rate * time, 0
     found = []
