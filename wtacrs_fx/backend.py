@@ -21,13 +21,15 @@ from wtacrs_passes.analyse.annotations import MASK_NAMES
 from wtacrs_passes.decide.ways import decide, rules
 from wtacrs_passes.files import write_at_once
 from wtacrs_passes.graph import torch_api
+from wtacrs_passes.graph.edit import copy_joint
 from wtacrs_passes.graph.names import NamedInput, last_name, path_from_source
+from wtacrs_passes.lower.allocations import peak_of_code
 from wtacrs_passes.lower.fusion import without_waiting
 from wtacrs_passes.maths.observer import Observer
 from wtacrs_passes.pipeline import WtacrsPartitioner, source_hash
 from wtacrs_passes.policy import Policy, PolicyError, Rule, nearest
 from wtacrs_passes.regions import calls_regions, describe_regions
-from wtacrs_passes.report import Report
+from wtacrs_passes.report import Report, format_bytes
 
 from .options import inductor_config, policy_from_options
 
@@ -100,19 +102,20 @@ class Backend:
             progress = self._again.pop(identity, _Progress(self.policy.decided))
             policy = dataclasses.replace(self.policy, decided=progress.decided)
         path = _report_path(gm, example_inputs, self.config, policy, table)
-        received: list[Report] = []
-        partitioner = WtacrsPartitioner(policy, table, received.append)
-        config = {**self.config, "custom_partitioner_fn": partitioner}
-        if calls_regions(gm):
-            config["allow_buffer_reuse"] = False  # Inductor would reuse what a region has returned as well
-        with describe_regions():
-            compiled = torch_api.compile_fx(gm, example_inputs, config, name, without_waiting)
-            if not received and not path.exists() and _is_training(example_inputs):
-                # The code came from a cache and its report is gone, or was of an equal graph with other names. The
-                # passes say it again; no code is generated.
+        trains = _is_training(example_inputs)
+        if trains and policy.memory is not None:
+            compiled, received = self._compile_within(policy, gm, example_inputs, name, table, path)
+        else:
+            attempt = self._compile(policy, gm, example_inputs, name, table)
+            compiled, received = attempt.compiled, attempt.received
+        if trains and not received and not path.exists():
+            # The code came from a cache and its report is gone, or was of an equal graph with other names. The passes
+            # say it again; no code is generated.
+            partitioner = WtacrsPartitioner(policy, table, received.append)
+            with describe_regions():
                 torch_api.trace_joint(gm, example_inputs, partitioner.after_inductor)
-                received = [dataclasses.replace(report, from_cache=True) for report in received]
-        report = _keep(path, received) if _is_training(example_inputs) else None
+            received = [dataclasses.replace(report, from_cache=True) for report in received]
+        report = _keep(path, received) if trains else None
         if report is not None:
             _REPORTS.append(report)
             self.reports.append(report)
@@ -120,6 +123,79 @@ class Backend:
             if measures:
                 return _Measured(self, compiled, report, policy, code, identity, progress)
         return compiled
+
+    def _compile(
+        self,
+        policy: Policy,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        name: str | None,
+        table: tuple[NamedInput, ...],
+        target: int | None = None,
+    ) -> _Attempt:
+        """Compile a graph once; `target` as in `WtacrsPartitioner`."""
+        received: list[Report] = []
+        partitioner = WtacrsPartitioner(policy, table, received.append, target)
+        config = {**self.config, "custom_partitioner_fn": partitioner}
+        if calls_regions(gm):
+            config["allow_buffer_reuse"] = False  # Inductor would reuse what a region has returned as well
+        codes = None if target is None else dict[str, str]()
+        with describe_regions():
+            compiled = torch_api.compile_fx(gm, example_inputs, config, name, without_waiting, codes)
+        peak = _peak_of_codes(codes or {}, partitioner.waiting)
+        return _Attempt(compiled, received, peak)
+
+    def _compile_within(
+        self,
+        policy: Policy,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        name: str | None,
+        table: tuple[NamedInput, ...],
+        path: pathlib.Path,
+    ) -> tuple[Callable[..., Any], list[Report]]:
+        """Compile a graph until its code holds no more than the policy's target, and little less where it can.
+
+        A plan rests on a prediction. Where the code shows that this is off, the next one is held to another target, as
+        far from the policy's as the prediction was from the code.
+        """
+        asked = policy.memory_bytes
+        assert asked is not None
+        known = _read(path)
+        if known is not None and known.planned_for is not None:  # by an earlier process
+            attempt = self._compile(policy, gm, example_inputs, name, table, known.planned_for)
+            return attempt.compiled, [
+                _counted(report, known.peak_of_code, asked, known.planned_for) for report in attempt.received
+            ]
+        target, fits, fails = asked, 0, 2 * asked  # the largest target known to do, the smallest known not to
+        best: _Attempt | None = None
+        for number in range(_MOST_PLANS):
+            attempt = self._compile(
+                policy, copy_joint(gm) if number else gm, example_inputs, name, table, target
+            )
+            if attempt.peak is None or not attempt.received or attempt.received[-1].peak_after is None:
+                best = best or attempt  # nothing is trained here, or the code cannot be told
+                break
+            attempt.received[:] = [
+                _counted(report, attempt.peak, asked, target) for report in attempt.received
+            ]
+            if best is None or _better(attempt, best, asked):
+                best = attempt
+            if _NEAR * asked <= attempt.peak <= asked:
+                break
+            predicted = attempt.received[-1].peak_after.size
+            wanted = round(predicted * asked / attempt.peak)
+            if attempt.peak <= asked:
+                fits = max(fits, target, predicted)
+                wanted = wanted if fits < wanted < fails else (fits + fails) // 2
+            else:
+                fails = min(fails, target, predicted)
+                wanted = wanted if fits < wanted < fails else (fits + fails) // 2
+            if not fits < wanted < fails:
+                break
+            target = wanted
+        assert best is not None
+        return best.compiled, best.received
 
     def _can_measure(self, gm: fx.GraphModule) -> bool:
         """Tell whether operations of a graph can count steps on the host, and belong to one layer each."""
@@ -136,6 +212,48 @@ class Backend:
                 PatternWarning,
                 stacklevel=2,
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """A compiled graph, the reports of its partitions, and the bytes that its code holds, where they are known."""
+
+    compiled: Callable[..., Any]
+    received: list[Report]
+    peak: int | None
+
+
+_MOST_PLANS = 3
+"""Times that a graph is compiled for a target."""
+_NEAR = 0.95
+"""A peak of this much of the target is not worth another compilation."""
+
+
+def _peak_of_codes(codes: Mapping[str, str], waiting: tuple[frozenset[str], int] | None) -> int | None:
+    """Return the larger of the peaks of both passes; None where one is not known."""
+    if waiting is None or codes.keys() != {"forward", "backward"}:
+        return None
+    before = peak_of_code(codes["forward"], frozenset())
+    names, returned = waiting
+    after = peak_of_code(codes["backward"], names)
+    return None if before is None or after is None else max(before, after + returned)
+
+
+def _better(one: _Attempt, other: _Attempt, asked: int) -> bool:
+    """Tell whether an attempt is within the target, or nearer to it: what is nearest to it takes the least time."""
+    assert one.peak is not None and other.peak is not None
+    if (one.peak <= asked) != (other.peak <= asked):
+        return one.peak <= asked
+    return one.peak > other.peak if one.peak <= asked else one.peak < other.peak
+
+
+def _counted(report: Report, peak: int | None, asked: int, target: int) -> Report:
+    """Return a report that says what the code holds."""
+    if peak is None:
+        return report
+    missed = "" if peak <= asked else f", {format_bytes(peak - asked)} more than asked"
+    counted = f"the generated code holds {format_bytes(peak)} at most{missed}"
+    return dataclasses.replace(report, notes=(*report.notes, counted), peak_of_code=peak, planned_for=target)
 
 
 _MOST_COMPILED = 4
@@ -316,7 +434,12 @@ def _keep(path: pathlib.Path, received: Sequence[Report]) -> Report | None:
         report = received[-1] if received else None
         write_at_once(path, json.dumps(report.to_dict() if report else None))
         return report
-    data = json.loads(path.read_text())
+    return _read(path)
+
+
+def _read(path: pathlib.Path) -> Report | None:
+    """Return what an earlier process wrote there; None where there is nothing."""
+    data = json.loads(path.read_text()) if path.exists() else None
     return Report.from_dict({**data, "from_cache": True}) if data else None
 
 

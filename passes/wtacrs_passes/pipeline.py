@@ -17,7 +17,7 @@ from torch import fx
 from .account import make_report
 from .analyse.annotations import Annotations, erase_markers, take_annotations
 from .analyse.layers import repeated_layers
-from .analyse.peaks import predict_peak
+from .analyse.peaks import Waiting, predict_peak, waiting
 from .analyse.products import Analysis, find_products
 from .decide.plan import Plan
 from .decide.precision import plan_precision
@@ -57,7 +57,7 @@ from .regions import (
     with_regions,
 )
 from .report import MIB, Peak, Report, compared_peaks, format_bytes
-from .rewrite.checkpoint_layers import checkpoint_layers, number_of_layers
+from .rewrite.checkpoint_layers import checkpoint_layers, number_of_halves
 from .rewrite.chunk_losses import chunk_losses
 from .rewrite.encode_residuals import encode_residuals
 from .rewrite.merge_equal import merge_equal
@@ -187,8 +187,12 @@ def rewrite_and_partition(
     table: Sequence[NamedInput],
     num_fwd_outputs: int,
     partitioner: Partitioner,
+    target: int | None = None,
 ) -> Rewritten:
     """Rewrite a copy of a joint graph and partition it; report the bytes beside those without the rewrite.
+
+    Args:
+        target: bytes that the predicted peak is held to; None: `Policy.memory`.
 
     Where the policy would raise the peak, less of it is done: see `_milder`. Where it has a target for the peak that is
     not reached, more: see `_within`.
@@ -201,22 +205,21 @@ def rewrite_and_partition(
             receive_activations(gm.graph, names)
         plain = copy_joint(gm)
         erase_markers(plain.graph)
-        before = _measure(partitioner(plain, num_fwd_outputs), num_fwd_outputs)
         is_part = is_region or hands_on_gradients(gm.graph, names)
+        before = _measure(partitioner(plain, num_fwd_outputs), num_fwd_outputs, is_part)
 
         def attempt(policy: Policy) -> _Attempt:
             refused: list[str] = []
             for name, milder in _milder(policy):
                 joint = run(PASSES, copy_joint(gm), milder, table, num_fwd_outputs, partitioner)
-                after = before if joint.parts is None else _measure(joint.parts, num_fwd_outputs)
+                after = before if joint.parts is None else _measure(joint.parts, num_fwd_outputs, is_part)
                 if joint.losses or not name or not _raises_peak(before, after, is_part):
                     break
                 refused.append(f"{name}: {compared_peaks(before.peak, after.peak)}")
             return _Attempt(policy, milder, joint, after, tuple(refused))
 
-        done, notes = _within(
-            policy, attempt, len(repeated_layers(gm.graph, tangent_cone(gm.graph))), is_part
-        )
+        layers = len(repeated_layers(gm.graph, tangent_cone(gm.graph)))
+        done, notes = _within(policy, target or policy.memory_bytes, attempt, layers, is_part)
     joint, after = done.joint, done.after
     saved_before = [node for node in before.saved if not counted_in_region(node)]
     saved_after = [node for node in after.saved if not (is_region and counted_outside(node))]
@@ -226,7 +229,7 @@ def rewrite_and_partition(
     if not is_region:
         for part in after.parts:
             hand_on(part)
-    return Rewritten(after.parts, report, done.policy)
+    return Rewritten(after.parts, report, done.policy, after.waiting)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,37 +248,42 @@ _SMALL_CHUNKS = 2**23
 
 
 def _within(
-    policy: Policy, attempt: Callable[[Policy], _Attempt], layers: int, is_part: bool
+    policy: Policy, target: int | None, attempt: Callable[[Policy], _Attempt], layers: int, is_part: bool
 ) -> tuple[_Attempt, tuple[str, ...]]:
-    """Return what is done within the policy's target for the peak, or nearest to it, and what there is to say about it.
+    """Return what is done within a target for the peak, or nearest to it, and what there is to say about it.
 
-    In the order of what is lost for the bytes: time, as few layers as it takes are computed again; the error of
-    ``residuals="small"``; products of fewer rows, of losses in smaller chunks. More layers do not always lower the
+    In the order of what is lost for the bytes: time, as few halves of layers as it takes are computed again; the error
+    of ``residuals="small"``; products of fewer rows, of losses in smaller chunks. More layers do not always lower the
     peak, as beside a layer that is computed again lie its values: a quarter of them is tried, then half, and so on.
     """
-    done, target = attempt(policy), policy.memory_bytes
+    done = attempt(policy)
     if target is None:
         return done, _recomputed(done, layers)
-    few = first = number_of_layers(policy.recompute, layers)
-    for count in [count for quarter in range(1, 5) if (count := -(-layers * quarter // 4)) > first]:
+    few = first = number_of_halves(policy.recompute, layers)
+    for count in [count for quarter in range(1, 5) if (count := -(-layers * quarter // 2)) > first]:
         if _size(done) <= target:
             break
-        one = attempt(policy.everywhere(recompute=count / layers))
+        one = attempt(policy.everywhere(recompute=_share(count, layers)))
         few = few if _size(one) <= target else count
         done = min(done, one, key=_size)
     for fields in ({"residuals": "small"}, {"chunk_bytes": _SMALL_CHUNKS}):
         if _size(done) > target:
             done, few = min(done, attempt(done.asked.everywhere(**fields)), key=_size), first
-    enough = number_of_layers(done.asked.recompute, layers)
+    enough = number_of_halves(done.asked.recompute, layers)
     while _size(done) <= target and enough - few > 1:
         middle = (few + enough) // 2
-        one = attempt(done.asked.everywhere(recompute=middle / layers))
+        one = attempt(done.asked.everywhere(recompute=_share(middle, layers)))
         few, enough = (few, middle) if _size(one) <= target else (middle, enough)
         done = one if _size(one) <= target else done
     reached = "" if _size(done) <= target else f", not reached {done.after.peak}"
     alone = "; other graphs of the step have a peak of their own" if is_part else ""
-    asked = f"memory: {format_bytes(target)} asked, {format_bytes(_size(done))} predicted{reached}{alone}"
-    return done, (asked, *_recomputed(done, layers))
+    asked = policy.memory_bytes or target
+    note = f"memory: {format_bytes(asked)} asked, {format_bytes(_size(done))} predicted{reached}{alone}"
+    return done, (note, *_recomputed(done, layers))
+
+
+def _share(halves: int, layers: int) -> float:
+    return min(halves / (2 * layers), 1.0)
 
 
 def _size(done: _Attempt) -> int:
@@ -286,8 +294,8 @@ def _recomputed(done: _Attempt, layers: int) -> tuple[str, ...]:
     """Say how many layers the backward pass computes again."""
     if not done.policy.recompute:
         return ()
-    again = number_of_layers(done.policy.recompute, layers)
-    return (f"computed again in the backward pass: {again} of {layers} layers that are alike",)
+    again = number_of_halves(done.policy.recompute, layers) / 2
+    return (f"computed again in the backward pass: {again:g} of {layers} layers that are alike",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +305,7 @@ class Rewritten:
     parts: Partitioned
     report: Report
     policy: Policy
+    waiting: Waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +314,7 @@ class _Measured:
 
     parts: Partitioned
     saved: list[fx.Node]
+    waiting: Waiting
     peak: Peak
 
     @property
@@ -313,11 +323,12 @@ class _Measured:
         return sum(map(bytes_of_example, self.saved))
 
 
-def _measure(parts: Partitioned, num_fwd_outputs: int) -> _Measured:
+def _measure(parts: Partitioned, num_fwd_outputs: int, is_part: bool) -> _Measured:
     crossing = saved_tensors(parts[0], num_fwd_outputs)
     saved = [node for node in crossing if not _is_view_of_input(node) and not saved_in_region(node)]
     saved = [node for node in saved if node.target is not ops.observed_step]
-    return _Measured(parts, saved, predict_peak(*parts, num_fwd_outputs))
+    wait = waiting(*parts, num_fwd_outputs, is_part)
+    return _Measured(parts, saved, wait, predict_peak(*parts, wait))
 
 
 def _milder(policy: Policy) -> Iterator[tuple[str, Policy]]:
@@ -360,14 +371,26 @@ class WtacrsPartitioner(CustomPartitionerFn):
         policy: what the user asked for.
         table: parameters and buffers among the inputs.
         receive: called with the report of each partitioned graph.
+        target: bytes that the predicted peak is held to; None: `Policy.memory`.
+
+    Attributes:
+        waiting: of the last graph, the names of what its backward pass reads and nobody else, and the bytes that the
+            program returns: no graph, as Inductor copies its configuration.
     """
 
+    waiting: tuple[frozenset[str], int] | None = None
+
     def __init__(
-        self, policy: Policy, table: tuple[NamedInput, ...], receive: Callable[[Report], None]
+        self,
+        policy: Policy,
+        table: tuple[NamedInput, ...],
+        receive: Callable[[Report], None],
+        target: int | None = None,
     ) -> None:
         self.policy = policy
         self.table = table
         self.receive = receive
+        self.target = target
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -386,13 +409,16 @@ class WtacrsPartitioner(CustomPartitionerFn):
         if region is not None:
             kwargs["static_lifetime_input_indices"] = enter_region(gm, region, self.policy, names)
         see_through_regions(gm)
-        rewritten = rewrite_and_partition(gm, self.policy, self.table, num_fwd_outputs, partitioner)
+        rewritten = rewrite_and_partition(
+            gm, self.policy, self.table, num_fwd_outputs, partitioner, self.target
+        )
         verify_calls(gm, rewritten.parts)
         report = with_regions(rewritten.report, gm, names)
         if region is not None:
             leave_region(rewritten.parts, region, report)
         else:
             self.receive(report)
+        self.waiting = rewritten.waiting.names, rewritten.waiting.returned
         return rewritten.parts
 
     def after_inductor(
@@ -403,7 +429,7 @@ class WtacrsPartitioner(CustomPartitionerFn):
 
     def uuid(self) -> Any:
         """Identify the source of the passes, the whole policy and the parameters: the key of the caches."""
-        return (source_hash(), repr(self.policy), repr(self.table))
+        return (source_hash(), repr(self.policy), repr(self.table), self.target)
 
 
 @functools.cache

@@ -187,6 +187,8 @@ class Report:
         notes: what became of a target for the peak, and which layers the backward pass computes again.
         input_gradients: one entry for each for which the policy names a precision.
         noise: one entry for each site with a noise budget, once it was measured.
+        peak_of_code: bytes that the generated code holds at once, counted where the policy has a target for the peak.
+        planned_for: bytes that the predicted peak was held to, so that this is within the target.
     """
 
     sites: tuple[SiteReport, ...]
@@ -201,6 +203,8 @@ class Report:
     notes: tuple[str, ...] = ()
     input_gradients: tuple[InputGradientReport, ...] = ()
     noise: tuple[NoiseReport, ...] = ()
+    peak_of_code: int | None = None
+    planned_for: int | None = None
 
     @property
     def sampled(self) -> tuple[SiteReport, ...]:
@@ -226,6 +230,8 @@ class Report:
             "notes": list(self.notes),
             "input_gradients": [dataclasses.asdict(entry) for entry in self.input_gradients],
             "noise": [dataclasses.asdict(entry) for entry in self.noise],
+            "peak_of_code": self.peak_of_code,
+            "planned_for": self.planned_for,
         }
 
     @classmethod
@@ -253,6 +259,8 @@ class Report:
                 NoiseReport(**{**entry, "modules": tuple(entry["modules"]), "drawn": tuple(entry["drawn"])})
                 for entry in data["noise"]
             ),
+            data["peak_of_code"],
+            data["planned_for"],
         )
 
     def to_json(self) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
+from itertools import accumulate
 from typing import Any
 
 from torch import fx
 
+from ..graph.edit import bytes_of_example
 from ..graph.names import path_from_source
-from ..graph.operations import is_again
+from ..graph.operations import VIEWS, is_again
 
 
 def repeated_layers(graph: fx.Graph, tangent: Set[fx.Node]) -> list[list[fx.Node]]:
@@ -42,6 +44,37 @@ def repeated_layers(graph: fx.Graph, tangent: Set[fx.Node]) -> list[list[fx.Node
         if node in of:
             layers.setdefault(of[node], []).append(node)
     return list(layers.values())
+
+
+_MIDDLE = 0.2, 0.8
+"""A half computes between these shares of a layer's bytes."""
+
+
+def first_half(layer: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return the first operations of a layer, up to where the fewest bytes are handed on: mostly a residual stream.
+
+    Empty where a layer cannot be divided.
+
+    >>> graph = fx.Graph()
+    >>> first_half([graph.call_function(abs, (1,))])
+    []
+    """
+    place = {node: i for i, node in enumerate(layer)}
+    sizes = [0 if node.target in VIEWS else bytes_of_example(node) for node in layer]
+    last = [0] * len(layer)
+    for i in reversed(range(len(layer))):
+        uses = [place[user] for user in layer[i].users if user in place]
+        last[i] = max((last[use] if layer[use].target in VIEWS else use for use in uses), default=i)
+    handed = [0] * (len(layer) + 1)  # before operation i: bytes that it or a later one reads
+    for i, until in enumerate(last):
+        for between in range(i + 1, until + 1):
+            handed[between] += sizes[i]
+    made = list(accumulate(sizes, initial=0))
+    low, high = (share * made[-1] for share in _MIDDLE)
+    places = [i for i in range(1, len(layer)) if low <= made[i] <= high]
+    if not places:
+        return []
+    return list(layer[: min(places, key=lambda i: (handed[i], abs(made[i] - made[-1] / 2)))])
 
 
 def _stack(modules: Mapping[str, Any]) -> list[tuple[str, Any]]:

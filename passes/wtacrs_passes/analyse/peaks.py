@@ -10,6 +10,7 @@ Sizes that are symbolic count as those of the example inputs.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -30,25 +31,56 @@ _READS = 4
 """Inductor computes a value again for each of its readers as long as that reads no more buffers than these."""
 
 
-def predict_peak(forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int) -> Peak:
-    """Return the larger of the peaks of the forward and of the backward pass."""
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    """What waits for the backward pass beside parameters, buffers and inputs.
+
+    Attributes:
+        read: the inputs of the backward pass that live until it has read them, with their bytes, each once.
+        returned: bytes of what the program returns: who called it has it still.
+    """
+
+    read: Mapping[fx.Node, int]
+    returned: int
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of what is read."""
+        return frozenset(node.name for node in self.read)
+
+
+def waiting(
+    forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, is_part: bool = False
+) -> Waiting:
+    """Return what waits for the backward pass; what a part of a step returns is the next one's input."""
     memory = _Memory(forward.graph)
-    values = [value for value, _ in outputs_with_descriptors(forward.graph)][num_fwd_outputs:]
-    saved = {value.name: memory.buffer(value) for value in values if isinstance(value, fx.Node)}
-    held: dict[fx.Node, int] = {}
-    seen: set[fx.Node] = set()
+    outputs = [value for value, _ in outputs_with_descriptors(forward.graph)]
+    buffers = [memory.buffer(value) if isinstance(value, fx.Node) else None for value in outputs]
+    made = {buffer for buffer in buffers[:num_fwd_outputs] if buffer and buffer.op != "placeholder"}
+    returned = set() if is_part else {buffer for buffer in made if isinstance(buffer.meta.get("val"), Tensor)}
+    saved = {
+        value.name: buffer
+        for value, buffer in zip(outputs, buffers, strict=True)
+        if isinstance(value, fx.Node)
+    }
+    read: dict[fx.Node, int] = {}
+    seen: set[fx.Node] = set(returned)
     for node in backward.graph.find_nodes(op="placeholder"):
         source = saved.get(node.name)
         is_held = source is not None and source.op != "placeholder" and source not in seen
         if is_held or is_tangent(node):
-            held[node] = bytes_of_example(node)
+            read[node] = bytes_of_example(node)
         if source is not None:
             seen.add(source)
-    peaks = [
-        memory.least_peak({}, "forward"),
-        _Memory(backward.graph).least_peak(held, "backward"),
-    ]
-    return max(peaks, key=lambda peak: peak.size)
+    return Waiting(read, sum(map(bytes_of_example, returned)))
+
+
+def predict_peak(forward: fx.GraphModule, backward: fx.GraphModule, wait: Waiting) -> Peak:
+    """Return the larger of the peaks of the forward and of the backward pass."""
+    before = _Memory(forward.graph).least_peak({}, "forward")
+    after = _Memory(backward.graph).least_peak(wait.read, "backward")
+    after = dataclasses.replace(after, size=after.size + wait.returned)
+    return max(before, after, key=lambda peak: peak.size)
 
 
 def _is_alias(node: fx.Node) -> bool:
@@ -63,6 +95,8 @@ class _Memory:
     Attributes:
         reads: what is computed at once -> the buffers that this reads.
         kept: the buffers that the graph returns.
+        reduced: the buffers that a reduction reads. It shares a loop with what reads them last, which then cannot write
+            there.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -84,6 +118,12 @@ class _Memory:
                 inlined[node] = reads
             else:
                 self.reads[node] = reads
+        self.reduced = {
+            buffer
+            for step, reads in self.reads.items()
+            if is_loop(step) and reduces(step)
+            for buffer in reads
+        }
 
     def buffer(self, node: fx.Node) -> fx.Node:
         """Return what a node is a view of."""
@@ -128,7 +168,9 @@ class _Memory:
             for buffer in read:
                 left[buffer] -= 1
             freed = [buffer for buffer in read if not left[buffer]]
-            in_place = is_loop(step) and any(sizes[buffer] == size for buffer in freed)
+            in_place = is_loop(step) and any(
+                sizes[buffer] == size and buffer not in self.reduced for buffer in freed
+            )
             during = live + (0 if in_place else size) + workspace[step]
             if during > peak.size:
                 peak = Peak(during, part, module_path(step) or "", str(step.target))
@@ -205,20 +247,26 @@ def _readers(node: fx.Node) -> Iterable[fx.Node]:
             yield user
 
 
+def workspace(target: Any, args: Sequence[Any]) -> int:
+    """Return the bytes that an operation needs beside its results: for one chunk; for codes."""
+    if target is ops.multiply_codes:
+        m, n = args[0].shape[1], args[2].shape[1]
+        return 4 * int(min(m, columns_at_once(n))) * int(n)
+    if target is not ops.in_chunks:
+        return 0
+    body, _, rowwise, shared, chunk = args[:5]
+    values = [x[:chunk] for x in rowwise] + list(shared)
+    graph = trace_operations(lambda *xs: tuple(function_of(body)(chunk, *xs)), values)
+    return _Memory(graph).least_peak({}, "").size
+
+
 def _workspace(node: fx.Node) -> int:
-    """Return the bytes that an operation needs beside its results: of a region; of one chunk; of codes."""
+    """Return the same of a node, or what a region holds."""
     if node.target is invoke_subgraph:
         body = getattr(node.graph.owning_module, str(node.args[0].target))  # type: ignore[union-attr]
         return max(
             0, _Memory(body.graph).least_peak({}, "").size - sum(map(bytes_of_example, _results(node)))
         )
-    if node.target is ops.multiply_codes:
-        m, n = node.meta["val"].shape
-        return 4 * int(min(m, columns_at_once(n))) * int(n)
-    if node.target is not ops.in_chunks:
+    if node.target not in (ops.multiply_codes, ops.in_chunks):
         return 0
-    arguments: tuple[Any, ...] = node.args
-    body, _, rowwise, shared, chunk = arguments[:5]
-    values = [x.meta["val"][:chunk] for x in rowwise] + [x.meta["val"] for x in shared]
-    graph = trace_operations(lambda *xs: tuple(function_of(body)(chunk, *xs)), values)
-    return _Memory(graph).least_peak({}, "").size
+    return workspace(node.target, fx.map_arg(node.args, lambda arg: arg.meta["val"]))

@@ -159,13 +159,17 @@ def compile_fx(
     config_patches: dict[str, Any],
     name: str | None,
     choose: Callable[[Any], Any],
+    codes: dict[str, str] | None = None,
 ) -> Callable[..., Any]:
     """Compile with Inductor.
 
     Args:
         name: of a region, torch >= 2.13; dropped where unknown.
         choose: changes Inductor's choices, an :class:`torch._inductor.choices.InductorChoices`.
+        codes: where it is given the backward pass is compiled at once, and the code that was generated is put there,
+            by the name of its part; nothing where all came from a cache of AOTAutograd.
     """
+    from torch._functorch import config
     from torch._inductor import compile_fx as inductor
     from torch._inductor.virtualized import V
 
@@ -177,9 +181,14 @@ def compile_fx(
     @functools.wraps(inductor.compile_fx_inner)
     def inner(*args: Any, **kwargs: Any) -> Any:  # of the backward graph: when it is first needed
         with collector_at_rest(), inputs_of_their_own_size(), V.set_choices_handler(choose(V.choices)):
-            return inductor.compile_fx_inner(*args, **kwargs)
+            compiled = inductor.compile_fx_inner(*args, **kwargs)
+        if codes is not None and isinstance(source := getattr(compiled, "source_code", None), str):
+            codes["backward" if kwargs.get("is_backward") else "forward"] = source
+        return compiled
 
-    with collector_at_rest():
+    at_once = codes is not None and hasattr(config, "force_non_lazy_backward_lowering")
+    ahead = config.patch(force_non_lazy_backward_lowering=True) if at_once else contextlib.nullcontext()
+    with collector_at_rest(), ahead:
         compiled: Any = inductor.compile_fx(gm, inputs, inner_compile=inner, **options)
     return compiled  # type: ignore[no-any-return]
 

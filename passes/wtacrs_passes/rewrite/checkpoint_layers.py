@@ -2,6 +2,7 @@
 
 The backward pass computes them again from what they read, see `recompute_checkpointed`. It comes to the first layers
 last, when what the others have stored is free: they are the first to be computed again, as beside them lies least.
+The last of them may be half a layer.
 
 What other layers read is stored, and what does not repeat: attention with dropout, what writes to a buffer.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 
-from ..analyse.layers import repeated_layers
+from ..analyse.layers import first_half, repeated_layers
 from ..graph.operations import is_checkpointed
 from ..graph.torch_api import CheckpointPolicy
 from ..joint import Joint
@@ -23,15 +24,17 @@ def checkpoint_layers(joint: Joint) -> None:
         return
     forward, tangent = computed_forward(joint), joint.tangent()
     layers = repeated_layers(joint.graph, tangent)
-    for number, layer in enumerate(layers[: number_of_layers(joint.policy.recompute, len(layers))]):
+    whole, halves = divmod(number_of_halves(joint.policy.recompute, len(layers)), 2)
+    again = layers[:whole] + [first_half(layer) for layer in layers[whole : whole + halves]]
+    for number, layer in enumerate(again):
         members = set(layer)
         for node in layer:
             read_outside = any(user in forward and user not in members for user in node.users)
-            again = not read_outside and repeats(node)
-            kind = CheckpointPolicy.PREFER_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
+            once = read_outside or not repeats(node)
+            kind = CheckpointPolicy.MUST_SAVE if once else CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["recompute"], node.meta[REGION] = kind, number
 
 
-def number_of_layers(share: float, layers: int) -> int:
-    """Return how many of so many layers a share of them is, rounded up."""
-    return math.ceil(share * layers - 1e-6)
+def number_of_halves(share: float, layers: int) -> int:
+    """Return how many halves of so many layers a share of them is, rounded up."""
+    return math.ceil(2 * share * layers - 1e-6)
