@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from aot import REFERENCE, Variants, small_tensors
 from conftest import Transformer, distance, gradients
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import wtacrs_fx
-from wtacrs_fx import Policy, PolicyError
-from wtacrs_passes.analyse.layers import repeated_layers
+from wtacrs_fx import Policy, PolicyError, Report
+from wtacrs_fx.backend import Backend, _Attempt, _keep
+from wtacrs_passes.analyse.layers import first_half, repeated_layers
 from wtacrs_passes.graph.cones import tangent_cone
+from wtacrs_passes.report import Peak
 
 LAYERS = 3
 ENCODED = {"ratio": 1.0, "product": "exact"}
@@ -76,6 +80,35 @@ def test_more_layers_again_store_less_and_peak_lower(model: tuple[Transformer, T
     assert saved == sorted(saved, reverse=True) and peaks[0] > peaks[1] >= max(peaks[2:])
     assert saved[-1] < 0.6 * saved[0]
     assert reports[1].notes == ("computed again in the backward pass: 2 of 3 layers that are alike",)
+
+
+def test_a_layer_is_divided_at_its_residual_stream(model: tuple[Transformer, Tensor]) -> None:
+    gm = wtacrs_fx.capture(*model)
+    for layer in repeated_layers(gm.graph, tangent_cone(gm.graph)):
+        half = first_half(layer)
+        others = set(layer) - set(half)
+        handed_on = {node for node in half if node.users.keys() & others}
+        assert {tuple(node.meta["val"].shape) for node in handed_on} == {(16, 128, 32)}
+        assert len(handed_on) <= 2  # and a view of it
+        assert 0.2 < len(half) / len(layer) < 0.8
+
+
+def test_half_a_layer_again_stores_less(model: tuple[Transformer, Tensor]) -> None:
+    reports = [
+        explained(model, **EXACTLY, recompute=halves / (2 * LAYERS)) for halves in range(2 * LAYERS + 1)
+    ]
+    saved = [report.saved_bytes_after for report in reports]
+    assert all(more > fewer for more, fewer in itertools.pairwise(saved))
+    assert "0.5 of 3 layers" in reports[1].notes[0] and "2.5 of 3 layers" in reports[5].notes[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_of_half_a_layer_again(dropout: float) -> None:
+    model = Transformer(d=64, layers=2, dropout=dropout), torch.randint(50, (8, 64))
+    exact, found = train(model, Policy(**EXACTLY, recompute=0.25))
+    assert distance(found, exact) < 1e-10
+    exact, found = train(model, Policy(**ENCODED, recompute=0.75), torch.bfloat16)
+    assert 0 < distance(found, exact) < 5e-3
 
 
 SMALL = Transformer(d=64, layers=2), torch.randint(50, (4, 64), generator=torch.Generator().manual_seed(0))
@@ -161,3 +194,41 @@ def test_texts_of_bytes() -> None:
     assert Policy(memory="1.5GiB").memory_bytes == 3 * 2**29
     assert Policy(memory="2 MB").memory_bytes == 2_000_000
     assert Policy(memory=7).memory_bytes == 7 and Policy().memory_bytes is None
+
+
+class Planned(Backend):
+    """Plans as a graph with 100 possible peaks does, whose code holds `off` times what is predicted."""
+
+    def __init__(self, off: float, asked: int) -> None:
+        super().__init__(Policy(memory=asked), None, {})
+        self.off, self.targets = off, list[int]()
+
+    def _compile(self, *args: Any) -> _Attempt:
+        target = args[-1]
+        self.targets.append(target)
+        predicted = max(size for size in range(1000, 101000, 1000) if size <= max(target, 1000))
+        report = Report((), 0, 0, peak_after=Peak(predicted, "backward", "", ""), notes=("memory",))
+        return _Attempt(len, [report], round(self.off * predicted))
+
+
+@pytest.mark.parametrize("off", [0.6, 0.8, 1.0, 1.2, 1.7])
+def test_a_prediction_that_is_off_is_planned_again(off: float, tmp_path: Path) -> None:
+    graph = fx.symbolic_trace(nn.Identity())
+    compiler = Planned(off, 50_500)
+    compiler._compile_within(compiler.policy, graph, (), None, (), tmp_path / "report")
+    _, [report] = compiler._compile_within(compiler.policy, graph, (), None, (), tmp_path / "report")
+    assert report.peak_of_code is not None
+    assert 0.95 * 50_500 <= report.peak_of_code <= 50_500
+    assert len(set(compiler.targets)) == (1 if off == 1.0 else 2)
+    _keep(tmp_path / "report", [report])
+    compiler.targets.clear()
+    compiler._compile_within(compiler.policy, graph, (), None, (), tmp_path / "report")
+    assert compiler.targets == [report.planned_for]  # another process compiles once
+
+
+def test_what_no_plan_reaches_is_said(tmp_path: Path) -> None:
+    compiler = Planned(1.5, 1_000)
+    _, [report] = compiler._compile_within(
+        compiler.policy, fx.symbolic_trace(nn.Identity()), (), None, (), tmp_path / "r"
+    )
+    assert report.peak_of_code == 1_500 and "500 B more than asked" in report.notes[-1]

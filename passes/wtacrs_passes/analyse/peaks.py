@@ -52,12 +52,21 @@ class Waiting:
 def waiting(
     forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, is_part: bool = False
 ) -> Waiting:
-    """Return what waits for the backward pass; what a part of a step returns is the next one's input."""
+    """Return what waits for the backward pass.
+
+    Where a program returns its loss, its other results stay with the caller. Others go into what computes the loss, as
+    what a part of a step returns does into the next one.
+    """
     memory = _Memory(forward.graph)
     outputs = [value for value, _ in outputs_with_descriptors(forward.graph)]
     buffers = [memory.buffer(value) if isinstance(value, fx.Node) else None for value in outputs]
-    made = {buffer for buffer in buffers[:num_fwd_outputs] if buffer and buffer.op != "placeholder"}
-    returned = set() if is_part else {buffer for buffer in made if isinstance(buffer.meta.get("val"), Tensor)}
+    results = {
+        buffer: value
+        for buffer in buffers[:num_fwd_outputs]
+        if buffer is not None and isinstance(value := buffer.meta.get("val"), Tensor)
+    }
+    returns_loss = any(value.dim() == 0 and value.is_floating_point() for value in results.values())
+    returned = {buffer for buffer in results if returns_loss and not is_part and buffer.op != "placeholder"}
     saved = {
         value.name: buffer
         for value, buffer in zip(outputs, buffers, strict=True)
