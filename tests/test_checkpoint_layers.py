@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from aot import REFERENCE, Variants, small_tensors
@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 import wtacrs_fx
 from wtacrs_fx import Policy, PolicyError, Report
-from wtacrs_fx.backend import Backend, _Attempt, _keep
+from wtacrs_fx.backend import Backend, _Attempt, _counted
 from wtacrs_passes.analyse.layers import first_half, repeated_layers
+from wtacrs_passes.decide import target
+from wtacrs_passes.decide.target import bytes_at_hand, with_what_is_free
 from wtacrs_passes.graph.cones import tangent_cone
 from wtacrs_passes.report import Peak
 
@@ -176,7 +178,7 @@ def test_what_cannot_be_reached_is_said(model: tuple[Transformer, Tensor]) -> No
     assert wtacrs_fx.Report.from_dict(report.to_dict()) == report
 
 
-@pytest.mark.parametrize("memory", [0, -1, "14", "14 gib", "GiB", 1.5, True])
+@pytest.mark.parametrize("memory", [0, -1, "14", "14 gib", "GiB", 1.5, True, "device:", "all", "device:auto"])
 def test_a_target_that_is_none(memory: Any) -> None:
     with pytest.raises(
         PolicyError, match="memory must be a whole number of bytes, or a text such as '14GiB'"
@@ -201,34 +203,63 @@ class Planned(Backend):
 
     def __init__(self, off: float, asked: int) -> None:
         super().__init__(Policy(memory=asked), None, {})
-        self.off, self.targets = off, list[int]()
+        self.off, self.asked, self.targets = off, asked, list[int | None]()
 
     def _compile(self, *args: Any) -> _Attempt:
-        target = args[-1]
-        self.targets.append(target)
+        target = args[5] or self.asked
+        self.targets.append(args[5])
         predicted = max(size for size in range(1000, 101000, 1000) if size <= max(target, 1000))
-        report = Report((), 0, 0, peak_after=Peak(predicted, "backward", "", ""), notes=("memory",))
-        return _Attempt(len, [report], round(self.off * predicted))
+        peak = round(self.off * predicted)
+        report = Report(
+            (), 0, 0, peak_after=Peak(predicted, "backward", "", ""), memory=self.asked, planned_for=target
+        )
+        return _Attempt(len, [_counted(report, peak)], peak)
+
+    def plan(self, known: Report | None = None) -> Report:
+        graph = fx.symbolic_trace(nn.Identity())
+        return self._compile_within(self.policy, graph, (), None, (), known).received[-1]
 
 
 @pytest.mark.parametrize("off", [0.6, 0.8, 1.0, 1.2, 1.7])
-def test_a_prediction_that_is_off_is_planned_again(off: float, tmp_path: Path) -> None:
-    graph = fx.symbolic_trace(nn.Identity())
+def test_a_prediction_that_is_off_is_planned_again(off: float) -> None:
     compiler = Planned(off, 50_500)
-    compiler._compile_within(compiler.policy, graph, (), None, (), tmp_path / "report")
-    _, [report] = compiler._compile_within(compiler.policy, graph, (), None, (), tmp_path / "report")
+    report = compiler.plan()
     assert report.peak_of_code is not None
     assert 0.95 * 50_500 <= report.peak_of_code <= 50_500
-    assert len(set(compiler.targets)) == (1 if off == 1.0 else 2)
-    _keep(tmp_path / "report", [report])
+    assert len(compiler.targets) == (1 if off == 1.0 else 2)
     compiler.targets.clear()
-    compiler._compile_within(compiler.policy, graph, (), None, (), tmp_path / "report")
+    assert compiler.plan(report) == report
     assert compiler.targets == [report.planned_for]  # another process compiles once
 
 
-def test_what_no_plan_reaches_is_said(tmp_path: Path) -> None:
-    compiler = Planned(1.5, 1_000)
-    _, [report] = compiler._compile_within(
-        compiler.policy, fx.symbolic_trace(nn.Identity()), (), None, (), tmp_path / "r"
+def test_what_no_plan_reaches_is_said() -> None:
+    report = Planned(1.5, 1_000).plan()
+    assert report.peak_of_code == 1_500 and "500 B too much" in report.notes[-1]
+
+
+def test_all_that_a_device_holds(model: tuple[Transformer, Tensor]) -> None:
+    """Parameters and tokens, gradients with the peak, and two moments."""
+    weights = 4 * sum(x.numel() for x in model[0].parameters())
+    inputs = weights + 8 * model[1].numel()
+    for size in (2**30, 2**25):
+        report = explained(model, **EXACTLY, memory=f"device:{size}B")
+        assert report.memory == size - inputs - 2 * weights
+        assert report.notes[0].startswith(f"memory: device:{size}B leaves ")
+    assert explained(model, **EXACTLY, memory="device:1KiB").memory == 1
+
+
+def test_what_is_free(model: tuple[Transformer, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (
+        psutil.Process().memory_info().rss
+        < bytes_at_hand(torch.device("cpu"))
+        < psutil.virtual_memory().total
     )
-    assert report.peak_of_code == 1_500 and "500 B more than asked" in report.notes[-1]
+    monkeypatch.setattr(target, "bytes_at_hand", lambda device: 2**25 + 12345)
+    found = with_what_is_free(Policy(memory="auto"), torch.device("cpu"))
+    size = found.memory_bytes
+    assert size is not None and found.is_of_device and 0.9 * 2**25 < size <= 0.95 * (2**25 + 12345)
+    monkeypatch.setattr(target, "bytes_at_hand", lambda device: 2**25 + 99999)
+    assert (
+        with_what_is_free(Policy(memory="auto"), torch.device("cpu")) == found
+    )  # a little more is the same plan
+    assert explained(model, **EXACTLY, memory="auto").notes[0].startswith(f"memory: device:{size}B leaves ")

@@ -18,6 +18,7 @@ import torch._inductor.config
 from torch import fx
 
 from wtacrs_passes.analyse.annotations import MASK_NAMES
+from wtacrs_passes.decide.target import with_what_is_free
 from wtacrs_passes.decide.ways import decide, rules
 from wtacrs_passes.files import write_at_once
 from wtacrs_passes.graph import torch_api
@@ -76,6 +77,7 @@ class Backend:
         self.reports: list[Report] = []
         self.decided = policy.decided
         self._again: dict[_Identity, _Progress] = {}
+        self._free: int | str | None = None
         self._unmatched = set(policy.unmatched(()))
         self.__name__ = "wtacrs"
 
@@ -101,13 +103,14 @@ class Backend:
             identity = _identity(gm, code)
             progress = self._again.pop(identity, _Progress(self.policy.decided))
             policy = dataclasses.replace(self.policy, decided=progress.decided)
+        policy = self._with_memory(policy, example_inputs)
         path = _report_path(gm, example_inputs, self.config, policy, table)
         trains = _is_training(example_inputs)
         if trains and policy.memory is not None:
-            compiled, received = self._compile_within(policy, gm, example_inputs, name, table, path)
+            attempt = self._compile_within(policy, gm, example_inputs, name, table, _read(path))
         else:
             attempt = self._compile(policy, gm, example_inputs, name, table)
-            compiled, received = attempt.compiled, attempt.received
+        compiled, received = attempt.compiled, attempt.received
         if trains and not received and not path.exists():
             # The code came from a cache and its report is gone, or was of an equal graph with other names. The passes
             # say it again; no code is generated.
@@ -124,6 +127,15 @@ class Backend:
                 return _Measured(self, compiled, report, policy, code, identity, progress)
         return compiled
 
+    def _with_memory(self, policy: Policy, example_inputs: Sequence[Any]) -> Policy:
+        """Return a policy whose target is a number; what is free counts when the first graph is compiled."""
+        devices = (x.device for x in example_inputs if isinstance(x, torch.Tensor))
+        if policy.memory == "auto":
+            device = next(devices, torch.device("cpu"))
+            self._free = self._free or with_what_is_free(policy, device).memory
+            policy = dataclasses.replace(policy, memory=self._free)
+        return policy
+
     def _compile(
         self,
         policy: Policy,
@@ -139,11 +151,11 @@ class Backend:
         config = {**self.config, "custom_partitioner_fn": partitioner}
         if calls_regions(gm):
             config["allow_buffer_reuse"] = False  # Inductor would reuse what a region has returned as well
-        codes = None if target is None else dict[str, str]()
+        codes = dict[str, str]() if policy.memory and _is_training(example_inputs) else None
         with describe_regions():
             compiled = torch_api.compile_fx(gm, example_inputs, config, name, without_waiting, codes)
         peak = _peak_of_codes(codes or {}, partitioner.waiting)
-        return _Attempt(compiled, received, peak)
+        return _Attempt(compiled, [_counted(report, peak) for report in received], peak)
 
     def _compile_within(
         self,
@@ -152,50 +164,40 @@ class Backend:
         example_inputs: Sequence[Any],
         name: str | None,
         table: tuple[NamedInput, ...],
-        path: pathlib.Path,
-    ) -> tuple[Callable[..., Any], list[Report]]:
+        known: Report | None,
+    ) -> _Attempt:
         """Compile a graph until its code holds no more than the policy's target, and little less where it can.
 
         A plan rests on a prediction. Where the code shows that this is off, the next one is held to another target, as
         far from the policy's as the prediction was from the code.
+
+        Args:
+            known: the report of an earlier process.
         """
-        asked = policy.memory_bytes
+        target = known.planned_for if known is not None else None
+        best = self._compile(policy, gm, example_inputs, name, table, target)
+        if target is not None or best.peak is None or not best.received:
+            return best  # as before; or nothing is trained here; or the code cannot be told
+        asked = best.received[-1].memory
         assert asked is not None
-        known = _read(path)
-        if known is not None and known.planned_for is not None:  # by an earlier process
-            attempt = self._compile(policy, gm, example_inputs, name, table, known.planned_for)
-            return attempt.compiled, [
-                _counted(report, known.peak_of_code, asked, known.planned_for) for report in attempt.received
-            ]
-        target, fits, fails = asked, 0, 2 * asked  # the largest target known to do, the smallest known not to
-        best: _Attempt | None = None
-        for number in range(_MOST_PLANS):
-            attempt = self._compile(
-                policy, copy_joint(gm) if number else gm, example_inputs, name, table, target
-            )
-            if attempt.peak is None or not attempt.received or attempt.received[-1].peak_after is None:
-                best = best or attempt  # nothing is trained here, or the code cannot be told
+        attempt, fits, fails = best, 0, 2 * asked  # the largest target known to do, the smallest known not to
+        for _ in range(_MOST_PLANS - 1):
+            report, peak = attempt.received[-1], attempt.peak
+            assert report.peak_after is not None and report.planned_for is not None
+            if peak is None or _NEAR * asked <= peak <= asked:
                 break
-            attempt.received[:] = [
-                _counted(report, attempt.peak, asked, target) for report in attempt.received
-            ]
-            if best is None or _better(attempt, best, asked):
-                best = attempt
-            if _NEAR * asked <= attempt.peak <= asked:
-                break
-            predicted = attempt.received[-1].peak_after.size
-            wanted = round(predicted * asked / attempt.peak)
-            if attempt.peak <= asked:
-                fits = max(fits, target, predicted)
-                wanted = wanted if fits < wanted < fails else (fits + fails) // 2
+            predicted = report.peak_after.size
+            if peak <= asked:
+                fits = max(fits, report.planned_for, predicted)
             else:
-                fails = min(fails, target, predicted)
-                wanted = wanted if fits < wanted < fails else (fits + fails) // 2
-            if not fits < wanted < fails:
+                fails = min(fails, report.planned_for, predicted)
+            target = round(predicted * asked / peak)
+            target = target if fits < target < fails else (fits + fails) // 2
+            if not fits < target < fails:
                 break
-            target = wanted
-        assert best is not None
-        return best.compiled, best.received
+            attempt = self._compile(policy, copy_joint(gm), example_inputs, name, table, target)
+            best = attempt if _is_better(attempt, best, asked) else best
+        return best
 
     def _can_measure(self, gm: fx.GraphModule) -> bool:
         """Tell whether operations of a graph can count steps on the host, and belong to one layer each."""
@@ -239,21 +241,22 @@ def _peak_of_codes(codes: Mapping[str, str], waiting: tuple[frozenset[str], int]
     return None if before is None or after is None else max(before, after + returned)
 
 
-def _better(one: _Attempt, other: _Attempt, asked: int) -> bool:
+def _is_better(one: _Attempt, other: _Attempt, asked: int) -> bool:
     """Tell whether an attempt is within the target, or nearer to it: what is nearest to it takes the least time."""
-    assert one.peak is not None and other.peak is not None
+    if one.peak is None or other.peak is None:
+        return False
     if (one.peak <= asked) != (other.peak <= asked):
         return one.peak <= asked
     return one.peak > other.peak if one.peak <= asked else one.peak < other.peak
 
 
-def _counted(report: Report, peak: int | None, asked: int, target: int) -> Report:
+def _counted(report: Report, peak: int | None) -> Report:
     """Return a report that says what the code holds."""
-    if peak is None:
+    if peak is None or report.memory is None:
         return report
-    missed = "" if peak <= asked else f", {format_bytes(peak - asked)} more than asked"
+    missed = "" if peak <= report.memory else f", {format_bytes(peak - report.memory)} too much"
     counted = f"the generated code holds {format_bytes(peak)} at most{missed}"
-    return dataclasses.replace(report, notes=(*report.notes, counted), peak_of_code=peak, planned_for=target)
+    return dataclasses.replace(report, notes=(*report.notes, counted), peak_of_code=peak)
 
 
 _MOST_COMPILED = 4

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from wtacrs_passes.decide.target import with_what_is_free
 from wtacrs_passes.graph import torch_api
 from wtacrs_passes.graph.cones import is_tangent
 from wtacrs_passes.graph.edit import copy_joint
@@ -157,7 +158,9 @@ def transform(graph_module: fx.GraphModule, policy: Policy | None = None) -> fx.
     Raises:
         NoTangentsError: the graph has no backward part.
     """
-    policy = Policy() if policy is None else policy
+    inputs = (node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder"))
+    devices = (value.device for value in inputs if isinstance(value, Tensor))
+    policy = with_what_is_free(policy or Policy(), next(devices, torch.device("cpu")))
     done = _rewrite(graph_module, policy)
     rewritten = copy_joint(graph_module)
     table = graph_module.meta.get(STATIC_INPUTS, ())
@@ -179,7 +182,8 @@ def explain(model: nn.Module, *args: Any, policy: Policy | None = None, **kwargs
         NoTangentsError: no output of the model requires grad.
     """
     found: list[Report] = []
-    chosen = Policy() if policy is None else policy
+    devices = (x.device for x in (*model.parameters(), *args, *kwargs.values()) if isinstance(x, Tensor))
+    chosen = with_what_is_free(policy or Policy(), next(devices, torch.device("cpu")))
 
     def rewrite(
         table: tuple[NamedInput, ...], gm: fx.GraphModule, inputs: Any, **options: Any

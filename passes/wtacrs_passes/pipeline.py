@@ -23,6 +23,7 @@ from .decide.plan import Plan
 from .decide.precision import plan_precision
 from .decide.rows import plan_rows
 from .decide.storage import plan_storage
+from .decide.target import target_of
 from .graph.cones import has_tangents, tangent_cone
 from .graph.edit import bytes_of_example, copy_joint
 from .graph.names import NamedInput, hands_on_gradients
@@ -219,13 +220,19 @@ def rewrite_and_partition(
             return _Attempt(policy, milder, joint, after, tuple(refused))
 
         layers = len(repeated_layers(gm.graph, tangent_cone(gm.graph)))
-        done, notes = _within(policy, target or policy.memory_bytes, attempt, layers, is_part)
+        asked = target_of(policy, gm.graph)
+        target = target or asked
+        done = _within(policy, target, attempt, layers)
     joint, after = done.joint, done.after
     saved_before = [node for node in before.saved if not counted_in_region(node)]
     saved_after = [node for node in after.saved if not (is_region and counted_outside(node))]
     report = make_report(joint, saved_before, saved_after, before.peak, after.peak, done.refused)
-    notes = (*notes, joint.plan.offloaded) if joint.plan.offloaded else notes
-    report = dataclasses.replace(report, notes=notes)
+    notes = (
+        *(_asked(policy, asked, target, after.peak, is_part) if asked and target else ()),
+        *_recomputed(done, layers),
+        *((joint.plan.offloaded,) if joint.plan.offloaded else ()),
+    )
+    report = dataclasses.replace(report, notes=notes, memory=asked, planned_for=target)
     if not is_region:
         for part in after.parts:
             hand_on(part)
@@ -248,9 +255,9 @@ _SMALL_CHUNKS = 2**23
 
 
 def _within(
-    policy: Policy, target: int | None, attempt: Callable[[Policy], _Attempt], layers: int, is_part: bool
-) -> tuple[_Attempt, tuple[str, ...]]:
-    """Return what is done within a target for the peak, or nearest to it, and what there is to say about it.
+    policy: Policy, target: int | None, attempt: Callable[[Policy], _Attempt], layers: int
+) -> _Attempt:
+    """Return what is done within a target for the peak, or nearest to it.
 
     In the order of what is lost for the bytes: time, as few halves of layers as it takes are computed again; the error
     of ``residuals="small"``; products of fewer rows, of losses in smaller chunks. More layers do not always lower the
@@ -258,7 +265,7 @@ def _within(
     """
     done = attempt(policy)
     if target is None:
-        return done, _recomputed(done, layers)
+        return done
     few = first = number_of_halves(policy.recompute, layers)
     for count in [count for quarter in range(1, 5) if (count := -(-layers * quarter // 2)) > first]:
         if _size(done) <= target:
@@ -275,11 +282,17 @@ def _within(
         one = attempt(done.asked.everywhere(recompute=_share(middle, layers)))
         few, enough = (few, middle) if _size(one) <= target else (middle, enough)
         done = one if _size(one) <= target else done
-    reached = "" if _size(done) <= target else f", not reached {done.after.peak}"
+    return done
+
+
+def _asked(policy: Policy, asked: int, target: int, peak: Peak, is_part: bool) -> tuple[str, ...]:
+    """Say what of the memory that was asked for is predicted."""
+    size = format_bytes(asked)
+    size = f"{policy.memory} leaves {size}" if policy.is_of_device else f"{size} asked"
+    reached = "" if peak.size <= target else f", not reached {peak}"
     alone = "; other graphs of the step have a peak of their own" if is_part else ""
-    asked = policy.memory_bytes or target
-    note = f"memory: {format_bytes(asked)} asked, {format_bytes(_size(done))} predicted{reached}{alone}"
-    return done, (note, *_recomputed(done, layers))
+    predicted = format_bytes(peak.size)
+    return (f"memory: {size}, {predicted} predicted{reached}{alone}",)
 
 
 def _share(halves: int, layers: int) -> float:

@@ -37,6 +37,7 @@ def _check_choice(field: str, value: object, valid: tuple[str, ...]) -> None:
         raise PolicyError(f"{field} must be one of {', '.join(valid)}, got {value!r}{nearest(value, valid)}")
 
 
+_OF_DEVICE = "device:"
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -240,9 +241,10 @@ class Policy(SamplingOptions):
         recompute: share of the layers that are alike whose values the backward pass computes again, in [0, 1]: what
             checkpointing the first of them does. A checkpoint of the program's own is as it says.
         memory: the most bytes that a step may hold at once beside parameters, buffers, inputs and the state of an
-            optimizer, gradients included, as predicted from its graph: a number, or a text such as ``14GiB``. As long
-            as they are more, first layers are computed again, as many as it takes; then residuals are stored as with
-            ``small``; then losses are computed in smaller chunks. None: no target.
+            optimizer, gradients included: a number, or a text such as ``14GiB``. ``device:24GiB``: with all of those,
+            and the state of AdamW; ``auto``: of what is free on the device. As long as they are more, halves of layers
+            are computed again, as many as it takes; then residuals are stored as with ``small``; then losses are
+            computed in smaller chunks. None: no target.
         offload: where encoded residuals wait for the backward pass: ``host``, pinned memory beside a CUDA device;
             ``disk:<folder>``, a file, of a model on the CPU. As many as go there while the forward pass computes.
 
@@ -276,8 +278,8 @@ class Policy(SamplingOptions):
         share = self.recompute
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise PolicyError(f"recompute must be a share of the layers in [0, 1], got {share!r}")
-        if self.memory is not None:
-            parse_bytes("memory", self.memory)
+        if self.memory not in (None, "auto"):
+            parse_bytes("memory", self._memory)
         self._check_offload()
         object.__setattr__(self, "decided", tuple(self.decided))
         for name in ("rules", "decided"):
@@ -346,8 +348,17 @@ class Policy(SamplingOptions):
 
     @property
     def memory_bytes(self) -> int | None:
-        """What `memory` says, in bytes."""
-        return None if self.memory is None else parse_bytes("memory", self.memory)
+        """What `memory` says, in bytes; None as well where that is not known before there is a device."""
+        return None if self.memory in (None, "auto") else parse_bytes("memory", self._memory)
+
+    @property
+    def is_of_device(self) -> bool:
+        """Tell whether `memory` is all that the device holds."""
+        return isinstance(self.memory, str) and self.memory.startswith(_OF_DEVICE)
+
+    @property
+    def _memory(self) -> int | str | None:
+        return self.memory.removeprefix(_OF_DEVICE) if isinstance(self.memory, str) else self.memory
 
     def _everywhere(self) -> SamplingOptions:
         return SamplingOptions(**{name: getattr(self, name) for name in _OPTIONS})

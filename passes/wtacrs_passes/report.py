@@ -188,7 +188,8 @@ class Report:
         input_gradients: one entry for each for which the policy names a precision.
         noise: one entry for each site with a noise budget, once it was measured.
         peak_of_code: bytes that the generated code holds at once, counted where the policy has a target for the peak.
-        planned_for: bytes that the predicted peak was held to, so that this is within the target.
+        memory: bytes that the peak may have by the policy.
+        planned_for: bytes that the predicted peak was held to, so that `peak_of_code` is within those.
     """
 
     sites: tuple[SiteReport, ...]
@@ -204,6 +205,7 @@ class Report:
     input_gradients: tuple[InputGradientReport, ...] = ()
     noise: tuple[NoiseReport, ...] = ()
     peak_of_code: int | None = None
+    memory: int | None = None
     planned_for: int | None = None
 
     @property
@@ -231,6 +233,7 @@ class Report:
             "input_gradients": [dataclasses.asdict(entry) for entry in self.input_gradients],
             "noise": [dataclasses.asdict(entry) for entry in self.noise],
             "peak_of_code": self.peak_of_code,
+            "memory": self.memory,
             "planned_for": self.planned_for,
         }
 
@@ -260,6 +263,7 @@ class Report:
                 for entry in data["noise"]
             ),
             data["peak_of_code"],
+            data["memory"],
             data["planned_for"],
         )
 
