@@ -53,4 +53,4 @@ def bytes_at_hand(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
