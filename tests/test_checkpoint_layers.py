@@ -201,6 +201,8 @@ def test_texts_of_bytes() -> None:
 class Planned(Backend):
     """Plans as a graph with 100 possible peaks does, whose code holds `off` times what is predicted."""
 
+    is_tighter = True
+
     def __init__(self, off: float, asked: int) -> None:
         super().__init__(Policy(memory=asked), None, {})
         self.off, self.asked, self.targets = off, asked, list[int | None]()
@@ -213,7 +215,7 @@ class Planned(Backend):
         report = Report(
             (), 0, 0, peak_after=Peak(predicted, "backward", "", ""), memory=self.asked, planned_for=target
         )
-        return _Attempt(len, [_counted(report, peak)], peak)
+        return _Attempt(len, [_counted(report, peak)], peak, self.is_tighter)
 
     def plan(self, known: Report | None = None) -> Report:
         graph = fx.symbolic_trace(nn.Identity())
@@ -232,9 +234,22 @@ def test_a_prediction_that_is_off_is_planned_again(off: float) -> None:
     assert compiler.targets == [report.planned_for]  # another process compiles once
 
 
+def test_a_target_that_asks_for_nothing_is_planned_once() -> None:
+    compiler = Planned(0.6, 50_500)
+    compiler.is_tighter = False
+    assert compiler.plan().peak_of_code == 30_000
+    assert len(compiler.targets) == 1
+
+
 def test_what_no_plan_reaches_is_said() -> None:
     report = Planned(1.5, 1_000).plan()
     assert report.peak_of_code == 1_500 and "500 B too much" in report.notes[-1]
+
+
+def test_code_that_cannot_be_counted_leaves_the_prediction() -> None:
+    report = Report((), 0, 0, notes=("memory",), memory=1000)
+    assert "not known" in _counted(report, None).notes[-1]
+    assert _counted(Report((), 0, 0), None).notes == ()
 
 
 def test_all_that_a_device_holds(model: tuple[Transformer, Tensor]) -> None:

@@ -155,7 +155,8 @@ class Backend:
         with describe_regions():
             compiled = torch_api.compile_fx(gm, example_inputs, config, name, without_waiting, codes)
         peak = _peak_of_codes(codes or {}, partitioner.waiting)
-        return _Attempt(compiled, [_counted(report, peak) for report in received], peak)
+        reports = [_counted(report, peak) for report in received]
+        return _Attempt(compiled, reports, peak, partitioner.is_tighter)
 
     def _compile_within(
         self,
@@ -184,7 +185,7 @@ class Backend:
         for _ in range(_MOST_PLANS - 1):
             report, peak = attempt.received[-1], attempt.peak
             assert report.peak_after is not None and report.planned_for is not None
-            if peak is None or _NEAR * asked <= peak <= asked:
+            if peak is None or _NEAR * asked <= peak <= asked or (peak <= asked and not attempt.is_tighter):
                 break
             predicted = report.peak_after.size
             if peak <= asked:
@@ -218,11 +219,18 @@ class Backend:
 
 @dataclasses.dataclass(frozen=True)
 class _Attempt:
-    """A compiled graph, the reports of its partitions, and the bytes that its code holds, where they are known."""
+    """A compiled graph.
+
+    Attributes:
+        received: the reports of its partitions.
+        peak: the bytes that its code holds, where they are known.
+        is_tighter: more than the policy says was done for its target.
+    """
 
     compiled: Callable[..., Any]
     received: list[Report]
     peak: int | None
+    is_tighter: bool
 
 
 _MOST_PLANS = 3
@@ -252,8 +260,11 @@ def _is_better(one: _Attempt, other: _Attempt, asked: int) -> bool:
 
 def _counted(report: Report, peak: int | None) -> Report:
     """Return a report that says what the code holds."""
-    if peak is None or report.memory is None:
+    if report.memory is None:
         return report
+    if peak is None:
+        unknown = "what the generated code holds is not known: it is no Python, or has operations without a meta kernel"
+        return dataclasses.replace(report, notes=(*report.notes, unknown))
     missed = "" if peak <= report.memory else f", {format_bytes(peak - report.memory)} too much"
     counted = f"the generated code holds {format_bytes(peak)} at most{missed}"
     return dataclasses.replace(report, notes=(*report.notes, counted), peak_of_code=peak)

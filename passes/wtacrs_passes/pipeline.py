@@ -236,7 +236,7 @@ def rewrite_and_partition(
     if not is_region:
         for part in after.parts:
             hand_on(part)
-    return Rewritten(after.parts, report, done.policy, after.waiting)
+    return Rewritten(after.parts, report, done.policy, after.waiting, done.asked != policy)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,12 +313,17 @@ def _recomputed(done: _Attempt, layers: int) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Rewritten:
-    """A partitioned graph, what became of it, and what of the policy was done."""
+    """A partitioned graph, what became of it, and what of the policy was done.
+
+    Attributes:
+        is_tighter: more than the policy says was done for a target for the peak.
+    """
 
     parts: Partitioned
     report: Report
     policy: Policy
     waiting: Waiting
+    is_tighter: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,9 +394,11 @@ class WtacrsPartitioner(CustomPartitionerFn):
     Attributes:
         waiting: of the last graph, the names of what its backward pass reads and nobody else, and the bytes that the
             program returns: no graph, as Inductor copies its configuration.
+        is_tighter: see `Rewritten`, of the last graph.
     """
 
     waiting: tuple[frozenset[str], int] | None = None
+    is_tighter = False
 
     def __init__(
         self,
@@ -432,6 +439,7 @@ class WtacrsPartitioner(CustomPartitionerFn):
         else:
             self.receive(report)
         self.waiting = rewritten.waiting.names, rewritten.waiting.returned
+        self.is_tighter = rewritten.is_tighter
         return rewritten.parts
 
     def after_inductor(
