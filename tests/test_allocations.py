@@ -62,12 +62,10 @@ def test_inputs_that_wait_are_counted_until_they_are_read() -> None:
 
 def test_memory_of_inputs_that_are_read_is_not_taken_for_theirs() -> None:
     """The address of a storage that is gone may be that of the next one."""
-    body = (
-        "del x\n"
-        + "\n".join(f"{empty('a', 8)}\ndel a" for _ in range(50))
-        + f"\n{empty('a', 8)}\nreturn (a, )"
-    )
-    assert peak_of_code(code(body), frozenset()) == 8 * KIB
+    names = [f"x{i}" for i in range(64)]
+    made = "\n".join(f"del x{i}\n{empty(f'a{i}', 2)}" for i in range(64))
+    args = "\n".join(f"{name} = rand_strided((256, ), (1, ), dtype=torch.float32)" for name in names)
+    assert peak_of_code(code(f"{made}\nreturn ()", args, ", ".join(names)), frozenset()) == 64 * 2 * KIB
 
 
 def test_code_that_cannot_be_told() -> None:

@@ -143,11 +143,10 @@ def _largest(body: list[ast.stmt], names: dict[str, Any], held: Set[str], worksp
             break
         workspaces.bytes = 0
         exec(_code([statement]), names)
-        if others is None and not names["args"]:  # the inputs have their names now
+        if others is None and not names["args"]:
+            # The inputs have their names now. While these are held no other storage has their address.
             others = {name: names[name] for name in set(names) - known - held}
-            excluded = _storages(
-                others, others.keys()
-            )  # while they are held no other storage has their address
+            excluded = _storages(others, others.keys())
         if others is not None and isinstance(statement, ast.Assign | ast.Expr):
             live = _storages(names, names.keys() - known)
             size = sum(bytes for storage, bytes in live.items() if storage not in excluded)
