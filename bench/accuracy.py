@@ -15,6 +15,7 @@ times can be compared. Read differences between variants beside the standard err
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import random
 import re
@@ -40,6 +41,7 @@ from bench.harness import BASELINE, BUDGET, RESULTS, VARIANTS, Row, circumstance
 from wtacrs_fx import track_gradient_norms
 from wtacrs_fx.tools.classification import Classifier, load_encoder
 from wtacrs_fx.tools.steps import many_variants
+from wtacrs_passes.pipeline import source_hash
 
 VARIANTS_SHOWN = (BASELINE, BUDGET, "wtacrs 0.3 backward", "wtacrs 0.3 balanced", "wtacrs 0.3 small")
 REMEMBERED = (BASELINE, "wtacrs 0.3 remembered", "wtacrs 0.1 remembered", "wtacrs 0.3 forward")
@@ -353,14 +355,15 @@ def standard_error(values: Sequence[float]) -> float:
 
 def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path, shapes: str) -> None:
     """Write the losses and seconds of every step, and draw the losses against the steps and against the time."""
-    stem = "_".join(re.findall("[a-z0-9]+", f"{task.name}, {shapes}".lower()))
-    with (folder / f"accuracy_{stem}.csv").open("w", newline="") as file:
+    stem = _stem(task, shapes)
+    with (folder / f"{stem}.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("variant", "seed", "step", "loss", "seconds"))
+        writer.writerow(COLUMNS)
         for variant, runs in found.items():
             for seed, run in enumerate(runs):
+                source, merit = source_hash()[:12], f"{run.merit:.7g}"
                 for step, (loss, seconds) in enumerate(zip(run.losses, run.seconds, strict=True)):
-                    writer.writerow((variant, seed, step, f"{loss:.5f}", f"{seconds:.4f}"))
+                    writer.writerow((variant, seed, step, f"{loss:.5f}", f"{seconds:.4f}", merit, source))
     figure, panels = plt.subplots(ncols=2, sharey=True, figsize=(11, 4), layout="constrained")
     for variant, runs in found.items():
         curves = [run.curve(exact) for run, exact in zip(runs, found[BASELINE], strict=True)]
@@ -374,8 +377,34 @@ def keep_curves(task: Task, found: dict[str, list[Run]], folder: Path, shapes: s
     panels[1].set(xlabel="seconds of training, without compilation")
     panels[0].legend(title=task.metric)
     figure.suptitle(task.name)
-    figure.savefig(folder / f"accuracy_{stem}.png", dpi=120)
+    figure.savefig(folder / f"{stem}.png", dpi=120)
     plt.close(figure)
+
+
+COLUMNS = ("variant", "seed", "step", "loss", "seconds", "merit", "source")
+
+
+def kept_runs(task: Task, folder: Path, shapes: str, variants: Sequence[str]) -> dict[str, list[Run]]:
+    """Return the runs, seed by seed, of a study that was interrupted, where all variants ran with this source."""
+    path = folder / f"{_stem(task, shapes)}.csv"
+    rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    of: dict[tuple[str, int], list[dict[str, str]]] = {}
+    for row in rows:
+        if row.get("source") == source_hash()[:12]:
+            of.setdefault((row["variant"], int(row["seed"])), []).append(row)
+    found: dict[str, list[Run]] = {variant: [] for variant in variants}
+    for seed in itertools.count():
+        if any((variant, seed) not in of for variant in variants):
+            return found
+        for variant in variants:
+            steps = of[variant, seed]
+            losses, seconds = ([float(step[name]) for step in steps] for name in ("loss", "seconds"))
+            found[variant].append(Run(losses, seconds, float(steps[-1]["merit"])))
+    raise AssertionError
+
+
+def _stem(task: Task, shapes: str) -> str:
+    return "_".join(["accuracy", *re.findall("[a-z0-9]+", f"{task.name}, {shapes}".lower())])
 
 
 def main(
@@ -388,6 +417,7 @@ def main(
     precision: Annotated[str, typer.Option(help="float32 or autocast.")] = "float32",
     batch: Annotated[int, typer.Option(help="Samples; 0: 32 for wordnet, 8 from scratch, else 2.")] = 0,
     length: Annotated[int, typer.Option(help="Tokens of a sample; 0: 48 to 512 by task.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on after the seeds that the same code has run.")] = False,
     wordnet_file: Annotated[Path, typer.Option("--wordnet")] = WORDNET,
     quick: Annotated[bool, typer.Option(help="Two steps, one seed; keep no rows.")] = False,
 ) -> None:
@@ -411,8 +441,10 @@ def main(
         shapes = f"batch={samples} length={tokens} steps={count}"
         chosen = list(dict.fromkeys((BASELINE, *(variant or shown))))
         found: dict[str, list[Run]] = {name: [] for name in chosen}
+        if resume:
+            found = kept_runs(made, RESULTS, shapes, chosen)
         with Progress(*columns) as progress:
-            for seed in range(1 if quick else seeds):
+            for seed in range(len(found[BASELINE]), 1 if quick else seeds):
                 for one, run in study(made, chosen, count, seed, progress).items():
                     found[one].append(run)
                     progress.print(

@@ -211,8 +211,10 @@ def test_glosses_carry_the_class_of_their_file(tmp_path: Path) -> None:
         glosses(tmp_path / "missing")
 
 
-def test_a_study_starts_every_variant_from_the_same_weights(tmp_path: Path) -> None:
-    from bench.accuracy import Task, keep_curves, rows_of, study
+def test_a_study_starts_every_variant_from_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench.accuracy import Task, keep_curves, kept_runs, rows_of, study
 
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
@@ -250,6 +252,14 @@ def test_a_study_starts_every_variant_from_the_same_weights(tmp_path: Path) -> N
     keep_curves(task, found, tmp_path, "batch=8")
     assert len((tmp_path / "accuracy_toy_linear_batch_8.csv").read_text().splitlines()) == 1 + 2 * 2 * 5
     assert (tmp_path / "accuracy_toy_linear_batch_8.png").stat().st_size > 5000
+    again = kept_runs(task, tmp_path, "batch=8", ("eager", "inductor"))  # of a study that was interrupted
+    for name, runs in found.items():
+        assert [run.merit for run in again[name]] == pytest.approx([run.merit for run in runs])
+        for left, right in zip(again[name], runs, strict=True):
+            assert left.losses == pytest.approx(right.losses, abs=1e-5)
+    assert kept_runs(task, tmp_path, "batch=8", ("eager", "wtacrs")) == {"eager": [], "wtacrs": []}
+    monkeypatch.setattr("bench.accuracy.source_hash", lambda: "of other passes")
+    assert kept_runs(task, tmp_path, "batch=8", ("eager",)) == {"eager": []}
 
 
 def test_a_faster_training_is_ahead_at_equal_time() -> None:
