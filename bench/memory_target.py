@@ -1,7 +1,7 @@
 """Targets for the peak (`Policy.memory`) beside the peaks that are measured.
 
     python -m bench.memory_target                 # four models, three targets each
-    python -m bench.memory_target --model llama-lm --layers 12
+    python -m bench.memory_target --model llama-lm --layers 12 --d 384 --heads 6
     python -m bench.memory_target --rounds 0      # peaks only, which do not depend on what else runs
     python -m bench.memory_target --quick         # tiny sizes: does it run? keeps no rows
 
@@ -67,10 +67,10 @@ def _peak(step: Step) -> int:
 
 def main(
     model: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODELS)}; all by default.")] = None,
-    layers: int = 6,
-    d: int = 384,
-    heads: int = 6,
-    batch: int = 16,
+    layers: int = 8,
+    d: int = 256,
+    heads: int = 4,
+    batch: int = 8,
     seq: int = 512,
     precision: Annotated[str | None, typer.Option(help=f"Of {', '.join(PRECISIONS)}; one for each.")] = None,
     rounds: int = 2,

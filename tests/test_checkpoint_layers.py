@@ -135,6 +135,39 @@ def test_dropout_is_the_same_again() -> None:
     assert distance(found, exact) < 5e-3  # other masks are off by the gradient's own size
 
 
+class Routed(nn.Module):
+    """The two largest of its features pass: of nearly equal ones others may, where they are computed again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.router, self.down = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, places = self.router(x).softmax(-1).topk(2)
+        gates = torch.zeros_like(x, dtype=values.dtype).scatter(-1, places, values)
+        return x + self.down(nn.functional.gelu(self.up(x)) * gates)
+
+
+def test_what_a_router_takes_is_stored() -> None:
+    model = nn.Sequential(*(Routed() for _ in range(3)), Squared()), torch.randn(512, 64)
+    for policy in (EXACTLY, ENCODED):
+        exact, found = train(model, Policy(**policy, recompute=1.0))
+        assert distance(found, exact) < (1e-10 if policy is EXACTLY else 5e-3)
+
+
+class Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("policy", [{"recompute": 1.0}, {"memory": "1MiB"}])
+def test_marked_layers_are_none_to_choose_from(policy: dict[str, Any]) -> None:
+    model = Transformer(d=64, layers=3)
+    wtacrs_fx.mark_layers(model)
+    report = explained((model, torch.randint(50, (8, 64))), **ENCODED, **policy)
+    assert not policy.get("recompute") or report.notes[-1].endswith("0 of 0 layers that are alike")
+
+
 def test_checkpoints_of_the_program_are_as_it_says() -> None:
     class Checkpointed(Transformer):
         def forward(self, tokens: Tensor) -> Tensor:

@@ -12,13 +12,15 @@ from torch import fx
 from ..graph.edit import bytes_of_example
 from ..graph.names import path_from_source
 from ..graph.operations import VIEWS, is_again
+from ..graph.torch_api import invoke_subgraph
 
 
 def repeated_layers(graph: fx.Graph, tangent: Set[fx.Node]) -> list[list[fx.Node]]:
     """Return the operations of the forward pass by layer, in graph order.
 
     A layer is the outermost module that stands in a list with others of its class (``layers.0``, ``layers.1``). An
-    operation without a module, as a pattern of Inductor leaves it, belongs to the layer that alone reads it.
+    operation without a module, as a pattern of Inductor leaves it, belongs to the layer that alone reads it. One that
+    is marked (`wtacrs_fx.mark_layers`) is a call of another graph, and none here.
 
     Args:
         tangent: what is computed from tangents.
@@ -43,7 +45,7 @@ def repeated_layers(graph: fx.Graph, tangent: Set[fx.Node]) -> list[list[fx.Node
     for node in forward:
         if node in of:
             layers.setdefault(of[node], []).append(node)
-    return list(layers.values())
+    return [layer for layer in layers.values() if all(node.target is not invoke_subgraph for node in layer)]
 
 
 _MIDDLE = 0.2, 0.8

@@ -10,6 +10,10 @@ What other layers read is stored, and what does not repeat: attention with dropo
 from __future__ import annotations
 
 import math
+import operator
+from typing import Any
+
+from torch import Tensor
 
 from ..analyse.layers import first_half, repeated_layers
 from ..graph.operations import is_checkpointed
@@ -30,7 +34,10 @@ def checkpoint_layers(joint: Joint) -> None:
         members = set(layer)
         for node in layer:
             read_outside = any(user in forward and user not in members for user in node.users)
-            once = read_outside or not repeats(node)
+            source: Any = node.args[0] if node.target is operator.getitem else node
+            once = read_outside or not repeats(node) or not repeats(source)
+            if once and not isinstance(node.meta.get("val"), Tensor):
+                continue  # one of several results: those are stored
             kind = CheckpointPolicy.MUST_SAVE if once else CheckpointPolicy.PREFER_RECOMPUTE
             node.meta["recompute"], node.meta[REGION] = kind, number
 
