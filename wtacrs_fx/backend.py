@@ -182,17 +182,22 @@ class Backend:
         asked = best.received[-1].memory
         assert asked is not None
         attempt, fits, fails = best, 0, 2 * asked  # the largest target known to do, the smallest known not to
-        for _ in range(_MOST_PLANS - 1):
+        for number in range(1, _MOST_UNTIL_IT_FITS):
             report, peak = attempt.received[-1], attempt.peak
             assert report.peak_after is not None and report.planned_for is not None
             if peak is None or _NEAR * asked <= peak <= asked or (peak <= asked and not attempt.is_tighter):
+                break
+            if number >= _MOST_PLANS and best.peak is not None and best.peak <= asked:
                 break
             predicted = report.peak_after.size
             if peak <= asked:
                 fits = max(fits, report.planned_for, predicted)
             else:
                 fails = min(fails, report.planned_for, predicted)
-            target = round(predicted * asked / peak)
+            margin = (
+                1.0 if fits else _MARGIN ** (number - 1)
+            )  # from one plan to the next the ratio is not the same
+            target = round(margin * predicted * asked / peak)
             target = target if fits < target < fails else (fits + fails) // 2
             if not fits < target < fails:
                 break
@@ -233,8 +238,9 @@ class _Attempt:
     is_tighter: bool
 
 
-_MOST_PLANS = 3
-"""Times that a graph is compiled for a target."""
+_MOST_PLANS, _MOST_UNTIL_IT_FITS = 3, 5
+"""Times that a graph is compiled for a target, and where none of those is within it."""
+_MARGIN = 0.97
 _NEAR = 0.95
 """A peak of this much of the target is not worth another compilation."""
 
