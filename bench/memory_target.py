@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import torch
 import typer
 
 import wtacrs_fx
@@ -21,7 +20,6 @@ from bench.harness import BASELINE, Row, record, summarise, to_rows
 from bench.models import PRECISIONS, Shape, build
 from wtacrs_fx import Policy
 from wtacrs_fx.backend import Backend
-from wtacrs_fx.tools.measure import peak_bytes
 from wtacrs_fx.tools.steps import Step, inductor, measure_steps
 from wtacrs_passes.report import MIB
 
@@ -38,18 +36,17 @@ def measure(name: str, shape: Shape, precision: str, rounds: int) -> list[Row]:
     high, low = (
         _peak(Step(model, inputs, _ours(recompute=share, memory=_NO_TARGET))) for share in (0.0, 1.0)
     )
-    found: dict[str, list[tuple[str, str, dict[str, float]]]] = {}
+    targets = {f"target {share:.2f}": round(low + share * (high - low)) for share in SHARES}
     steps = {BASELINE: Step(model, inputs, inductor())} if rounds else {}
-    for share in SHARES:
-        variant, target = f"target {share:.2f}", round(low + share * (high - low))
-        steps[variant] = step = Step(model, inputs, _ours(memory=target))
-        print(name, variant, *step.reports[-1].notes, sep="; ", flush=True)
-        step()
-        peak = peak_bytes(step, torch.device("cpu"))
+    for variant, target in targets.items():
+        steps[variant] = Step(model, inputs, _ours(memory=target))
+        print(name, variant, *steps[variant].reports[-1].notes, sep="; ", flush=True)
+    measured = measure_steps(steps, rounds)
+    found: dict[str, list[tuple[str, str, dict[str, float]]]] = {}
+    for variant, target in targets.items():
+        peak = measured[variant].peak
         found[variant] = [("measured over asked", "MiB", {"value": peak / MIB, "ratio": peak / target})]
-    if rounds:
-        measured = measure_steps(steps, rounds)
-        for variant in found:
+        if rounds:
             seconds = summarise(measured[variant].seconds, measured[BASELINE].seconds)
             found[variant].append(("step time", "s", seconds))
     return to_rows("memory_target", name, shape, precision, found)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from aot import REFERENCE, Variants, small_tensors
 from conftest import Transformer, distance, gradients
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import wtacrs_fx
 from wtacrs_fx import Policy, PolicyError, Report
-from wtacrs_fx.backend import Backend, _Attempt, _counted
+from wtacrs_fx.backend import _Attempt, _compile_within, _counted
 from wtacrs_passes.analyse.layers import first_half, repeated_layers
 from wtacrs_passes.decide import target
 from wtacrs_passes.decide.target import bytes_at_hand, with_what_is_free
@@ -231,18 +231,17 @@ def test_texts_of_bytes() -> None:
     assert Policy(memory=7).memory_bytes == 7 and Policy().memory_bytes is None
 
 
-class Planned(Backend):
+class Planned:
     """Plans as a graph with 100 possible peaks does, whose code holds `off` times what is predicted."""
 
     is_tighter = True
 
     def __init__(self, off: float, asked: int) -> None:
-        super().__init__(Policy(memory=asked), None, {})
         self.off, self.asked, self.targets = off, asked, list[int | None]()
 
-    def _compile(self, *args: Any) -> _Attempt:
-        target = args[5] or self.asked
-        self.targets.append(args[5])
+    def __call__(self, target: int | None) -> _Attempt:
+        self.targets.append(target)
+        target = target or self.asked
         predicted = max(size for size in range(1000, 101000, 1000) if size <= max(target, 1000))
         peak = round(self.off * predicted)
         report = Report(
@@ -251,8 +250,7 @@ class Planned(Backend):
         return _Attempt(len, [_counted(report, peak)], peak, self.is_tighter)
 
     def plan(self, known: Report | None = None) -> Report:
-        graph = fx.symbolic_trace(nn.Identity())
-        return self._compile_within(self.policy, graph, (), None, (), known).received[-1]
+        return _compile_within(self, known).received[-1]
 
 
 @pytest.mark.parametrize("off", [0.6, 0.8, 1.0, 1.2, 1.7])
@@ -303,11 +301,9 @@ def test_what_is_free(model: tuple[Transformer, Tensor], monkeypatch: pytest.Mon
         < psutil.virtual_memory().total
     )
     monkeypatch.setattr(target, "bytes_at_hand", lambda device: 2**25 + 12345)
-    found = with_what_is_free(Policy(memory="auto"), torch.device("cpu"))
+    found = with_what_is_free(Policy(memory="auto"), model)
     size = found.memory_bytes
     assert size is not None and found.is_of_device and 0.9 * 2**25 < size <= 0.95 * (2**25 + 12345)
     monkeypatch.setattr(target, "bytes_at_hand", lambda device: 2**25 + 99999)
-    assert (
-        with_what_is_free(Policy(memory="auto"), torch.device("cpu")) == found
-    )  # a little more is the same plan
+    assert with_what_is_free(Policy(memory="auto"), model) == found  # a little more is the same plan
     assert explained(model, **EXACTLY, memory="auto").notes[0].startswith(f"memory: device:{size}B leaves ")

@@ -107,7 +107,11 @@ class Backend:
         path = _report_path(gm, example_inputs, self.config, policy, table)
         trains = _is_training(example_inputs)
         if trains and policy.memory is not None:
-            attempt = self._compile_within(policy, gm, example_inputs, name, table, _read(path))
+
+            def compile_once(target: int | None) -> _Attempt:
+                return self._compile(policy, copy_joint(gm), example_inputs, name, table, target)
+
+            attempt = _compile_within(compile_once, _read(path))
         else:
             attempt = self._compile(policy, gm, example_inputs, name, table)
         compiled, received = attempt.compiled, attempt.received
@@ -129,10 +133,8 @@ class Backend:
 
     def _with_memory(self, policy: Policy, example_inputs: Sequence[Any]) -> Policy:
         """Return a policy whose target is a number; what is free counts when the first graph is compiled."""
-        devices = (x.device for x in example_inputs if isinstance(x, torch.Tensor))
         if policy.memory == "auto":
-            device = next(devices, torch.device("cpu"))
-            self._free = self._free or with_what_is_free(policy, device).memory
+            self._free = self._free or with_what_is_free(policy, example_inputs).memory
             policy = dataclasses.replace(policy, memory=self._free)
         return policy
 
@@ -157,53 +159,6 @@ class Backend:
         peak = _peak_of_codes(codes or {}, partitioner.waiting)
         reports = [_counted(report, peak) for report in received]
         return _Attempt(compiled, reports, peak, partitioner.is_tighter)
-
-    def _compile_within(
-        self,
-        policy: Policy,
-        gm: fx.GraphModule,
-        example_inputs: Sequence[Any],
-        name: str | None,
-        table: tuple[NamedInput, ...],
-        known: Report | None,
-    ) -> _Attempt:
-        """Compile a graph until its code holds no more than the policy's target, and little less where it can.
-
-        A plan rests on a prediction. Where the code shows that this is off, the next one is held to another target, as
-        far from the policy's as the prediction was from the code.
-
-        Args:
-            known: the report of an earlier process.
-        """
-        target = known.planned_for if known is not None else None
-        best = self._compile(policy, gm, example_inputs, name, table, target)
-        if target is not None or best.peak is None or not best.received:
-            return best  # as before; or nothing is trained here; or the code cannot be told
-        asked = best.received[-1].memory
-        assert asked is not None
-        attempt, fits, fails = best, 0, 2 * asked  # the largest target known to do, the smallest known not to
-        for number in range(1, _MOST_UNTIL_IT_FITS):
-            report, peak = attempt.received[-1], attempt.peak
-            assert report.peak_after is not None and report.planned_for is not None
-            if peak is None or _NEAR * asked <= peak <= asked or (peak <= asked and not attempt.is_tighter):
-                break
-            if number >= _MOST_PLANS and best.peak is not None and best.peak <= asked:
-                break
-            predicted = report.peak_after.size
-            if peak <= asked:
-                fits = max(fits, report.planned_for, predicted)
-            else:
-                fails = min(fails, report.planned_for, predicted)
-            margin = (
-                1.0 if fits else _MARGIN ** (number - 1)
-            )  # from one plan to the next the ratio is not the same
-            target = round(margin * predicted * asked / peak)
-            target = target if fits < target < fails else (fits + fails) // 2
-            if not fits < target < fails:
-                break
-            attempt = self._compile(policy, copy_joint(gm), example_inputs, name, table, target)
-            best = attempt if _is_better(attempt, best, asked) else best
-        return best
 
     def _can_measure(self, gm: fx.GraphModule) -> bool:
         """Tell whether operations of a graph can count steps on the host, and belong to one layer each."""
@@ -241,6 +196,7 @@ class _Attempt:
 _MOST_PLANS, _MOST_UNTIL_IT_FITS = 3, 5
 """Times that a graph is compiled for a target, and where none of those is within it."""
 _MARGIN = 0.97
+"""Of the next target, once more for each plan that is not within it: the ratio to the code differs between plans."""
 _NEAR = 0.95
 """A peak of this much of the target is not worth another compilation."""
 
@@ -253,6 +209,45 @@ def _peak_of_codes(codes: Mapping[str, str], waiting: tuple[frozenset[str], int]
     names, returned = waiting
     after = peak_of_code(codes["backward"], names)
     return None if before is None or after is None else max(before, after + returned)
+
+
+def _compile_within(compile_once: Callable[[int | None], _Attempt], known: Report | None) -> _Attempt:
+    """Compile a graph until its code holds no more than the policy's target, and little less where it can.
+
+    A plan rests on a prediction. Where the code shows that this is off, the next one is held to another target, as far
+    from the policy's as the prediction was from the code.
+
+    Args:
+        compile_once: compiles it with its predicted peak held to so many bytes; None: to the policy's.
+        known: the report of an earlier process.
+    """
+    target = known.planned_for if known is not None else None
+    best = compile_once(target)
+    if target is not None or best.peak is None or not best.received:
+        return best  # as before; or nothing is trained here; or the code cannot be told
+    asked = best.received[-1].memory
+    assert asked is not None
+    attempt, fits, fails = best, 0, 2 * asked  # the largest target known to do, the smallest known not to
+    for number in range(1, _MOST_UNTIL_IT_FITS):
+        report, peak = attempt.received[-1], attempt.peak
+        assert report.peak_after is not None and report.planned_for is not None
+        if peak is None or _NEAR * asked <= peak <= asked or (peak <= asked and not attempt.is_tighter):
+            break
+        predicted = report.peak_after.size
+        if peak <= asked:
+            fits = max(fits, report.planned_for, predicted)
+        else:
+            fails = min(fails, report.planned_for, predicted)
+        if number >= _MOST_PLANS and fits:
+            break
+        margin = 1.0 if fits else _MARGIN ** (number - 1)
+        target = round(margin * predicted * asked / peak)
+        target = target if fits < target < fails else (fits + fails) // 2
+        if not fits < target < fails:
+            break
+        attempt = compile_once(target)
+        best = attempt if _is_better(attempt, best, asked) else best
+    return best
 
 
 def _is_better(one: _Attempt, other: _Attempt, asked: int) -> bool:

@@ -159,8 +159,7 @@ def transform(graph_module: fx.GraphModule, policy: Policy | None = None) -> fx.
         NoTangentsError: the graph has no backward part.
     """
     inputs = (node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder"))
-    devices = (value.device for value in inputs if isinstance(value, Tensor))
-    policy = with_what_is_free(policy or Policy(), next(devices, torch.device("cpu")))
+    policy = with_what_is_free(policy or Policy(), inputs)
     done = _rewrite(graph_module, policy)
     rewritten = copy_joint(graph_module)
     table = graph_module.meta.get(STATIC_INPUTS, ())
@@ -182,8 +181,7 @@ def explain(model: nn.Module, *args: Any, policy: Policy | None = None, **kwargs
         NoTangentsError: no output of the model requires grad.
     """
     found: list[Report] = []
-    devices = (x.device for x in (*model.parameters(), *args, *kwargs.values()) if isinstance(x, Tensor))
-    chosen = with_what_is_free(policy or Policy(), next(devices, torch.device("cpu")))
+    chosen = with_what_is_free(policy or Policy(), (*model.parameters(), *args, *kwargs.values()))
 
     def rewrite(
         table: tuple[NamedInput, ...], gm: fx.GraphModule, inputs: Any, **options: Any

@@ -50,7 +50,7 @@ class Waiting:
 
 
 def waiting(
-    forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, is_part: bool = False
+    forward: fx.GraphModule, backward: fx.GraphModule, num_fwd_outputs: int, is_part: bool
 ) -> Waiting:
     """Return what waits for the backward pass.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import psutil
 import torch
@@ -39,10 +40,15 @@ def target_of(policy: Policy, graph: fx.Graph) -> int | None:
     return max(1, asked - others)
 
 
-def with_what_is_free(policy: Policy, device: torch.device) -> Policy:
-    """Return a policy that says how much ``memory="auto"`` is: what this process has and what it can have."""
+def with_what_is_free(policy: Policy, values: Iterable[object]) -> Policy:
+    """Return a policy that says how much ``memory="auto"`` is: what this process has and what it can have.
+
+    Args:
+        values: inputs of the program; the device is that of the first tensor.
+    """
     if policy.memory != "auto":
         return policy
+    device = next((x.device for x in values if isinstance(x, torch.Tensor)), torch.device("cpu"))
     size = int(_USED * bytes_at_hand(device))
     step = 1 << max(size.bit_length() - _STEPS.bit_length(), 0)
     return dataclasses.replace(policy, memory=f"device:{size // step * step}B")
