@@ -27,6 +27,8 @@ INDUCTOR = (BASELINE, *(f"inductor budget {budget}" for budget in (0.9, 0.7, 0.5
 POLICIES = (
     "wtacrs 0.3 balanced, checkpointing",
     "wtacrs 0.3 small, checkpointing",
+    "wtacrs 0.3 products again",
+    "wtacrs 0.3 small, products again",
     "wtacrs 0.3 backward",
     "wtacrs 0.1 backward",
     "wtacrs 0.3 balanced",

@@ -46,10 +46,10 @@ def settle(step: Step) -> None:
 
 
 def wtacrs(
-    ratio: float, placement: Placement = "auto", residuals: Residuals = "exact", center: bool = False
+    ratio: float, placement: Placement = "auto", residuals: Residuals = "exact", **fields: Any
 ) -> Compiler:
     """Return the backend that samples weight gradients, and encodes what else is stored."""
-    return wtacrs_fx.backend(Policy(ratio=ratio, placement=placement, residuals=residuals, center=center))
+    return wtacrs_fx.backend(Policy(ratio=ratio, placement=placement, residuals=residuals, **fields))
 
 
 VARIANTS: dict[str, Callable[[], Compiler | None]] = {
@@ -67,6 +67,8 @@ VARIANTS: dict[str, Callable[[], Compiler | None]] = {
     "wtacrs 0.3 lossless": lambda: wtacrs(0.3, residuals="lossless"),
     "wtacrs 0.3 balanced": lambda: wtacrs(0.3, residuals="balanced"),
     "wtacrs 0.3 small": lambda: wtacrs(0.3, residuals="small"),
+    "wtacrs 0.3 products again": lambda: wtacrs(0.3, residuals="balanced", recompute_products=1.0),
+    "wtacrs 0.3 small, products again": lambda: wtacrs(0.3, residuals="small", recompute_products=1.0),
     "wtacrs 0.1 small": lambda: wtacrs(0.1, residuals="small"),
     "wtacrs 0.3 remembered": lambda: wtacrs(0.3, "forward", "balanced"),  # with track_gradient_norms
     "wtacrs 0.1 remembered": lambda: wtacrs(0.1, "forward", "balanced"),

@@ -31,6 +31,7 @@ POLICIES = {
     "wtacrs, all rows": Policy(ratio=1.0),
     IN_8_BITS: Policy(ratio=1.0, product="int8"),
     ONCE: Policy(ratio=0.3),
+    f"{BUDGET}, products again": Policy(recompute_products=1.0),
     "wtacrs, checkpointing": Policy(ratio=0.3),
     f"{BUDGET}, checkpointing": Policy(),
 }

@@ -55,7 +55,7 @@ DEPTH = 80
 
 def predicted_lines(make_model: MakeModel) -> dict[str, Line]:
     """Return the saved bytes of both variants by depth."""
-    lines, _ = saved_lines(make_model, Policy(ratio=RATIOS[SAMPLED]))
+    lines, *_ = saved_lines(make_model, Policy(ratio=RATIOS[SAMPLED]))
     return {BASELINE: lines[INDUCTOR], SAMPLED: lines[WTACRS]}
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from torch import fx
 
-from .graph.cones import tangent_cone
-from .graph.names import NamedInput
+from .graph.cones import needed_for, tangent_cone
+from .graph.names import NamedInput, outputs_with_descriptors
 from .graph.operations import is_again
 from .policy import Policy
 
@@ -74,6 +74,12 @@ class Joint:
     def tangent(self) -> set[fx.Node]:
         """Return everything that is computed from tangents."""
         return tangent_cone(self.graph)
+
+    def forward(self) -> set[fx.Node]:
+        """Return what the outputs of the forward pass are computed from, and them."""
+        tangent = self.tangent()
+        outputs = (value for value, _ in outputs_with_descriptors(self.graph) if isinstance(value, fx.Node))
+        return needed_for([node for node in outputs if node not in tangent], lambda arg, user: False)
 
     def backward(self) -> set[fx.Node]:
         """Return what the backward pass computes: :meth:`tangent`, and what checkpoints compute again."""

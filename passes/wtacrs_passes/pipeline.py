@@ -16,9 +16,11 @@ from torch import fx
 
 from .account import make_report
 from .analyse.annotations import Annotations, erase_markers, take_annotations
-from .analyse.layers import repeated_layers
+from .analyse.layers import products_of, repeated_layers
 from .analyse.peaks import Waiting, predict_peak, waiting
 from .analyse.products import Analysis, find_products
+from .analyse.work import computed_again, multiplications
+from .decide.facts import number_of_products
 from .decide.plan import Plan
 from .decide.precision import plan_precision
 from .decide.rows import plan_rows
@@ -219,20 +221,29 @@ def rewrite_and_partition(
                 refused.append(f"{name}: {compared_peaks(before.peak, after.peak)}")
             return _Attempt(policy, milder, joint, after, tuple(refused))
 
-        layers = len(repeated_layers(gm.graph, tangent_cone(gm.graph)))
+        layers = repeated_layers(gm.graph, tangent_cone(gm.graph))
+        steps = _Steps(len(layers), len(products_of(layers)))
         asked = target_of(policy, gm.graph)
         target = target or asked
-        done = _within(policy, target, attempt, layers)
+        done = _within(policy, target, attempt, steps)
     joint, after = done.joint, done.after
     saved_before = [node for node in before.saved if not counted_in_region(node)]
     saved_after = [node for node in after.saved if not (is_region and counted_outside(node))]
     report = make_report(joint, saved_before, saved_after, before.peak, after.peak, done.refused)
     notes = (
         *(_asked(policy, asked, target, after.peak, is_part) if asked and target else ()),
-        *_recomputed(done, layers),
+        *_recomputed(done.policy, steps),
         *((joint.plan.offloaded,) if joint.plan.offloaded else ()),
     )
-    report = dataclasses.replace(report, notes=notes, memory=asked, planned_for=target)
+    forward, backward = after.parts
+    report = dataclasses.replace(
+        report,
+        notes=notes,
+        memory=asked,
+        planned_for=target,
+        work=multiplications(forward.graph.nodes),
+        work_again=multiplications(computed_again(backward.graph)),
+    )
     if not is_region:
         for part in after.parts:
             hand_on(part)
@@ -255,34 +266,60 @@ _SMALL_CHUNKS = 2**23
 
 
 def _within(
-    policy: Policy, target: int | None, attempt: Callable[[Policy], _Attempt], layers: int
+    policy: Policy, target: int | None, attempt: Callable[[Policy], _Attempt], steps: _Steps
 ) -> _Attempt:
     """Return what is done within a target for the peak, or nearest to it.
 
-    In the order of what is lost for the bytes: time, as few halves of layers as it takes are computed again; the error
-    of ``residuals="small"``; products of fewer rows, of losses in smaller chunks. More layers do not always lower the
-    peak, as beside a layer that is computed again lie its values: a quarter of them is tried, then half, and so on.
+    In the order of what is lost for the bytes: time, as few products and then halves of layers as it takes are computed
+    again; the error of ``residuals="small"``; products of fewer rows, of losses in smaller chunks. More computed again
+    does not always lower the peak, as beside it lies what it is computed from: a part is tried, then more.
     """
-    done = attempt(policy)
+    done, at = attempt(policy), 0
     if target is None:
         return done
-    few = first = number_of_halves(policy.recompute, layers)
-    for count in [count for quarter in range(1, 5) if (count := -(-layers * quarter // 2)) > first]:
+    again, stops = steps.again(policy)
+    fewer = 0
+    for stop in stops:
         if _size(done) <= target:
             break
-        one = attempt(policy.everywhere(recompute=_share(count, layers)))
-        few = few if _size(one) <= target else count
-        done = min(done, one, key=_size)
+        one = attempt(policy.everywhere(**again[stop]))
+        fewer = fewer if _size(one) <= target else stop
+        done, at = min((done, at), (one, stop), key=lambda found: _size(found[0]))
     for fields in ({"residuals": "small"}, {"chunk_bytes": _SMALL_CHUNKS}):
         if _size(done) > target:
-            done, few = min(done, attempt(done.asked.everywhere(**fields)), key=_size), first
-    enough = number_of_halves(done.asked.recompute, layers)
-    while _size(done) <= target and enough - few > 1:
-        middle = (few + enough) // 2
-        one = attempt(done.asked.everywhere(recompute=_share(middle, layers)))
-        few, enough = (few, middle) if _size(one) <= target else (middle, enough)
-        done = one if _size(one) <= target else done
+            done, fewer = min(done, attempt(done.asked.everywhere(**fields)), key=_size), -1
+    while _size(done) <= target and at - fewer > 1:
+        middle = (fewer + at) // 2
+        one = attempt(done.asked.everywhere(**again[middle]))
+        if _size(one) <= target:
+            done, at = one, middle
+        else:
+            fewer = middle
     return done
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """What of a graph may be computed again: so many layers that are alike, and products of matrices in them."""
+
+    layers: int
+    products: int
+
+    def again(self, policy: Policy) -> tuple[list[dict[str, float]], list[int]]:
+        """Return what to ask for, from what a policy says to everything, and where to look first."""
+        products = number_of_products(policy.recompute_products, self.products)
+        halves = number_of_halves(policy.recompute, self.layers)
+        shares = [
+            {"recompute_products": n / max(self.products, 1), "recompute": policy.recompute}
+            for n in range(products, self.products + 1)
+        ]
+        few, many = len(shares) - 1, 2 * self.layers - halves
+        shares += [
+            {**shares[-1], "recompute": min(n / (2 * self.layers), 1.0)}
+            for n in range(halves + 1, 2 * self.layers + 1)
+        ]
+        stops = {few // 2, few, *(few - (-many * quarter // 4) for quarter in range(1, 5))}
+        return shares, sorted(stops - {0})
 
 
 def _asked(policy: Policy, asked: int, target: int, peak: Peak, is_part: bool) -> tuple[str, ...]:
@@ -295,20 +332,22 @@ def _asked(policy: Policy, asked: int, target: int, peak: Peak, is_part: bool) -
     return (f"memory: {size}, {predicted} predicted{reached}{alone}",)
 
 
-def _share(halves: int, layers: int) -> float:
-    return min(halves / (2 * layers), 1.0)
-
-
 def _size(done: _Attempt) -> int:
     return done.after.peak.size
 
 
-def _recomputed(done: _Attempt, layers: int) -> tuple[str, ...]:
-    """Say how many layers the backward pass computes again."""
-    if not done.policy.recompute:
-        return ()
-    again = number_of_halves(done.policy.recompute, layers) / 2
-    return (f"computed again in the backward pass: {again:g} of {layers} layers that are alike",)
+def _recomputed(policy: Policy, steps: _Steps) -> tuple[str, ...]:
+    """Say how many layers, and how many products of layers, the backward pass computes again."""
+    again = []
+    if policy.recompute:
+        halves = number_of_halves(policy.recompute, steps.layers)
+        again.append(f"{halves / 2:g} of {steps.layers} layers that are alike")
+    if policy.recompute_products:
+        products = number_of_products(policy.recompute_products, steps.products)
+        again.append(
+            f"{products} of {steps.products} products in layers that are alike, as far as it reads them"
+        )
+    return tuple(f"computed again in the backward pass: {each}" for each in again)
 
 
 @dataclasses.dataclass(frozen=True)

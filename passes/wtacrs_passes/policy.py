@@ -240,11 +240,14 @@ class Policy(SamplingOptions):
             those of the whole up to rounding, before rows are sampled.
         recompute: share of the layers that are alike whose values the backward pass computes again, in [0, 1]: what
             checkpointing the first of them does. A checkpoint of the program's own is as it says.
+        recompute_products: share of the products of matrices in layers that are alike which the backward pass may
+            compute again from what else it reads, in [0, 1]: those of the fewest multiplications for a byte first, and
+            of them those of the first layers.
         memory: the most bytes that a step may hold at once beside parameters, buffers, inputs and the state of an
             optimizer, gradients included: a number, or a text such as ``14GiB``. ``device:24GiB``: with all of those,
-            and the state of AdamW; ``auto``: of what is free on the device. As long as they are more, halves of layers
-            are computed again, as many as it takes; then residuals are stored as with ``small``; then losses are
-            computed in smaller chunks. None: no target.
+            and the state of AdamW; ``auto``: of what is free on the device. As long as they are more, products of
+            layers, then halves of layers, are computed again, as many as it takes; then residuals are stored as with
+            ``small``; then losses are computed in smaller chunks. None: no target.
         offload: where encoded residuals wait for the backward pass: ``host``, pinned memory beside a CUDA device;
             ``disk:<folder>``, a file, of a model on the CPU. As many as go there while the forward pass computes.
 
@@ -260,6 +263,7 @@ class Policy(SamplingOptions):
     chunk_bytes: int | None = None
     decided: tuple[Rule, ...] = ()
     recompute: float = 0.0
+    recompute_products: float = 0.0
     memory: int | str | None = None
     offload: str | None = None
 
@@ -275,9 +279,10 @@ class Policy(SamplingOptions):
             raise PolicyError(
                 f"chunk_bytes must be a whole number of bytes, 0 for no chunks or None, got {size!r}"
             )
-        share = self.recompute
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise PolicyError(f"recompute must be a share of the layers in [0, 1], got {share!r}")
+        for name, parts in (("recompute", "layers"), ("recompute_products", "products in layers")):
+            share = getattr(self, name)
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise PolicyError(f"{name} must be a share of the {parts} in [0, 1], got {share!r}")
         if self.memory not in (None, "auto"):
             parse_bytes("memory", self._memory)
         self._check_offload()

@@ -190,6 +190,8 @@ class Report:
         peak_of_code: bytes that the generated code holds at once, counted where the policy has a target for the peak.
         memory: bytes that the peak may have by the policy.
         planned_for: bytes that the predicted peak was held to, so that `peak_of_code` is within those.
+        work: multiplications of the forward pass, see `analyse.work`; work_again: those that the backward pass does
+            again.
     """
 
     sites: tuple[SiteReport, ...]
@@ -207,6 +209,8 @@ class Report:
     peak_of_code: int | None = None
     memory: int | None = None
     planned_for: int | None = None
+    work: int = 0
+    work_again: int = 0
 
     @property
     def sampled(self) -> tuple[SiteReport, ...]:
@@ -235,6 +239,8 @@ class Report:
             "peak_of_code": self.peak_of_code,
             "memory": self.memory,
             "planned_for": self.planned_for,
+            "work": self.work,
+            "work_again": self.work_again,
         }
 
     @classmethod
@@ -265,6 +271,8 @@ class Report:
             data["peak_of_code"],
             data["memory"],
             data["planned_for"],
+            data["work"],
+            data["work_again"],
         )
 
     def to_json(self) -> str:
@@ -338,7 +346,11 @@ class Report:
             tables += ["", *align([residual_header, *residual_lines])]
         if self.noise:
             tables += ["", *align(list(self._noise_table()))]
-        others = [*map(str, self.losses), *inputs, *of_inputs, *refused, *self.notes]
+        share = (
+            f"{self.work_again / self.work:.2f} of the forward pass's multiplications" if self.work else ""
+        )
+        again = [f"done again in the backward pass: {share}"] if self.work_again else []
+        others = [*map(str, self.losses), *inputs, *of_inputs, *refused, *self.notes, *again]
         return "\n".join([*tables, "", *others, total, *lines_of_peak, count])
 
     def _noise_table(self) -> Iterator[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""The frontier of memory against work: how many layers are computed again, and the batch that fits then."""
+"""The frontier of memory against work: what of how many layers is computed again, and the batch that fits then."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from wtacrs_passes.policy import Policy
+from wtacrs_passes.report import Report
 
 from .predict import (
     INDUCTOR,
@@ -25,7 +26,7 @@ from .predict import (
 )
 from .progress import Progress, silent
 
-_QUARTERS = 4
+_PARTS = 2
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Frontier:
             label = point.way.removeprefix(f"{WTACRS}, ")
             axes.annotate(label, (point.work, point.batch), (4, -12), textcoords="offset points", fontsize=7)
         axes.set(
-            xlabel="multiplications of a step, of those without layers computed again",
+            xlabel="multiplications of a step, of those with nothing computed again",
             ylabel="largest batch",
             title=f"{self.name}, {self.memory / 2**30:.3g} GiB",
         )
@@ -89,9 +90,10 @@ class Frontier:
 def frontier(
     name: str, memory: int, length: int, dtype: torch.dtype, policy: Policy, progress: Progress = silent
 ) -> Frontier:
-    """Predict what fits beside the state of training, by the number of layers that are computed again.
+    """Predict what fits beside the state of training, by what is computed again, and of how many layers.
 
-    Models of two and of three layers are traced, with none and with all of them computed again; more layers follow.
+    Models of two and of three layers are traced: with nothing, the products and everything of them computed again.
+    Deeper models follow.
 
     Args:
         name: of a model of transformers, see :func:`wtacrs_fx.tools.predict.predict`.
@@ -111,26 +113,45 @@ def frontier(
         layers: (Loss(model) if "labels" in inputs else model, inputs)
         for layers, (model, inputs) in made.items()
     }
-    lines = {}
-    for again in (0.0, 1.0):
-        asked = dataclasses.replace(policy, recompute=again)
-        found, _ = saved_lines(models.__getitem__, asked, (2, 3))
-        lines[again] = found
-        progress("traced", 1 + int(again), 2)
+    ways = ({}, {"recompute_products": 1.0}, {"recompute_products": 1.0, "recompute": 1.0})
+    found = []
+    for number, fields in enumerate(ways):
+        found.append(saved_lines(models.__getitem__, dataclasses.replace(policy, **fields), (2, 3)))
+        progress("traced", number + 1, len(ways))
     parameters = Line.through(count_parameters(models[2][0]), count_parameters(models[3][0]), (2, 3))
     words = int(getattr(config, "vocab_size", 0)) * int(config.hidden_size)
     share = depth * parameters.layer / (depth * parameters.layer + words)  # of the products, in the layers
     state = state_bytes(round(parameters(depth)), dtype.itemsize)
-    plain, whole = lines[0.0][WTACRS], lines[1.0][WTACRS]
+    plain, products, whole = (_Way.of(*each) for each in found)
 
-    def point(way: str, saved: float, layers: int) -> Point:
-        work = 1 + share * layers / depth / 3  # a forward pass is a third of a step
-        return Point(way, saved, work, max(0, int((memory - state) // saved)))
+    def point(name: str, before: _Way, after: _Way, layers: int) -> Point:
+        """Return what `layers` of the layers come to in one way, and the others in another."""
+        saved = before.saved.around + (depth - layers) * before.saved.layer + layers * after.saved.layer
+        again = (depth - layers) * before.again + layers * after.again
+        work = 1 + share * again / depth / 3  # a forward pass is a third of a step
+        return Point(name, saved, work, max(0, int((memory - state) // saved)))
 
-    points = [point(INDUCTOR, lines[0.0][INDUCTOR](depth), 0), point(WTACRS, plain(depth), 0)]
-    for quarter in range(1, _QUARTERS + 1):
-        layers = depth * quarter // _QUARTERS
-        if layers:
-            saved = plain.around + (depth - layers) * plain.layer + layers * whole.layer
-            points.append(point(f"{WTACRS}, {layers} of {depth} layers again", saved, layers))
+    inductor = found[0][0][INDUCTOR](depth)
+    points = [
+        Point(INDUCTOR, inductor, 1.0, max(0, int((memory - state) // inductor))),
+        point(WTACRS, plain, plain, 0),
+    ]
+    for what, before, after in (("products of ", plain, products), ("", products, whole)):
+        for layers in dict.fromkeys(depth * part // _PARTS for part in range(1, _PARTS + 1)):
+            if layers:
+                name_of = f"{WTACRS}, {what}{layers} of {depth} layers again"
+                points.append(point(name_of, before, after, layers))
     return Frontier(name, memory, state, tuple(points))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """One way of training all layers: bytes by depth, and of a layer's forward pass what is done again."""
+
+    saved: Line
+    again: float
+
+    @classmethod
+    def of(cls, lines: dict[str, Line], fewer: Report, more: Report) -> _Way:
+        work, again = more.work - fewer.work, more.work_again - fewer.work_again
+        return cls(lines[WTACRS], again / work if work else 0.0)

@@ -64,7 +64,7 @@ class Line:
 
 def saved_lines(
     make_model: MakeModel, policy: Policy, layers: tuple[int, int] = (1, 2)
-) -> tuple[dict[str, Line], Report]:
+) -> tuple[dict[str, Line], Report, Report]:
     """Return the bytes that cross from forward to backward by depth, with and without a policy.
 
     Args:
@@ -72,12 +72,12 @@ def saved_lines(
         layers: of the two models, the second one more than the first.
 
     Returns:
-        the lines of ``inductor`` and ``wtacrs``; the report of the deeper model.
+        the lines of ``inductor`` and ``wtacrs``; the reports of both models.
     """
     fewer, more = (explain(model, **inputs, policy=policy) for model, inputs in map(make_model, layers))
     before = Line.through(fewer.saved_bytes_before, more.saved_bytes_before, layers)
     after = Line.through(fewer.saved_bytes_after, more.saved_bytes_after, layers)
-    return {INDUCTOR: before, WTACRS: after}, more
+    return {INDUCTOR: before, WTACRS: after}, fewer, more
 
 
 def state_bytes(parameters: float, itemsize: int) -> float:
@@ -166,7 +166,7 @@ def predict(
     adapts = find_spec("peft") is not None
     advance = _counter(progress, 2 + len(BUDGETS) + adapts)
     models = {layers: named_model(config, layers, batch, length, dtype) for layers in (1, 2)}
-    lines, report = saved_lines(models.__getitem__, policy)
+    lines, _, report = saved_lines(models.__getitem__, policy)
     advance()
     saved = {INDUCTOR: lines[INDUCTOR](depth)}
     for way, budget in BUDGETS.items():
@@ -176,7 +176,7 @@ def predict(
     wider = copy.deepcopy(config)
     if getattr(config, "max_position_embeddings", None):
         wider.max_position_embeddings = max(config.max_position_embeddings, 2 * length)
-    longer, _ = saved_lines(lambda layers: named_model(wider, layers, batch, 2 * length, dtype), policy)
+    longer, *_ = saved_lines(lambda layers: named_model(wider, layers, batch, 2 * length, dtype), policy)
     advance()
     one, two = (count_parameters(model) for model, _ in models.values())
     parameters = round(Line.through(one, two)(depth))
@@ -187,7 +187,7 @@ def predict(
         adapted = {layers: named_model(config, layers, batch, length, dtype, lora=True) for layers in (1, 2)}
         one, two = (count_parameters(model, trained=True) for model, _ in adapted.values())
         trained = round(Line.through(one, two)(depth))
-        lines, _ = saved_lines(adapted.__getitem__, policy)
+        lines, *_ = saved_lines(adapted.__getitem__, policy)
         saved |= {LORA: lines[INDUCTOR](depth), LORA_WTACRS: lines[WTACRS](depth)}
         bytes_ = parameters * dtype.itemsize + state_bytes(trained, dtype.itemsize)
         state |= {LORA: bytes_, LORA_WTACRS: bytes_}

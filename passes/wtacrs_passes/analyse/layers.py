@@ -1,9 +1,10 @@
-"""Layers that are alike: what of a forward pass repeats."""
+"""Layers that are alike: what of a forward pass repeats, and which of its products may be computed again."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from itertools import accumulate
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import fx
 
 from ..graph.edit import bytes_of_example
 from ..graph.names import path_from_source
-from ..graph.operations import VIEWS, is_again
-from ..graph.torch_api import invoke_subgraph
+from ..graph.operations import GEMMS, VIEWS, aten, is_again, is_derivable, tensor_operands
+from ..graph.torch_api import hint, invoke_subgraph
 
 
 def repeated_layers(graph: fx.Graph, tangent: Set[fx.Node]) -> list[list[fx.Node]]:
@@ -77,6 +78,59 @@ def first_half(layer: Sequence[fx.Node]) -> list[fx.Node]:
     if not places:
         return []
     return list(layer[: min(places, key=lambda i: (handed[i], abs(made[i] - made[-1] / 2)))])
+
+
+_SECOND: dict[Any, int] = {
+    **dict.fromkeys(GEMMS, 1), aten.convolution.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2,
+}  # fmt: skip
+"""Products of matrices, and convolutions, with the position of their second factor."""
+
+
+def products_of(layers: Iterable[Sequence[fx.Node]]) -> list[fx.Node]:
+    """Return the products: those of the fewest multiplications for a byte of their result first, else as they come."""
+    return sorted((node for layer in layers for node in layer if node.target in _SECOND), key=_work)
+
+
+def _work(product: fx.Node) -> float:
+    """Return the multiplications for a byte of a product's result."""
+    factor: Any = product.args[_SECOND[product.target]]
+    shape = [hint(size) for size in factor.meta["val"].shape]
+    length = math.prod(shape[1:]) if product.target is aten.convolution.default else shape[-2]
+    return length / int(product.meta["val"].element_size())
+
+
+def sums_handed_on(layers: Iterable[Sequence[fx.Node]], forward: Container[fx.Node]) -> set[fx.Node]:
+    """Return what layers hand on, before what they do to it alone: a norm, for example.
+
+    What is computed again from these begins in no other layer.
+
+    Args:
+        forward: what the outputs of the forward pass are computed from.
+    """
+    found: set[fx.Node] = set()
+    for layer in layers:
+        members = set(layer)
+        for node in layer:
+            if any(user in forward or user.op == "output" for user in node.users.keys() - members):
+                found.add(_source(node, members))
+    return found
+
+
+_SMALL = 8
+"""What has so many times fewer bytes than what is computed from it is a statistic of a norm, or a weight."""
+
+
+def _source(node: fx.Node, layer: Set[fx.Node]) -> fx.Node:
+    """Return what in a layer a node is computed from, as far as that is one tensor of about its size."""
+    while is_derivable(node):
+        size = bytes_of_example(node)
+        large = [
+            arg for arg in tensor_operands(node) if arg in layer and _SMALL * bytes_of_example(arg) > size
+        ]
+        if len(large) != 1:
+            break
+        node = large[0]
+    return node
 
 
 def _stack(modules: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -89,9 +89,10 @@ class Choices:
         return self.facts.with_sources(found)
 
     def _of_checkpoints(self) -> set[fx.Node]:
-        """Return what checkpointed regions are computed from again, and what that is derived from."""
+        """Return what regions and products are computed from again, and what that is derived from."""
         readers = self.facts.readers.of
         stack = [node for node in readers if any(is_again(reader) for reader in readers[node])]
+        stack += [x for product in self.facts.repeated for x in self._derivations.operands.get(product) or ()]
         found: set[fx.Node] = set()
         while stack:
             node = stack.pop()

@@ -57,21 +57,20 @@ class Derivations:
     def _derivation(self, node: fx.Node) -> tuple[fx.Node, ...] | None:
         if node in self.facts.again:
             return tuple(tensor_operands(self.facts.again[node]))
-        if not is_derivable(node):
+        repeats = node in self.facts.repeated
+        if node in self.facts.handed_on or not (repeats or is_derivable(node)):
             return None
         operands, root = tuple(tensor_operands(node)), self.facts.roots[node]
         if all(operand in self._exactness.known for operand in operands):
             return operands
+        if repeats:
+            return None if self._is_exact(node) else operands
         if root is not None and root is not node and root in self._exactness.known:
             return (root,)
-        if (
-            node not in self._exactness.refusals
-            and node not in self.facts.ranges.wild
-            and self.shape(node) != "steep"
-        ):
+        if self._is_exact(node):
+            return None
+        if self.shape(node) != "steep":
             return (root,) if root is not None else None
-        if node in self._exactness.refusals or node in self.facts.ranges.wild:
-            return None  # it is needed to the last bit
         if node.target in _ALIKE | GATHERS:
             return operands
         if node.target in CASTS and is_float(node) and is_float(operands[0]):
@@ -85,6 +84,10 @@ class Derivations:
         if node.target is aten.div.Tensor and len(operands) == 2 and operands[-1] in self._exactness.known:
             return None if self.facts.ranges.amplifies_by_division(operands[-1]) else operands
         return None
+
+    def _is_exact(self, node: fx.Node) -> bool:
+        """Tell whether a node is needed to the last bit."""
+        return node in self._exactness.refusals or node in self.facts.ranges.wild
 
     def _is_statistic(self, node: fx.Node) -> bool:
         source = content_of(node, EXPANSIONS)

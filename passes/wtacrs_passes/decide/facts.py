@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from torch import Tensor, fx
 
 from ..analyse.functions import Unary, is_float, unary_function, unary_roots
+from ..analyse.layers import products_of, repeated_layers, sums_handed_on
 from ..analyse.ranges import Ranges
 from ..analyse.readers import Readers
 from ..graph.names import module_path, static_inputs
@@ -54,6 +55,8 @@ class Facts:
         again: outputs and log-sum-exps that the backward pass computes again, with the attention; those of the others
             are stored.
         statistics: what is small beside what it summarises.
+        repeated: products of matrices that the backward pass may compute again.
+        handed_on: what is stored of a layer with such products, so that none begins in another layer.
         is_part: the graph is one of several of a step: a layer's, or of a region that is called for each.
     """
 
@@ -71,6 +74,7 @@ class Facts:
         self.residuals = [node for node in self.readers.of if not self.is_at_hand(node)]
         self.attention, self.again = self._attention(graph)
         self.statistics = _statistics(graph)
+        self.repeated, self.handed_on = _repeated(joint)
         self.is_part = bool(graph.find_nodes(op="call_function", target=ops.receive))
 
     def is_at_hand(self, node: fx.Node) -> bool:
@@ -134,6 +138,22 @@ class Facts:
                 if mode.attends_twice or node.target not in TAKES_ANY_LOG_SUM_EXP:
                     again.update(of_call)
         return attention, again
+
+
+def _repeated(joint: Joint) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
+    """Return what the attributes `repeated` and `handed_on` hold."""
+    if not joint.policy.recompute_products:
+        return frozenset(), frozenset()
+    layers = repeated_layers(joint.graph, joint.tangent())
+    products = products_of(layers)
+    repeated = frozenset(products[: number_of_products(joint.policy.recompute_products, len(products))])
+    of = [layer for layer in layers if not repeated.isdisjoint(layer)]
+    return repeated, frozenset(sums_handed_on(of, joint.forward()))
+
+
+def number_of_products(share: float, products: int) -> int:
+    """Return how many of so many products a share of them is."""
+    return round(share * products)
 
 
 def _statistics(graph: fx.Graph) -> set[fx.Node]:

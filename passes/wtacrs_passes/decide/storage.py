@@ -4,7 +4,8 @@ The network holds the residuals and what they can be computed from again. Cuttin
 its capacity is its size in the smallest encoding that the policy allows. A node that pointwise operations
 derive from others needs no storage once those are cut. So several readers of one tensor share one stored
 source, and a source is stored where that is cheapest: the pre-activation instead of the activation and its
-derivative, the normalised input instead of its scaled copies.
+derivative, the normalised input instead of its scaled copies. Products of matrices are derived likewise where the
+policy says so, as that takes time: the gates of a layer from its norm, whose input is stored.
 
 Three questions are asked of a value: do all of its readers tolerate an error (`Readers`), is it of one order of
 size in each row (`Ranges`), and may it be derived from something that has an error (`functions`). A no means that
@@ -37,7 +38,7 @@ def plan_storage(joint: Joint) -> None:
 
     What is to be stored as it is remains the partitioner's choice: it may find something as good.
     """
-    stores = any(mode.masks for mode in modes(joint.policy))
+    stores = any(mode.masks for mode in modes(joint.policy)) or joint.policy.recompute_products
     if stores and not makes_sparse(joint.graph) and not is_checkpointed(joint.graph):
         joint.plan = choose_storage(joint)
 
@@ -53,9 +54,12 @@ def choose_storage(joint: Joint) -> Plan:
     encoded = {item.node for item in chosen if item.encoding != "exact"}
     stored = set(cut)
     for node in near:  # in graph order
-        if node not in stored and any(operand in encoded for operand in derivations.operands[node] or ()):
+        if node in stored:
+            continue
+        is_repeated = node in facts.repeated
+        if is_repeated or any(operand in encoded for operand in derivations.operands[node] or ()):
             encoded.add(node)
-            if choices(node)[0] != "exact" or node in facts.again:
+            if choices(node)[0] != "exact" or is_repeated or node in facts.again:
                 chosen.append(Stored(node, "recompute", node, module=module_path(node) or ""))
     chosen, offloaded = choose_offloaded(joint, chosen)
     planned = {item.node for item in chosen}

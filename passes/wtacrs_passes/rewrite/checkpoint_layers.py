@@ -19,14 +19,14 @@ from ..analyse.layers import first_half, repeated_layers
 from ..graph.operations import is_checkpointed
 from ..graph.torch_api import CheckpointPolicy
 from ..joint import Joint
-from .recompute_checkpointed import REGION, computed_forward, repeats
+from .recompute_checkpointed import REGION, repeats
 
 
 def checkpoint_layers(joint: Joint) -> None:
     """Tag the operations of the first layers. The user's own checkpoints stay the only ones."""
     if not joint.policy.recompute or is_checkpointed(joint.graph):
         return
-    forward, tangent = computed_forward(joint), joint.tangent()
+    forward, tangent = joint.forward(), joint.tangent()
     layers = repeated_layers(joint.graph, tangent)
     whole, halves = divmod(number_of_halves(joint.policy.recompute, len(layers)), 2)
     again = layers[:whole] + [first_half(layer) for layer in layers[whole : whole + halves]]

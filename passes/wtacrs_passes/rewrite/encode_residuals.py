@@ -163,6 +163,7 @@ class _Rebuild:
 
     Attributes:
         decoded: of what is stored encoded, as far as it is read.
+        products: of matrices, which are computed again even from what is stored as it is.
     """
 
     def __init__(
@@ -176,8 +177,10 @@ class _Rebuild:
         self.editor, self.decoders = editor, decoders
         self.built = {node: node for node in as_they_are}
         self.decoded: dict[fx.Node, fx.Node] = {}
-        several = {node for node in again if node.target is operator.getitem}
-        self.again = several.union(*(node.all_input_nodes for node in several))
+        whole = {node for node in again if not is_derivable(node)}
+        several = {node for node in whole if node.target is operator.getitem}
+        self.products = whole - several
+        self.again = whole.union(*(node.all_input_nodes for node in several))
         self.of_inputs = of_inputs
 
     def __call__(self, node: fx.Node) -> fx.Node:
@@ -193,7 +196,7 @@ class _Rebuild:
             self.decoded[node] = self.decoders[node]()
             return self.decoded[node]
         rebuilt = {operand: self.built[operand] for operand in self._operands(node)}
-        is_made = node.op == "call_function" and node in self.of_inputs
+        is_made = node.op == "call_function" and (node in self.of_inputs or node in self.products)
         if not is_made and all(new is old for old, new in rebuilt.items()):
             return node
         return self.editor.repeat(node, rebuilt)

@@ -35,7 +35,6 @@ from ..analyse.functions import is_float
 from ..decide.modes import modes
 from ..graph.cones import build, needed_for
 from ..graph.edit import Editor
-from ..graph.names import outputs_with_descriptors
 from ..graph.operations import (
     ATTENTION,
     IS_AGAIN,
@@ -99,7 +98,7 @@ def _computed_again(joint: Joint) -> set[fx.Node]:
     graph, tangent = joint.graph, joint.tangent()
     pinned = {node for site in joint.sites for node in site.stored}
     pinned.update(node for loss in joint.losses for node in loss.stored)
-    forward = computed_forward(joint)
+    forward = joint.forward()
     found: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op != "call_function" or node in tangent or node in pinned or not _holds_tensors(node):
@@ -114,13 +113,6 @@ def _computed_again(joint: Joint) -> set[fx.Node]:
         ):
             found.add(node)
     return found
-
-
-def computed_forward(joint: Joint) -> set[fx.Node]:
-    """Return what the outputs of the forward pass are computed from, and them."""
-    tangent = joint.tangent()
-    outputs = (value for value, _ in outputs_with_descriptors(joint.graph) if isinstance(value, fx.Node))
-    return needed_for([node for node in outputs if node not in tangent], lambda arg, user: False)
 
 
 def _is_kept(node: fx.Node, forward: Container[fx.Node]) -> bool:
