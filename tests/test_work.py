@@ -57,6 +57,21 @@ def test_what_is_done_again(fields: dict[str, float], residuals: str) -> None:
     assert Report.from_dict(report.to_dict()) == report
 
 
+def test_what_must_be_exact_is_made_of_what_is() -> None:
+    """An exponential enlarges an error: its argument is computed again from the input, which is exact, alone."""
+
+    class Growing(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = x + self.down(self.up(x).exp())
+            return y
+
+    model = nn.Sequential(*(Growing() for _ in range(LAYERS)))
+    for residuals, layers in (("exact", LAYERS), ("balanced", 1)):
+        policy = Policy(ratio=1.0, product="exact", residuals=residuals, recompute_products=1.0)  # type: ignore[arg-type]
+        report = explained(model, torch.randn(ROWS, FEATURES), policy)
+        assert report.work_again == layers * ROWS * FEATURES * WIDE
+
+
 def test_checkpoints_of_the_program() -> None:
     class Checkpointed(Gated):
         def forward(self, x: Tensor) -> Tensor:

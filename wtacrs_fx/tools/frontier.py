@@ -113,7 +113,8 @@ def frontier(
         layers: (Loss(model) if "labels" in inputs else model, inputs)
         for layers, (model, inputs) in made.items()
     }
-    ways = ({}, {"recompute_products": 1.0}, {"recompute_products": 1.0, "recompute": 1.0})
+    products_again = {"recompute_products": 1.0}
+    ways: tuple[dict[str, float], ...] = ({}, products_again, {**products_again, "recompute": 1.0})
     found = []
     for number, fields in enumerate(ways):
         found.append(saved_lines(models.__getitem__, dataclasses.replace(policy, **fields), (2, 3)))

@@ -99,20 +99,25 @@ def _work(product: fx.Node) -> float:
     return length / int(product.meta["val"].element_size())
 
 
-def sums_handed_on(layers: Iterable[Sequence[fx.Node]], forward: Container[fx.Node]) -> set[fx.Node]:
-    """Return what layers hand on, before what they do to it alone: a norm, for example.
+def sums_handed_on(
+    layers: Iterable[Sequence[fx.Node]],
+    forward: Container[fx.Node],
+    roots: Mapping[fx.Node, fx.Node | None],
+) -> set[fx.Node]:
+    """Return what layers hand on, before what they do to it alone: a norm, an activation.
 
     What is computed again from these begins in no other layer.
 
     Args:
         forward: what the outputs of the forward pass are computed from.
+        roots: see :func:`analyse.functions.unary_roots`.
     """
     found: set[fx.Node] = set()
     for layer in layers:
         members = set(layer)
         for node in layer:
             if any(user in forward or user.op == "output" for user in node.users.keys() - members):
-                found.add(_source(node, members))
+                found.add(_source(node, members, roots))
     return found
 
 
@@ -120,16 +125,19 @@ _SMALL = 8
 """What has so many times fewer bytes than what is computed from it is a statistic of a norm, or a weight."""
 
 
-def _source(node: fx.Node, layer: Set[fx.Node]) -> fx.Node:
+def _source(node: fx.Node, layer: Set[fx.Node], roots: Mapping[fx.Node, fx.Node | None]) -> fx.Node:
     """Return what in a layer a node is computed from, as far as that is one tensor of about its size."""
     while is_derivable(node):
         size = bytes_of_example(node)
-        large = [
-            arg for arg in tensor_operands(node) if arg in layer and _SMALL * bytes_of_example(arg) > size
-        ]
-        if len(large) != 1:
+        large = {
+            roots[arg] or arg
+            for arg in tensor_operands(node)
+            if arg in layer and _SMALL * bytes_of_example(arg) > size
+        }
+        source = large.pop() if len(large) == 1 else node
+        if source is node or source not in layer:
             break
-        node = large[0]
+        node = source
     return node
 
 

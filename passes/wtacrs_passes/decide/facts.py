@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, fx
 
@@ -74,7 +74,7 @@ class Facts:
         self.residuals = [node for node in self.readers.of if not self.is_at_hand(node)]
         self.attention, self.again = self._attention(graph)
         self.statistics = _statistics(graph)
-        self.repeated, self.handed_on = _repeated(joint)
+        self.repeated, self.handed_on = _repeated(joint, self.roots)
         self.is_part = bool(graph.find_nodes(op="call_function", target=ops.receive))
 
     def is_at_hand(self, node: fx.Node) -> bool:
@@ -140,7 +140,9 @@ class Facts:
         return attention, again
 
 
-def _repeated(joint: Joint) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
+def _repeated(
+    joint: Joint, roots: Mapping[fx.Node, fx.Node | None]
+) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
     """Return what the attributes `repeated` and `handed_on` hold."""
     if not joint.policy.recompute_products:
         return frozenset(), frozenset()
@@ -148,7 +150,7 @@ def _repeated(joint: Joint) -> tuple[frozenset[fx.Node], frozenset[fx.Node]]:
     products = products_of(layers)
     repeated = frozenset(products[: number_of_products(joint.policy.recompute_products, len(products))])
     of = [layer for layer in layers if not repeated.isdisjoint(layer)]
-    return repeated, frozenset(sums_handed_on(of, joint.forward()))
+    return repeated, frozenset(sums_handed_on(of, joint.forward(), roots))
 
 
 def number_of_products(share: float, products: int) -> int:
