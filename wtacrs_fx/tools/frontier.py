@@ -113,11 +113,11 @@ def frontier(
         layers: (Loss(model) if "labels" in inputs else model, inputs)
         for layers, (model, inputs) in made.items()
     }
-    products_again = {"recompute_products": 1.0}
-    ways: tuple[dict[str, float], ...] = ({}, products_again, {**products_again, "recompute": 1.0})
+    products_again = dataclasses.replace(policy, recompute_products=1.0)
+    ways = policy, products_again, dataclasses.replace(products_again, recompute=1.0)
     found = []
-    for number, fields in enumerate(ways):
-        found.append(saved_lines(models.__getitem__, dataclasses.replace(policy, **fields), (2, 3)))
+    for number, way in enumerate(ways):
+        found.append(saved_lines(models.__getitem__, way, (2, 3)))
         progress("traced", number + 1, len(ways))
     parameters = Line.through(count_parameters(models[2][0]), count_parameters(models[3][0]), (2, 3))
     words = int(getattr(config, "vocab_size", 0)) * int(config.hidden_size)

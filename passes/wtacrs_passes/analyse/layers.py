@@ -12,7 +12,7 @@ from torch import fx
 
 from ..graph.edit import bytes_of_example
 from ..graph.names import path_from_source
-from ..graph.operations import GEMMS, VIEWS, aten, is_again, is_derivable, tensor_operands
+from ..graph.operations import VIEWS, aten, is_again, is_derivable, tensor_operands
 from ..graph.torch_api import hint, invoke_subgraph
 
 
@@ -80,14 +80,12 @@ def first_half(layer: Sequence[fx.Node]) -> list[fx.Node]:
     return list(layer[: min(places, key=lambda i: (handed[i], abs(made[i] - made[-1] / 2)))])
 
 
-_SECOND: dict[Any, int] = {
-    **dict.fromkeys(GEMMS, 1), aten.convolution.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2,
-}  # fmt: skip
-"""Products of matrices, and convolutions, with the position of their second factor."""
+_SECOND: dict[Any, int] = {aten.mm.default: 1, aten.addmm.default: 2, aten.convolution.default: 1}
+"""Products with a weight, and its position. What those of attention are made of takes more bytes than they do."""
 
 
 def products_of(layers: Iterable[Sequence[fx.Node]]) -> list[fx.Node]:
-    """Return the products: those of the fewest multiplications for a byte of their result first, else as they come."""
+    """Return the products with weights: those of the fewest multiplications for a byte first, else as they come."""
     return sorted((node for layer in layers for node in layer if node.target in _SECOND), key=_work)
 
 
@@ -101,22 +99,27 @@ def _work(product: fx.Node) -> float:
 
 def sums_handed_on(
     layers: Iterable[Sequence[fx.Node]],
+    products: Container[fx.Node],
     forward: Container[fx.Node],
     roots: Mapping[fx.Node, fx.Node | None],
 ) -> set[fx.Node]:
-    """Return what layers hand on, before what they do to it alone: a norm, an activation.
+    """Return what layers make of products and hand on, before what they do to it alone: a norm, an activation.
 
-    What is computed again from these begins in no other layer.
+    Products computed again from these begin in no other layer.
 
     Args:
+        products: those that may be computed again.
         forward: what the outputs of the forward pass are computed from.
         roots: see :func:`analyse.functions.unary_roots`.
     """
     found: set[fx.Node] = set()
     for layer in layers:
-        members = set(layer)
+        members, made = set(layer), set[fx.Node]()
         for node in layer:
-            if any(user in forward or user.op == "output" for user in node.users.keys() - members):
+            if node in products or any(arg in made for arg in node.all_input_nodes):
+                made.add(node)
+            others = (user in forward or user.op == "output" for user in node.users.keys() - members)
+            if node in made and any(others):
                 found.add(_source(node, members, roots))
     return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx
 
 from ..analyse.functions import Shape, is_float, shape
@@ -61,6 +63,8 @@ class Derivations:
         if node in self.facts.handed_on or not (repeats or is_derivable(node)):
             return None
         operands, root = tuple(tensor_operands(node)), self.facts.roots[node]
+        if repeats and node.target is operator.getitem:
+            operands = tuple(tensor_operands(operands[0]))
         if all(operand in self._exactness.known for operand in operands):
             return operands
         if repeats:

@@ -17,6 +17,7 @@ from ..graph.operations import (
     ATTENTION_BACKWARD,
     FORMS,
     GATHERS,
+    PARTS,
     TAKES_ANY_LOG_SUM_EXP,
     VIEWS,
     aten,
@@ -55,7 +56,7 @@ class Facts:
         again: outputs and log-sum-exps that the backward pass computes again, with the attention; those of the others
             are stored.
         statistics: what is small beside what it summarises.
-        repeated: products of matrices that the backward pass may compute again.
+        repeated: products of matrices that the backward pass may compute again, and parts of them.
         handed_on: what is stored of a layer with such products, so that none begins in another layer.
         is_part: the graph is one of several of a step: a layer's, or of a region that is called for each.
     """
@@ -149,8 +150,25 @@ def _repeated(
     layers = repeated_layers(joint.graph, joint.tangent())
     products = products_of(layers)
     repeated = frozenset(products[: number_of_products(joint.policy.recompute_products, len(products))])
-    of = [layer for layer in layers if not repeated.isdisjoint(layer)]
-    return repeated, frozenset(sums_handed_on(of, joint.forward(), roots))
+    parts = {
+        n for n in joint.graph.find_nodes(op="call_function", target=operator.getitem) if whole(n) in repeated
+    }
+    return repeated | parts, frozenset(sums_handed_on(layers, repeated, joint.forward(), roots))
+
+
+def whole(node: fx.Node) -> fx.Node:
+    """Return what a node is one of the parts of; else the node.
+
+    >>> graph = fx.Graph()
+    >>> product = graph.placeholder("product")
+    >>> parts = graph.call_function(aten.split.Tensor, (product, 2))
+    >>> whole(graph.call_function(operator.getitem, (parts, 1)))
+    product
+    """
+    several = node.args[0] if node.target is operator.getitem else None
+    if isinstance(several, fx.Node) and packet(several.target) in PARTS:
+        return content_of(several.all_input_nodes[0], VIEWS)
+    return node
 
 
 def number_of_products(share: float, products: int) -> int:

@@ -139,11 +139,9 @@ MIXING = ATTENTION | {
 }
 """Operations each of whose results is a sum over many operands, or an index: of one order of size."""
 
-SELECTIONS = {
-    aten.split,
-    aten.split_with_sizes,
-    aten.unbind,
-    aten.chunk,
+PARTS = {aten.split, aten.split_with_sizes, aten.unbind, aten.chunk}
+"""Operations whose results are parts of the operand."""
+SELECTIONS = PARTS | {
     aten.sort,
     aten.topk,
     aten.max,
