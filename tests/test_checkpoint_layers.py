@@ -170,6 +170,30 @@ def test_marked_layers_are_none_to_choose_from(policy: dict[str, Any]) -> None:
     assert not policy.get("recompute") or report.notes[-1].endswith("0 of 0 layers that are alike")
 
 
+class Fused(nn.Module):
+    """Queries, keys and values are parts of one product."""
+
+    def __init__(self, d: int = 64) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).split(x.shape[-1], -1)
+        heads = (each.unflatten(-1, (4, -1)).transpose(1, 2) for each in (q, k, v))
+        y = nn.functional.scaled_dot_product_attention(*heads)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_parts_of_a_product_are_computed_again() -> None:
+    model = nn.Sequential(*(Fused() for _ in range(3)), Squared()), torch.randn(4, 64, 64)
+    for policy in (EXACTLY, ENCODED):
+        plain, again = (explained(model, **policy, recompute_products=n) for n in (0.0, 1.0))
+        assert again.saved_bytes_after < 0.6 * plain.saved_bytes_after
+        assert again.work_again == 3 * 256 * 64 * 192
+        exact, found = train(model, Policy(**policy, recompute_products=1.0))
+        assert distance(found, exact) < (1e-12 if policy is EXACTLY else 1e-3)
+
+
 def test_checkpoints_of_the_program_are_as_it_says() -> None:
     class Checkpointed(Transformer):
         def forward(self, tokens: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,6 +97,21 @@ def test_what_layers_read_is_freed_and_counted(kind: str, precision: str) -> Non
     size = 4 * TOKENS * D * (4 if precision == "float32" else 2)
     assert report.saved_bytes_before >= size * (1 if kind == "block" else 2)  # what it reads, and GELU of it
     assert 0 < report.saved_bytes_after < (0.3 if precision == "float32" else 0.4) * report.saved_bytes_before
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_products_of_a_layer_alone_are_computed_again(precision: str) -> None:
+    model, dtype = Model("block"), PRECISIONS[precision]
+    exact, *_ = train(model, "inductor", dtype)
+    policies = ENCODED, dataclasses.replace(ENCODED, recompute_products=1.0)
+    reports = []
+    for policy in policies:
+        found, _, backend = train(model, policy, dtype)
+        assert 0 < distance(found, exact) < 3e-3
+        reports += backend.reports
+    plain, again = reports
+    assert again.saved_bytes_after < 0.6 * plain.saved_bytes_after and not plain.work_again
+    assert 0.3 < again.work_again / again.work < 0.8
 
 
 def test_exact_is_exact_bit_for_bit() -> None:

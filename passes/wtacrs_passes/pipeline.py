@@ -16,7 +16,7 @@ from torch import fx
 
 from .account import make_report
 from .analyse.annotations import Annotations, erase_markers, take_annotations
-from .analyse.layers import products_of, repeated_layers
+from .analyse.layers import layers_of, products_of, repeated_layers
 from .analyse.peaks import Waiting, predict_peak, waiting
 from .analyse.products import Analysis, find_products
 from .analyse.work import computed_again, multiplications
@@ -221,8 +221,9 @@ def rewrite_and_partition(
                 refused.append(f"{name}: {compared_peaks(before.peak, after.peak)}")
             return _Attempt(policy, milder, joint, after, tuple(refused))
 
-        layers = repeated_layers(gm.graph, tangent_cone(gm.graph))
-        steps = _Steps(len(layers), len(products_of(layers)))
+        tangent = tangent_cone(gm.graph)
+        products = products_of(layers_of(gm.graph, tangent))
+        steps = _Steps(len(repeated_layers(gm.graph, tangent)), len(products))
         asked = target_of(policy, gm.graph)
         target = target or asked
         done = _within(policy, target, attempt, steps)
@@ -342,7 +343,7 @@ def _recomputed(policy: Policy, steps: _Steps) -> tuple[str, ...]:
     if policy.recompute:
         halves = number_of_halves(policy.recompute, steps.layers)
         again.append(f"{halves / 2:g} of {steps.layers} layers that are alike")
-    if policy.recompute_products:
+    if policy.recompute_products and steps.products:
         products = number_of_products(policy.recompute_products, steps.products)
         again.append(
             f"{products} of {steps.products} products in layers that are alike, as far as it reads them"

@@ -335,7 +335,7 @@ def _index(item: fx.Node) -> int:
 def with_regions(report: Report, gm: fx.GraphModule, table: Mapping[int, NamedInput]) -> Report:
     """Return the report of a graph with those of the regions that it calls, once for each call."""
     sites, residuals, losses, inputs = list[Any](), list[Any](), list[Any](), list[Any]()
-    refused = list(report.refused)
+    refused, notes, work, again = list(report.refused), list(report.notes), report.work, report.work_again
     before, after = report.saved_bytes_before, report.saved_bytes_after
     seen: dict[int, int] = {}
     for _, body, region in _calls(gm):
@@ -350,6 +350,8 @@ def with_regions(report: Report, gm: fx.GraphModule, table: Mapping[int, NamedIn
         losses += [dataclasses.replace(loss, module=rename(loss.module)) for loss in region.report.losses]
         inputs += [dataclasses.replace(e, module=rename(e.module)) for e in region.report.input_gradients]
         refused += [each for each in region.report.refused if each not in refused]
+        notes += [each for each in region.report.notes if each not in notes]
+        work, again = work + region.report.work, again + region.report.work_again
         before = _add(before, region.report.saved_bytes_before)
         after = _add(after, region.report.saved_bytes_after)
     if not seen:
@@ -361,6 +363,9 @@ def with_regions(report: Report, gm: fx.GraphModule, table: Mapping[int, NamedIn
         residuals=(*residuals, *report.residuals),
         losses=(*losses, *report.losses),
         refused=tuple(refused),
+        notes=tuple(notes),
+        work=work,
+        work_again=again,
         input_gradients=(*inputs, *report.input_gradients),
         saved_bytes_before=before,
         saved_bytes_after=after,

@@ -14,6 +14,7 @@ from ..graph.edit import bytes_of_example
 from ..graph.names import path_from_source
 from ..graph.operations import VIEWS, aten, is_again, is_derivable, tensor_operands
 from ..graph.torch_api import hint, invoke_subgraph
+from ..maths import ops
 
 
 def repeated_layers(graph: fx.Graph, tangent: Set[fx.Node]) -> list[list[fx.Node]]:
@@ -47,6 +48,14 @@ def repeated_layers(graph: fx.Graph, tangent: Set[fx.Node]) -> list[list[fx.Node
         if node in of:
             layers.setdefault(of[node], []).append(node)
     return [layer for layer in layers.values() if all(node.target is not invoke_subgraph for node in layer)]
+
+
+def layers_of(graph: fx.Graph, tangent: Set[fx.Node]) -> list[list[fx.Node]]:
+    """Return the layers that are alike, or the one that a graph is: where another one hands it an activation."""
+    layers = repeated_layers(graph, tangent)
+    if layers or not graph.find_nodes(op="call_function", target=ops.receive):
+        return layers
+    return [[n for n in graph.nodes if n.op == "call_function" and n not in tangent and not is_again(n)]]
 
 
 _MIDDLE = 0.2, 0.8

@@ -21,7 +21,7 @@ from ..graph.operations import (
     same_content,
     tensor_operands,
 )
-from .facts import Facts
+from .facts import Facts, whole
 
 _EXCLUDED = "excluded by the policy"
 _WIDE = "in float32 it would take more memory than all else that is stored"
@@ -102,7 +102,7 @@ class Exactness:
         return reader in self.facts.tangent and bool(self.facts.readers.reason(again, reader))
 
     def _refuse(self, node: fx.Node, reason: str) -> None:
-        """Refuse a node and what it is derived from: through views, and functions of one tensor that may be stored.
+        """Refuse a node and what it is derived from: through views, functions of one tensor and parts of one.
 
         Of a sum of two the other is needed as well: the residual stream does not become exact for one that reads it.
         """
@@ -115,6 +115,8 @@ class Exactness:
             root = self.facts.roots[node]
             if root is not None and root is not node:
                 stack.append(root)
+            if node in self.facts.repeated:
+                stack.append(whole(node))
             moves = node.target in FORMS | GATHERS
             sources = [operand for operand in tensor_operands(node) if not self._is_small(operand)]
             if is_derivable(node) and (moves or (reason in (_EXCLUDED, _WIDE) and len(sources) == 1)):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, fx
 
 from ..analyse.functions import Unary, is_float, unary_function, unary_roots
-from ..analyse.layers import products_of, repeated_layers, sums_handed_on
+from ..analyse.layers import layers_of, products_of, sums_handed_on
 from ..analyse.ranges import Ranges
 from ..analyse.readers import Readers
 from ..graph.names import module_path, static_inputs
@@ -147,7 +147,7 @@ def _repeated(
     """Return what the attributes `repeated` and `handed_on` hold."""
     if not joint.policy.recompute_products:
         return frozenset(), frozenset()
-    layers = repeated_layers(joint.graph, joint.tangent())
+    layers = layers_of(joint.graph, joint.tangent())
     products = products_of(layers)
     repeated = frozenset(products[: number_of_products(joint.policy.recompute_products, len(products))])
     parts = {
