@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import RowsOnly, Transformer, z_scores
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -237,6 +238,20 @@ def fsdp() -> dict[str, Any]:
     found["bytes"] = measured, wtacrs_fx.reports()[0].saved_bytes_after
     found["graphs"] = len(wtacrs_fx.reports())
     found["losses"] = {name: train("fsdp", name, range(6)) for name in POLICIES}
+    found["checkpointed"] = checkpointed(tokens, exact)
+    return found
+
+
+def checkpointed(tokens: Tensor, exact: Tensor) -> list[tuple[float, int]]:
+    """Return squared errors of the gradient, beside its square, and bytes of a block, without and with checkpoints."""
+    found = []
+    for wrap in (lambda layer: layer, checkpoint_wrapper):
+        model, _ = transformer()
+        model.layers = nn.ModuleList(map(wrap, model.layers))
+        shard_blocks(model, Policy(ratio=1.0, product="exact"))
+        gradients = gradient(model, model, shard(tokens))
+        error = float((gradients - exact).square().sum() / exact.square().sum())
+        found.append((error, wtacrs_fx.reports()[-1].saved_bytes_after))
     return found
 
 

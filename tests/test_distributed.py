@@ -146,6 +146,14 @@ def test_saved_bytes_of_a_sharded_block(ranks: Callable) -> None:
         assert found["graphs"] == 2
 
 
+def test_sharded_blocks_in_checkpoint_wrappers(ranks: Callable) -> None:
+    """What a block reads is stored in 8 bits, and the block computed again from that."""
+    for found in ranks("fsdp"):
+        (error, size), (error_again, size_again) = found["checkpointed"]
+        assert 0 < error < 1e-3 and 0 < error_again < 1e-3
+        assert 0 < size_again < 0.3 * size
+
+
 def test_saved_bytes_of_buckets(ranks: Callable) -> None:
     """What enters a bucket from another one is counted where it is saved."""
     for found in ranks("ddp"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from aot import REFERENCE, Variants, distance, small_tensors
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import wtacrs_fx
 from wtacrs_fx import (
@@ -91,6 +92,23 @@ def test_of_one_module_it_is_the_error_of_a_step(model: Block) -> None:
     [alone] = sensitivity(model, batch(), Policy(rules=rules, include=("?*",))).modules
     measured = errors_of_steps(model, batch(), policies)
     assert alone.errors == pytest.approx([measured[mode] for mode in MODES], rel=1e-3)
+
+
+def test_of_what_a_checkpoint_keeps() -> None:
+    class Checkpointed(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            loss: Tensor = checkpoint(super().forward, self.first(x), use_reentrant=False)
+            return loss
+
+    model = Checkpointed()
+    [kept] = sensitivity(model, batch()).modules
+    assert kept.module == "first"
+    measured = errors_of_steps(model, batch(), {mode: Policy(ratio=1.0, residuals=mode) for mode in MODES})
+    assert kept.errors == pytest.approx([measured[mode] for mode in MODES], rel=1e-3)
 
 
 def test_under_autocast_and_in_16_bits(model: Block, found: Sensitivity) -> None:
