@@ -5,8 +5,9 @@
     python -m bench.memory_target --rounds 0      # peaks only, which do not depend on what else runs
     python -m bench.memory_target --quick         # tiny sizes: does it run? keeps no rows
 
-Each target lies between what the code holds with no layer and with all layers computed again. Ratios: measured over
-asked; of step times, to Inductor's default in the same run.
+Each target lies between what the code holds with nothing and with all products and layers computed again. Ratios:
+measured over asked; of bytes, peaks and step times, to Inductor's default in the same run, beside its budgets and
+checkpointing.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from typing import Annotated, Any
 import typer
 
 import wtacrs_fx
-from bench.harness import BASELINE, Row, record, summarise, to_rows
+from bench.frontier import CHECKPOINTING, make_step
+from bench.harness import BASELINE, Row, compare, record, to_rows
 from bench.models import PRECISIONS, Shape, build
 from wtacrs_fx import Policy
 from wtacrs_fx.backend import Backend
-from wtacrs_fx.tools.steps import Step, inductor, measure_steps
+from wtacrs_fx.tools.steps import Step
 from wtacrs_passes.report import MIB
 
 MODELS = {"llama-lm": "autocast", "llama": "bfloat16", "bert": "autocast", "gpt2": "float32"}
+INDUCTOR = (BASELINE, "inductor budget 0.7", "inductor budget 0.5", CHECKPOINTING)
 SHARES = (0.25, 0.5, 0.75)
 """Places of the targets between the lowest and the highest peak."""
 _NO_TARGET = 2**60
@@ -31,24 +34,26 @@ _NO_TARGET = 2**60
 
 
 def measure(name: str, shape: Shape, precision: str, rounds: int) -> list[Row]:
-    """Return measured peaks over the targets, and step times."""
+    """Return measured peaks over the targets; bytes, peaks and step times beside all that Inductor offers."""
     model, inputs = build(name, shape, precision)
-    high, low = (
-        _peak(Step(model, inputs, _ours(recompute=share, memory=_NO_TARGET))) for share in (0.0, 1.0)
+    again: tuple[dict[str, float], ...] = (
+        {},
+        {"recompute_products": 1.0},
+        {"recompute_products": 1.0, "recompute": 1.0},
     )
+    peaks = [_peak(Step(model, inputs, _ours(memory=_NO_TARGET, **fields))) for fields in again]
+    high, low = max(peaks), min(peaks)
     targets = {f"target {share:.2f}": round(low + share * (high - low)) for share in SHARES}
-    steps = {BASELINE: Step(model, inputs, inductor())} if rounds else {}
+    others = INDUCTOR if rounds else (BASELINE,)
+    steps = {variant: make_step(name, shape, precision, variant, "cpu") for variant in others}
     for variant, target in targets.items():
         steps[variant] = Step(model, inputs, _ours(memory=target))
         print(name, variant, *steps[variant].reports[-1].notes, sep="; ", flush=True)
-    measured = measure_steps(steps, rounds)
-    found: dict[str, list[tuple[str, str, dict[str, float]]]] = {}
+    found = compare(steps, rounds)
     for variant, target in targets.items():
-        peak = measured[variant].peak
-        found[variant] = [("measured over asked", "MiB", {"value": peak / MIB, "ratio": peak / target})]
-        if rounds:
-            seconds = summarise(measured[variant].seconds, measured[BASELINE].seconds)
-            found[variant].append(("step time", "s", seconds))
+        [peak] = (figures["value"] for metric, _, figures in found[variant] if metric == "peak")
+        over = {"value": peak, "ratio": peak * MIB / target}
+        found[variant].append(("measured over asked", "MiB", over))
     return to_rows("memory_target", name, shape, precision, found)
 
 
