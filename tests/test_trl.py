@@ -1,0 +1,66 @@
+"""TRL's `SFTTrainer` as it comes: it checkpoints every layer, and computes a loss of its own from the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from wtacrs_fx import Policy
+from wtacrs_fx.integrations.transformers import enable
+
+trl = pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+WORDS, TOKENS, STEPS = 500, 64, 4
+
+
+def samples() -> Iterator[dict[str, list[int]]]:
+    numbers = torch.Generator().manual_seed(0)
+    for _ in range(64):
+        yield {"input_ids": torch.randint(50, (TOKENS,), generator=numbers).tolist()}
+
+
+def train(folder: Path, policy: Policy | None) -> list[dict[str, Any]]:
+    """Return the logs of a few steps in bfloat16."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    words = {"[PAD]": 0, "[EOS]": 1, **{f"w{i}": i for i in range(2, WORDS)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="[PAD]")), pad_token="[PAD]", eos_token="[EOS]"
+    )
+    sizes = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=WORDS, num_hidden_layers=3, head_dim=16, **sizes))
+    arguments = trl.SFTConfig(
+        folder,
+        max_steps=STEPS,
+        logging_steps=1,
+        learning_rate=1e-2,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    assert arguments.gradient_checkpointing
+    data = datasets.IterableDataset.from_generator(samples)
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+    if policy is not None:
+        enable(trainer, policy)
+    trainer.train()
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_same_losses_with_fewer_bytes(tmp_path: Path) -> None:
+    eager, ours = (train(tmp_path, policy) for policy in (None, Policy(ratio=1.0)))
+    losses, expected = ([entry["loss"] for entry in entries] for entries in (ours, eager))
+    assert expected[-1] < 0.9 * expected[0]
+    assert losses == pytest.approx(expected, rel=3e-3)
+    assert ours[-1]["wtacrs/saved_ratio"] < 0.4  # of PyTorch's checkpoints, all graphs together
