@@ -10,6 +10,7 @@ measured sensitivity.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -35,6 +36,9 @@ MIXTURES = {
     "int4, int8 before functions": Mode("int4", "int8", 3, attends_twice=False),
     "int4": Mode("int4", "int4", 2),
 }
+
+AGAIN = ("int8", "int6", "int4")
+"""Mixtures of which products of layers are made again."""
 
 FITTED = (0.01, 0.003, 0.0006)
 """Errors for which bits are chosen by measured sensitivity."""
@@ -107,7 +111,9 @@ def main(
         rows.append(describe("minibatch noise", "relative squared error", "1", value=noise))
         exactly, default = Policy(residuals="balanced", ratio=1.0), MODES["balanced"]
         fitted: Sensitivity | None = None
+        again = dataclasses.replace(exactly, recompute_products=1.0)
         policies = {f"{name}, ratio 1": (exactly, mixture) for name, mixture in MIXTURES.items()}
+        policies |= {f"{name}, products again, ratio 1": (again, MIXTURES[name]) for name in AGAIN}
         for name in ("exact", "balanced", "small"):
             policies[f"{name}, ratio 0.3"] = (
                 Policy(ratio=0.3, residuals=name, placement="backward"),

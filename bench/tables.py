@@ -184,6 +184,7 @@ _INDUCTOR = {
 }
 _HEADLINE = _INDUCTOR | {
     BUDGET: "**wtacrs**, default policy",
+    f"{BUDGET}, products again": "**wtacrs**, `recompute_products=1.0`: products of layers again",
     f"{BUDGET}, checkpointing": "**wtacrs**, default policy, checkpointing",
     "wtacrs": "**wtacrs**, `ratio=0.3`: a third of the rows",
     "wtacrs, all rows": "**wtacrs**, `ratio=1.0`: all rows",
