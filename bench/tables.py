@@ -327,7 +327,7 @@ TABLES: dict[str, Table] = {
     "memory-target-steps": Table(
         "memory_target",
         "",
-        lambda row: row.metric in ("peak", "step time"),
+        lambda row: row.metric in ("peak", "step time") and row.variant.startswith(("inductor", *_TARGETS)),
         _variant,
         lambda row: f"{row.model}, {row.dtype}: {row.metric}",
         _ratio,
