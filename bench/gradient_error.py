@@ -37,9 +37,6 @@ MIXTURES = {
     "int4": Mode("int4", "int4", 2),
 }
 
-AGAIN = ("int8", "int6", "int4")
-"""Mixtures of which products of layers are made again."""
-
 FITTED = (0.01, 0.003, 0.0006)
 """Errors for which bits are chosen by measured sensitivity."""
 
@@ -113,7 +110,10 @@ def main(
         fitted: Sensitivity | None = None
         again = dataclasses.replace(exactly, recompute_products=1.0)
         policies = {f"{name}, ratio 1": (exactly, mixture) for name, mixture in MIXTURES.items()}
-        policies |= {f"{name}, products again, ratio 1": (again, MIXTURES[name]) for name in AGAIN}
+        policies |= {
+            f"{name}, products again, ratio 1": (dataclasses.replace(again, residuals=name), default)
+            for name in ("fine", "balanced", "small")
+        }
         for name in ("exact", "balanced", "small"):
             policies[f"{name}, ratio 0.3"] = (
                 Policy(ratio=0.3, residuals=name, placement="backward"),
