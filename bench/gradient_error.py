@@ -10,7 +10,6 @@ measured sensitivity.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -108,10 +107,12 @@ def main(
         rows.append(describe("minibatch noise", "relative squared error", "1", value=noise))
         exactly, default = Policy(residuals="balanced", ratio=1.0), MODES["balanced"]
         fitted: Sensitivity | None = None
-        again = dataclasses.replace(exactly, recompute_products=1.0)
         policies = {f"{name}, ratio 1": (exactly, mixture) for name, mixture in MIXTURES.items()}
         policies |= {
-            f"{name}, products again, ratio 1": (dataclasses.replace(again, residuals=name), default)
+            f"{name}, products again, ratio 1": (
+                Policy(residuals=name, ratio=1.0, recompute_products=1.0),
+                default,
+            )
             for name in ("fine", "balanced", "small")
         }
         for name in ("exact", "balanced", "small"):

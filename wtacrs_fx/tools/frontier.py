@@ -132,11 +132,8 @@ def frontier(
         work = 1 + share * again / depth / 3  # a forward pass is a third of a step
         return Point(name, saved, work, max(0, int((memory - state) // saved)))
 
-    inductor = found[0][0][INDUCTOR](depth)
-    points = [
-        Point(INDUCTOR, inductor, 1.0, max(0, int((memory - state) // inductor))),
-        point(WTACRS, plain, plain, 0),
-    ]
+    inductor = _Way(found[0][0][INDUCTOR], 0.0)
+    points = [point(INDUCTOR, inductor, inductor, 0), point(WTACRS, plain, plain, 0)]
     for what, before, after in (("products of ", plain, products), ("", products, whole)):
         for layers in dict.fromkeys(depth * part // _PARTS for part in range(1, _PARTS + 1)):
             if layers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from itertools import accumulate
@@ -13,8 +12,9 @@ from torch import fx
 from ..graph.edit import bytes_of_example
 from ..graph.names import path_from_source
 from ..graph.operations import VIEWS, aten, is_again, is_derivable, tensor_operands
-from ..graph.torch_api import hint, invoke_subgraph
+from ..graph.torch_api import invoke_subgraph
 from ..maths import ops
+from .work import multiplications
 
 
 def repeated_layers(graph: fx.Graph, tangent: Set[fx.Node]) -> list[list[fx.Node]]:
@@ -89,21 +89,14 @@ def first_half(layer: Sequence[fx.Node]) -> list[fx.Node]:
     return list(layer[: min(places, key=lambda i: (handed[i], abs(made[i] - made[-1] / 2)))])
 
 
-_SECOND: dict[Any, int] = {aten.mm.default: 1, aten.addmm.default: 2, aten.convolution.default: 1}
-"""Products with a weight, and its position. What those of attention are made of takes more bytes than they do."""
+_WITH_WEIGHTS = {aten.mm.default, aten.addmm.default, aten.convolution.default}
+"""Products of a value and a weight. What those of attention are made of takes more bytes than they do."""
 
 
 def products_of(layers: Iterable[Sequence[fx.Node]]) -> list[fx.Node]:
     """Return the products with weights: those of the fewest multiplications for a byte first, else as they come."""
-    return sorted((node for layer in layers for node in layer if node.target in _SECOND), key=_work)
-
-
-def _work(product: fx.Node) -> float:
-    """Return the multiplications for a byte of a product's result."""
-    factor: Any = product.args[_SECOND[product.target]]
-    shape = [hint(size) for size in factor.meta["val"].shape]
-    length = math.prod(shape[1:]) if product.target is aten.convolution.default else shape[-2]
-    return length / int(product.meta["val"].element_size())
+    products = (node for layer in layers for node in layer if node.target in _WITH_WEIGHTS)
+    return sorted(products, key=lambda node: multiplications([node]) / max(bytes_of_example(node), 1))
 
 
 def sums_handed_on(
