@@ -4,27 +4,39 @@
     python -m bench.frontier --precision autocast
     python -m bench.frontier --draw              # the picture and the verdict again, from the rows
 
-For each of Inductor's ways to save memory the verdict names a policy with no more bytes and no more time.
+For each of Inductor's ways to save memory the verdict names a policy with no more bytes, no higher peak and no more
+time.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
 import typer
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from bench.harness import BASELINE, RESULTS, VARIANTS, Row, compare, read, record, to_rows
+from bench.harness import BASELINE, BUDGET, RESULTS, VARIANTS, Row, compare, read, record, settle, to_rows
 from bench.models import PRECISIONS, TINY, Shape, build
 from wtacrs_fx.tools.steps import Step
 
 CHECKPOINTING = "inductor, checkpointing"
-INDUCTOR = (BASELINE, *(f"inductor budget {budget}" for budget in (0.9, 0.7, 0.5, 0.3)), CHECKPOINTING)
+SELECTIVE = "inductor, selective checkpointing"
+INDUCTOR = (
+    BASELINE,
+    *(f"inductor budget {budget}" for budget in (0.9, 0.7, 0.5, 0.3, 0.1)),
+    CHECKPOINTING,
+    SELECTIVE,
+)
 POLICIES = (
+    BUDGET,
+    f"{BUDGET}, products again",
+    f"{BUDGET}, checkpointing",
     "wtacrs 0.3 balanced, checkpointing",
     "wtacrs 0.3 small, checkpointing",
     "wtacrs 0.3 products again",
@@ -36,23 +48,40 @@ POLICIES = (
     "wtacrs 0.3 small",
     "wtacrs 0.1 small",
 )
-Point = tuple[float, float]  # saved bytes and step time, as ratios to Inductor
+aten = torch.ops.aten
+PRODUCTS = [aten.mm.default, aten.addmm.default, aten.bmm.default]  # what selective checkpointing keeps
+
+
+class Point(NamedTuple):
+    """What a variant needs, as ratios to Inductor."""
+
+    saved: float
+    peak: float
+    time: float
+
+    def beats(self, other: Point) -> bool:
+        """Tell whether this is no worse in anything."""
+        return all(mine <= its for mine, its in zip(self, other, strict=True))
 
 
 def make_step(name: str, shape: Shape, precision: str, variant: str, device: str) -> Step:
-    """Return a compiled step; checkpointing recomputes each layer from its input."""
+    """Return a compiled step; checkpointing recomputes each layer from its input, selectively all but its products."""
     model, inputs = build(name, shape, precision, device)
-    plain = variant.removesuffix(", checkpointing")
+    plain = variant.removesuffix(", checkpointing").removesuffix(", selective checkpointing")
     if plain != variant:
-        checkpoint(model)
-    return Step(model, inputs, VARIANTS[plain]())
+        checkpoint(model, selective=variant == SELECTIVE)
+    step = Step(model, inputs, VARIANTS[plain]())
+    if variant.startswith(BUDGET):
+        settle(step)
+    return step
 
 
-def checkpoint(model: nn.Module) -> None:
-    """Let each layer be computed again from its input."""
+def checkpoint(model: nn.Module, selective: bool = False) -> None:
+    """Let each layer be computed again from its input, or from that and its products."""
     network: Any = next(part for part in model.modules() if hasattr(part, "gradient_checkpointing_enable"))
     network.config.use_cache = False
-    network.gradient_checkpointing_enable({"use_reentrant": False})
+    keep = {"context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS)} if selective else {}
+    network.gradient_checkpointing_enable({"use_reentrant": False, **keep})
 
 
 def measure(name: str, shape: Shape, precision: str, device: str, rounds: int) -> list[Row]:
@@ -70,23 +99,34 @@ def points(rows: list[Row]) -> dict[str, Point]:
     for row in rows:
         assert row.ratio is not None
         found.setdefault(row.variant, {})[row.metric] = row.ratio
-    return {variant: (figures["saved"], figures["step time"]) for variant, figures in found.items()}
+    return {
+        variant: Point(figures["saved"], figures["peak"], figures["step time"])
+        for variant, figures in found.items()
+    }
 
 
 def verdict(found: dict[str, Point]) -> dict[str, str | None]:
-    """Return for each of Inductor's ways the fastest policy with no more bytes and no more time."""
-    chosen: dict[str, str | None] = {}
-    for variant in INDUCTOR:
-        saved, time = found[variant]
-        better = [name for name in POLICIES if found[name][0] <= saved and found[name][1] <= time]
-        chosen[variant] = min(better, key=lambda name: found[name][1], default=None)
-    return chosen
+    """Return for each of Inductor's ways the fastest policy with no more bytes, no higher peak and no more time."""
+    return {
+        variant: min(
+            (name for name in POLICIES if name in found and found[name].beats(found[variant])),
+            key=lambda name: found[name].time,
+            default=None,
+        )
+        for variant in INDUCTOR
+        if variant in found
+    }
+
+
+def _figures(point: Point) -> str:
+    return "(saved {:.2f}, peak {:.2f}, time {:.2f})".format(*point)
 
 
 def draw(by_model: dict[str, dict[str, Point]], precision: str) -> None:
     """Draw bytes against time for each model."""
     series = {
         "Inductor: memory budgets, checkpointing": (INDUCTOR, "s-", "#0072B2", 6),
+        BUDGET: (tuple(p for p in POLICIES if p.startswith(BUDGET)), "D-", "#CC79A7", -11),
         "wtacrs, 0.3 of the rows": (tuple(p for p in POLICIES if " 0.3 " in p), "o-", "#D55E00", 6),
         "wtacrs, 0.1 of the rows": (tuple(p for p in POLICIES if " 0.1 " in p), "^-", "#009E73", -11),
     }
@@ -95,12 +135,19 @@ def draw(by_model: dict[str, dict[str, Point]], precision: str) -> None:
         1, len(by_model), figsize=(width, 4.5), layout="constrained", squeeze=False, sharey=True
     )
     for axes, (name, found) in zip(panels[0], by_model.items(), strict=True):
-        for label, (variants, style, color, above) in series.items():
-            axes.plot(*zip(*sorted(found[v] for v in variants), strict=True), style, color=color, label=label)
-            names: dict[Point, list[str]] = {}  # points that lie on each other share a label
-            for variant in sorted(variants, key=lambda name: -found[name][1]):
-                short = re.sub(r"^(inductor,? (budget )?|wtacrs [\d.]+ )", "", variant)
-                saved, time = found[variant]
+        for label, (wanted, style, color, above) in series.items():
+            variants = [variant for variant in wanted if variant in found]
+            if not variants:
+                continue
+            line = sorted((found[v].saved, found[v].time) for v in variants)
+            axes.plot(*zip(*line, strict=True), style, color=color, label=label)
+            names: dict[tuple[float, float], list[str]] = {}  # points that lie on each other share a label
+            for variant in sorted(variants, key=lambda name: -found[name].time):
+                short = (
+                    re.sub(r"^(inductor,? (budget )?|wtacrs( [\d.]+|, noise budget),? ?)", "", variant)
+                    or "default"
+                )
+                saved, _, time = found[variant]
                 near = next((p for p in names if math.dist(p, (saved, time)) < 0.02), (saved, time))
                 names.setdefault(near, []).append(short)
             for (saved, time), shorts in names.items():
@@ -143,11 +190,8 @@ def main(
             record(rows, keep=not quick)
         by_model[name] = points(rows)
         for variant, policy in verdict(by_model[name]).items():
-            saved, time = by_model[name][variant]
-            answer = "none"
-            if policy is not None:
-                answer = "{} (saved {:.2f}, time {:.2f})".format(policy, *by_model[name][policy])
-            print(f"{name}, {variant} (saved {saved:.2f}, time {time:.2f}) is beaten by {answer}")
+            answer = "none" if policy is None else f"{policy} {_figures(by_model[name][policy])}"
+            print(f"{name}, {variant} {_figures(by_model[name][variant])} is beaten by {answer}")
     if not quick:
         draw(by_model, precision)
 

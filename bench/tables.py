@@ -203,6 +203,17 @@ _IN_16_BITS = {
 }
 
 
+def _frontier(dtype: str) -> Table:
+    return Table(
+        "frontier",
+        "",
+        lambda row: (row.device, row.dtype) == ("cpu", dtype),
+        _variant,
+        lambda row: f"{row.model}: {row.metric}",
+        _ratio,
+    )
+
+
 def _without_head(dtype: str) -> Table:
     def shown(row: Row) -> bool:
         is_here = (row.device, row.dtype, row.shapes) == ("cpu", dtype, str(Shape()))
@@ -409,7 +420,7 @@ TABLES: dict[str, Table] = {
     "without-head": Table(
         "frontier",
         "",
-        lambda row: row.device == "cpu" and row.variant in _WITHOUT_HEAD,
+        lambda row: (row.device, row.dtype) == ("cpu", "float32") and row.variant in _WITHOUT_HEAD,
         lambda row: _WITHOUT_HEAD[row.variant],
         lambda row: f"{row.model}: {row.metric}",
         _ratio,
@@ -419,14 +430,8 @@ TABLES: dict[str, Table] = {
     ),
     "without-head-autocast": _without_head("autocast"),
     "without-head-bfloat16": _without_head("bfloat16"),
-    "frontier": Table(
-        "frontier",
-        "saved, step time",
-        lambda row: row.device == "cpu",
-        _variant,
-        lambda row: f"{row.model}: {row.metric}",
-        _ratio,
-    ),
+    "frontier": _frontier("float32"),
+    "frontier-autocast": _frontier("autocast"),
     "gpu-headline": Table(
         "gpu",
         "",

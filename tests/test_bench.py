@@ -374,14 +374,18 @@ def test_forms_of_remembered_norms() -> None:
 
 
 def test_a_policy_beats_a_budget_where_it_takes_no_more_of_anything() -> None:
-    found = dict.fromkeys(frontier.INDUCTOR, (1.0, 1.0)) | dict.fromkeys(frontier.POLICIES, (0.5, 1.1))
-    found["wtacrs 0.3 balanced"], found["wtacrs 0.1 small"] = (0.2, 0.9), (0.1, 0.95)
-    found["inductor budget 0.3"] = (0.15, 0.97)
-    found[frontier.CHECKPOINTING] = (0.05, 1.3)
+    point = frontier.Point
+    found = dict.fromkeys(frontier.INDUCTOR, point(1.0, 1.0, 1.0))
+    found |= dict.fromkeys(frontier.POLICIES, point(0.5, 0.6, 1.1))
+    found["wtacrs 0.3 balanced"], found["wtacrs 0.1 small"] = point(0.2, 0.5, 0.9), point(0.1, 0.5, 0.95)
+    found["inductor budget 0.3"] = point(0.15, 0.8, 0.97)
+    found[frontier.CHECKPOINTING] = point(0.05, 0.7, 1.3)
+    found[frontier.SELECTIVE] = point(0.6, 0.4, 1.2)  # its peak is lower than that of any policy
     verdict = frontier.verdict(found)
     assert verdict[BASELINE] == "wtacrs 0.3 balanced"
     assert verdict["inductor budget 0.3"] == "wtacrs 0.1 small"
     assert verdict[frontier.CHECKPOINTING] is None
+    assert verdict[frontier.SELECTIVE] is None
 
 
 def test_bytes_of_many_layers_follow_from_two() -> None:
