@@ -26,6 +26,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
     T5Config,
     T5EncoderModel,
@@ -38,8 +40,9 @@ VOCABULARY = 1024
 """Words of the encoders, whose embeddings are not what is measured."""
 WORDS = {
     "llama-lm": 49_152, "llama-3.2-lm": 128_256, "bert-lm": 30_522, "t5-lm": 32_128, "head": 128_256,
+    "olmoe-lm": 50_304,
 }  # fmt: skip
-"""Words of the language models: SmolLM2's, Llama 3.2's, BERT's, T5's and Llama 3.2's again."""
+"""Words of the language models: SmolLM2's, Llama 3.2's, BERT's, T5's, Llama 3.2's again, and OLMoE's."""
 PATCH = 16
 
 
@@ -298,9 +301,29 @@ def _t5_lm(shape: Shape, words: int) -> PreTrainedModel:
     return T5ForConditionalGeneration(_t5_config(shape, words, decoder_start_token_id=0))
 
 
+def _olmoe_lm(shape: Shape, words: int) -> PreTrainedModel:
+    """OLMoE: a mixture of 64 experts of half the width in every layer, eight of them for a token; a head of its own."""
+    config = OlmoeConfig(
+        vocab_size=words,
+        hidden_size=shape.d,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        intermediate_size=shape.d // 2,
+        num_experts=64,
+        num_experts_per_tok=8,
+        max_position_embeddings=max(shape.seq, 512),
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    config._experts_implementation = "grouped_mm"
+    return OlmoeForCausalLM(config)
+
+
 LANGUAGE_MODELS: dict[str, Callable[[Shape, int], PreTrainedModel]] = {
     "llama-lm": _llama_lm,
     "llama-3.2-lm": _llama_3_2_lm,
     "bert-lm": _bert_lm,
     "t5-lm": _t5_lm,
+    "olmoe-lm": _olmoe_lm,
 }

@@ -68,8 +68,10 @@ from .rewrite.observe_noise import observe_noise
 from .rewrite.reassociate import reassociate
 from .rewrite.recompute_checkpointed import recompute_checkpointed
 from .rewrite.round_products import round_products
+from .rewrite.route_gradients import route_gradients
 from .rewrite.sample_rows import sample_rows
 from .rewrite.slice_before_heads import slice_before_heads
+from .rewrite.spell_experts import spell_experts
 
 Pass = Callable[[Joint], None]
 
@@ -78,6 +80,8 @@ PASSES: tuple[Pass, ...] = (
     take_annotations,
     slice_before_heads,
     chunk_losses,
+    spell_experts,
+    route_gradients,
     find_products,
     plan_rows,
     sample_rows,

@@ -258,7 +258,7 @@ def _readers(node: fx.Node) -> Iterable[fx.Node]:
 
 def workspace(target: Any, args: Sequence[Any]) -> int:
     """Return the bytes that an operation needs beside its results: for one chunk; for codes."""
-    if target is ops.multiply_codes:
+    if target in (ops.multiply_codes, ops.multiply_groups):
         m, n = args[0].shape[1], args[2].shape[1]
         return 4 * int(min(m, columns_at_once(n))) * int(n)
     if target is not ops.in_chunks:
@@ -276,6 +276,6 @@ def _workspace(node: fx.Node) -> int:
         return max(
             0, _Memory(body.graph).least_peak({}, "").size - sum(map(bytes_of_example, _results(node)))
         )
-    if node.target not in (ops.multiply_codes, ops.in_chunks):
+    if node.target not in (ops.multiply_codes, ops.multiply_groups, ops.in_chunks):
         return 0
     return workspace(node.target, fx.map_arg(node.args, lambda arg: arg.meta["val"]))

@@ -17,7 +17,17 @@ from ..graph.names import (
     parameter_gradients,
     static_inputs,
 )
-from ..graph.operations import ADDITIONS, DIVISIONS, FORMS, GEMMS, MULTIPLICATIONS, SUMS, aten, same_content
+from ..graph.operations import (
+    ADDITIONS,
+    DIVISIONS,
+    FORMS,
+    GEMMS,
+    GROUPED,
+    MULTIPLICATIONS,
+    SUMS,
+    aten,
+    same_content,
+)
 from ..joint import Joint
 
 _LINEAR = FORMS | ADDITIONS | SUMS | {
@@ -30,7 +40,7 @@ class Product:
     """A weight-gradient product ``X^T dY`` (or its transpose), or a like product of two activations.
 
     Attributes:
-        node: the ``mm`` or ``bmm``.
+        node: the ``mm``, ``bmm`` or ``_grouped_mm``.
         tangent_side: which operand is dY, 0 or 1; the other one is X.
         parameter: name of the parameter whose gradient it is part of; empty in attention.
         module: path of the module that reads the parameter there.
@@ -38,6 +48,7 @@ class Product:
         residual: equal for products that share X.
         stored_names: names of the nodes that hold X if they are saved: X, its views, copies and casts.
         rows: the number of rows, an int or ``SymInt``.
+        offsets: where rows are in groups, each with a weight of its own, the ends of these; see `maths.experts`.
     """
 
     node: fx.Node
@@ -48,6 +59,7 @@ class Product:
     residual: int
     stored_names: frozenset[str]
     rows: Any
+    offsets: fx.Node | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +67,7 @@ class InputGradient:
     """A product ``dX = dY W``.
 
     Attributes:
-        node: the ``mm`` or ``bmm``.
+        node: the ``mm``, ``bmm`` or ``_grouped_mm``.
         module: path of the module that reads the weight there.
         x: W, as `node` reads it.
         rows: the number of features that are summed over.
@@ -130,7 +142,7 @@ def analyse(graph: fx.Graph, table: Mapping[int, NamedInput], attention: Callabl
         if reached:
             products.append(_make_product(node, side, reached[0], numbers, names))
             covered.update(reached)
-        elif attention(module_path(node) or ""):
+        elif node.target in GEMMS and attention(module_path(node) or ""):
             products.append(_make_product(node, side, "", numbers, names))
     unsampled = tuple(
         (name, _reason_without_product(node))
@@ -155,9 +167,10 @@ def input_gradients(graph: fx.Graph, table: Mapping[int, NamedInput]) -> list[In
 def _products_of_tangents(graph: fx.Graph, tangent: set[fx.Node]) -> Iterator[tuple[fx.Node, int]]:
     """Yield the products of two operands of which one is computed from tangents, with its side."""
     for node in graph.nodes:
-        sides = [arg in tangent for arg in node.args]
-        if node.target in GEMMS and sum(sides) == 1:
-            yield node, sides.index(True)
+        if node.target in GEMMS | GROUPED:
+            sides = [arg in tangent for arg in node.args[:2]]
+            if sum(sides) == 1:
+                yield node, sides.index(True)
 
 
 def _activations(graph: fx.Graph, table: Mapping[int, NamedInput]) -> set[fx.Node]:
@@ -183,6 +196,7 @@ def _make_product(
         residual=-numbers[x] - 1 if transpose else numbers[x],
         stored_names=frozenset(name for form in forms for name in names[numbers[form]]),
         rows=left.meta["val"].shape[-1],
+        offsets=node.args[2] if node.target in GROUPED else None,  # type: ignore[arg-type]
     )
 
 

@@ -75,6 +75,7 @@ _TAME = _SAME | SUMS | ADDITIONS | MULTIPLICATIONS | {
     aten.clamp_max.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default,
     aten.cumsum.default, aten.flip.default, aten.var.correction, aten.sqrt.default, ops.row_norms, ops.append_row,
     ops.combine_rows, ops.choose_rows, ops.gradient_weights, ops.in_chunks, ops.round_columns, ops.receive,
+    ops.in_groups, ops.sort_rows, ops.round_groups,
 }  # fmt: skip
 """Operations that return nothing of another order of size than their operands."""
 

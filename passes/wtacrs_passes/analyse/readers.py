@@ -25,6 +25,7 @@ from ..graph.operations import (
     FORMS,
     GATHERS,
     GEMMS,
+    GROUPED,
     IS_AMPLIFIED,
     IS_FROM_DATA,
     IS_MASKED,
@@ -45,11 +46,10 @@ from .functions import is_float
 from .ranges import Ranges, is_opaque
 
 _ELEMENTWISE_PRODUCTS = MULTIPLICATIONS | {prims.fma.default}
-_MATRIX_PRODUCTS = GEMMS | ATTENTION_BACKWARD | {
+_MATRIX_PRODUCTS = GEMMS | GROUPED | ATTENTION_BACKWARD | {
     aten.addmm.default,
     aten.baddbmm.default,
     aten.convolution_backward.default,
-    aten._grouped_mm.default,
     ops.combine_rows,
 }  # fmt: skip
 _SUMS_AND_MEANS = SUMS | {aten.mean.dim}
@@ -67,7 +67,14 @@ _STRUCTURE = FORMS | GATHERS | ADDITIONS | {
     ops.append_row,
 }  # fmt: skip
 """Operations through which an error passes as it is."""
-_INTO_VECTORS = {ops.row_norms, ops.choose_rows, ops.record_norms, ops.require_zero}
+_INTO_VECTORS = {
+    ops.row_norms,
+    ops.in_groups,
+    ops.choose_rows,
+    ops.sort_rows,
+    ops.record_norms,
+    ops.require_zero,
+}
 """Operations whose results only choose rows."""
 
 _KNOWN: set[Any] = (

@@ -125,10 +125,12 @@ def _rates(
     product: Product | InputGradient, sampling: Sampling, choices: Sequence[Precision], shares: bool
 ) -> Rates:
     value = product.node.meta["val"]
-    m, n = value.shape
+    m, n = value.shape[-2:]
     if isinstance(product, Product) and product.tangent_side == 1:
         m, n = n, m  # X is the second factor of what is measured
     rows = hint(sampling.kept(product.rows) if isinstance(product, Product) else product.rows)
+    if value.dim() == 3:
+        rows = max(1, rows // value.shape[0])  # of one group
     asked = ["exact", *choices, *[ROUNDING] * shares]
     return seconds(asked, rows, m, n, value.dtype, value.device)
 
@@ -170,8 +172,11 @@ def _is_worth(rates: Rates, precision: Precision) -> bool:
 def _reason_for_exact(product: Product | InputGradient, sampling: Sampling, precision: Precision) -> str:
     """Return why a product is multiplied in the precision that the program has; an empty string where it need not."""
     value = product.node.meta["val"]
-    if product.node.target is not aten.mm.default:
+    in_groups = isinstance(product, Product) and product.offsets is not None
+    if product.node.target is not aten.mm.default and not in_groups:
         return "a batch of products"
+    if in_groups and value.device.type != "cpu" and precision != "bfloat16":
+        return f"no product of groups in 8 bits on {value.device.type}"
     if value.dtype not in _FLOATS:
         return f"{value.dtype} has no such product"
     if precision == "bfloat16" and value.dtype != torch.float32:
@@ -180,7 +185,8 @@ def _reason_for_exact(product: Product | InputGradient, sampling: Sampling, prec
         return reason
     if not all(isinstance(size, int) for size in value.shape):
         return "features of any number"
-    sizes = value.shape if isinstance(product, Product) else (*value.shape, product.rows)
+    features = value.shape[-2:]
+    sizes = features if isinstance(product, Product) else (*features, product.rows)
     if (fewest := min(sizes)) < sampling.min_features:
         return f"{fewest} features, fewer than min_features"
     return "" if value.device.type == "cpu" else _reason_on_gpu(value, precision)

@@ -15,6 +15,7 @@ from ..analyse.zero_rows import zero_rows
 from ..graph.operations import aten, makes_sparse
 from ..graph.torch_api import is_unbacked
 from ..joint import Joint
+from ..maths.estimators import PROJECTIONS
 from ..maths.observer import RATIOS
 from ..policy import Policy, Sampling
 from .at_hand import available_in_backward
@@ -42,6 +43,8 @@ def make_plan(analysis: Analysis, graph: fx.Graph, policy: Policy, annotations: 
     )
     for product in analysis.products:
         sampling = policy.sampling(product.module)
+        if sampling is not None and product.offsets is not None:
+            sampling = dataclasses.replace(sampling, center=False)  # each group has a mean of its own
         reason = sparse or reason_for_exact(product, sampling)
         if reason is None:
             assert sampling is not None
@@ -76,7 +79,7 @@ def _sites(
             placement = "backward" if available else "forward"
         encoding: Encoding = "rows" if placement == "forward" and not available else "exact"
         site = Site((product,), sampling, placement, encoding, sampling.kept(product.rows))
-        if placement == "forward" and product.x.meta["val"].dim() == 2:
+        if placement == "forward" and product.x.meta["val"].dim() == 2 and product.offsets is None:
             gradient, transposed = rows_first(product.node, product.tangent_side)
             known = zero.get(gradient, ()) if not transposed else ()
             mask = annotations.mask(product.x, product.rows, known)
@@ -105,6 +108,8 @@ def reason_for_exact(product: Product, sampling: Sampling | None) -> str | None:
         return "complex numbers"
     if (reason := reason_by_size(product)) is not None:
         return reason
+    if product.offsets is not None and sampling.estimator in PROJECTIONS:
+        return "combinations of rows would mix those of several experts"
     features = product.node.meta["val"].shape[-1 - product.tangent_side]  # of X: the side that is not dY's
     if isinstance(features, int) and features < sampling.min_features:
         return f"{features} features, fewer than min_features"
@@ -135,6 +140,7 @@ def _share_a_draw(site: Site, other: Site, order: dict[fx.Node, int]) -> bool:
     """
     last, first = site.products[-1], other.products[0]
     same = last.residual == first.residual and site.sampling == other.sampling
+    same &= last.offsets is first.offsets
     adjacent = order[first.node] == order[last.node] + 1
     # A row that is proven to have no gradient in one product may have one in another.
     return same and site.mask == other.mask and (site.placement == "forward" or adjacent)

@@ -54,6 +54,8 @@ SUMS = {aten.sum.dim_IntList, aten.sum.default}
 """Reductions by addition."""
 GEMMS = {aten.mm.default, aten.bmm.default}
 """Products of two matrices, or of two batches of them, and nothing else."""
+GROUPED = {aten._grouped_mm.default, ops.grouped_mm}
+"""Products of rows in groups: with a matrix for each group, or of rows of two matrices; ends of groups come third."""
 
 RANDOM = {inductor_prims.seed, inductor_prims.seeds, inductor_prims.random, inductor_prims.randint}
 
@@ -78,6 +80,7 @@ MIXING = ATTENTION | {
     aten.baddbmm,
     aten.convolution,
     aten._grouped_mm,
+    torch.ops.wtacrs.grouped_mm,
     aten.embedding,
     aten.native_layer_norm,
     aten.native_group_norm,
@@ -97,6 +100,8 @@ MIXING = ATTENTION | {
     aten.argmin,
     aten.searchsorted,
     aten.bucketize,
+    aten.histc,
+    aten.bincount,
     aten.nonzero,
     aten.masked_select,
     aten.index_put,

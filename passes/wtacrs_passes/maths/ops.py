@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import attention, chunks, estimators, low_precision, observer, offload
+from . import attention, chunks, estimators, experts, low_precision, observer, offload
 
 _LIBRARY = torch.library.Library("wtacrs", "DEF")  # type: ignore[no-untyped-call]
 for _schema in (
@@ -28,6 +28,13 @@ for _schema in (
     "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
     "round_columns(Tensor x, Tensor? of_rows, Tensor? of_columns, str product, bool compiled) -> (Tensor, Tensor)",
     "multiply_codes(Tensor a, Tensor s, Tensor b, Tensor t, ScalarType dtype, bool compiled) -> Tensor",
+    "grouped_mm(Tensor a, Tensor b, Tensor offsets) -> Tensor",
+    "in_groups(Tensor norms, Tensor offsets) -> Tensor",
+    "sort_rows(Tensor indices, Tensor scales, Tensor offsets) -> (Tensor, Tensor, Tensor)",
+    "round_groups(Tensor x, Tensor? of_rows, Tensor? of_columns, Tensor offsets, str product, bool compiled) "
+    "-> (Tensor, Tensor)",
+    "multiply_groups(Tensor a, Tensor s, Tensor b, Tensor t, Tensor offsets, ScalarType dtype, bool compiled) "
+    "-> Tensor",
     "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor centered, Tensor value, Tensor output, "
     "Tensor logsumexp, Tensor spread, float dropout_p, bool is_causal, Tensor? attn_mask, float? scale) "
     "-> (Tensor, Tensor, Tensor)",
@@ -220,6 +227,11 @@ for _name, _kernel, _fake in (
     ("require_zero", _require_zero, lambda norms, mask: norms.new_empty(())),
     ("round_columns", low_precision.round_columns, low_precision.round_columns_fake),
     ("multiply_codes", low_precision.multiply_codes, low_precision.multiply_codes_fake),
+    ("grouped_mm", experts.grouped_mm, experts.grouped_mm_fake),
+    ("in_groups", experts.in_groups, lambda norms, offsets: torch.empty_like(norms)),
+    ("sort_rows", experts.sort_rows, experts.sort_rows_fake),
+    ("round_groups", experts.round_groups, experts.round_groups_fake),
+    ("multiply_groups", experts.multiply_groups, experts.multiply_groups_fake),
     ("attention_backward", attention.attention_backward, attention.attention_backward_fake),
     ("put_away", offload.put_away, lambda x, place: torch.empty(1, dtype=torch.int64)),
     ("bring_back", offload.bring_back, _bring_back_fake),
@@ -283,6 +295,21 @@ round_columns = torch.ops.wtacrs.round_columns.default
 
 multiply_codes = torch.ops.wtacrs.multiply_codes.default
 """As :func:`low_precision.multiply_codes`."""
+
+grouped_mm = torch.ops.wtacrs.grouped_mm.default
+"""As :func:`experts.grouped_mm`."""
+
+in_groups = torch.ops.wtacrs.in_groups.default
+"""As :func:`experts.in_groups`."""
+
+sort_rows = torch.ops.wtacrs.sort_rows.default
+"""As :func:`experts.sort_rows`."""
+
+round_groups = torch.ops.wtacrs.round_groups.default
+"""As :func:`experts.round_groups`."""
+
+multiply_groups = torch.ops.wtacrs.multiply_groups.default
+"""As :func:`experts.multiply_groups`."""
 
 attention_backward = torch.ops.wtacrs.attention_backward.default
 """As :func:`attention.attention_backward`."""

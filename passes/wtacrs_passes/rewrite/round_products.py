@@ -27,8 +27,9 @@ from torch import fx
 
 from ..decide.precision import AT_RANDOM
 from ..graph.edit import Editor
+from ..graph.operations import GROUPED
 from ..joint import Joint
-from ..maths import low_precision, ops
+from ..maths import experts, low_precision, ops
 from .sample_rows import factor_of_rows
 
 
@@ -36,7 +37,7 @@ def round_products(joint: Joint) -> None:
     """Rewrite the products that the plan has a precision for."""
     editor = Editor(joint.graph)
     editor.tag = "must_be_in_backward"  # where X is there: its codes are no residual
-    rounded: dict[tuple[fx.Node, str], Codes] = {}
+    rounded: dict[tuple[fx.Node, str, fx.Node | None], Codes] = {}
     products = {node: product for product, node in joint.products.items()}
     wanted = {joint.products[item.node]: way for item, way, reason in joint.plan.precisions if not reason}
     wanted |= {item.node: way for item, way, reason in joint.plan.input_precisions if not reason}
@@ -44,12 +45,15 @@ def round_products(joint: Joint) -> None:
         precision = wanted[node]
         with editor.before(node):
             factors = [factor_of_rows(editor, node, side) for side in (0, 1)]
+            offsets = node.args[2] if node.target in GROUPED else None
             if precision == "bfloat16":
-                [new] = editor.trace(low_precision.multiply, *factors, draws=(), product=precision)
+                function = low_precision.multiply if offsets is None else experts.multiply
+                constants = {"draws": (), "product": precision} if offsets is None else {"offsets": offsets}
+                [new] = editor.trace(function, *factors, **constants)
             else:
                 shared = rounded if node in products else {}
-                codes = [_codes(editor, factor, precision, shared) for factor in factors]
-                new = _multiply(editor, codes[0], codes[1], node.meta["val"].dtype)
+                codes = [_codes(editor, factor, precision, offsets, shared) for factor in factors]
+                new = _multiply(editor, codes[0], codes[1], offsets, node.meta["val"].dtype)
         node.replace_all_uses_with(new)
         new.meta = {**node.meta, "val": new.meta["val"]}
         if node in products:
@@ -63,21 +67,34 @@ Codes = tuple[fx.Node, ...]
 
 
 def _codes(
-    editor: Editor, factor: fx.Node, precision: str, rounded: dict[tuple[fx.Node, str], Codes]
+    editor: Editor,
+    factor: fx.Node,
+    precision: str,
+    offsets: fx.Node | None,
+    rounded: dict[tuple[fx.Node, str, fx.Node | None], Codes],
 ) -> Codes:
     """Return a factor in fewer bits: rounded before its first reader, for all of them."""
-    key = factor, precision
+    key = factor, precision, offsets
     if key not in rounded:
-        rounded[key] = round_factor(editor, factor, precision, "backward")
+        rounded[key] = round_factor(editor, factor, precision, "backward", offsets)
     return rounded[key]
 
 
-def round_factor(editor: Editor, factor: fx.Node, precision: str, owner: str) -> Codes:
-    """Insert the rounding of a factor, with random numbers of an owner as of :meth:`Editor.noise`."""
+def round_factor(
+    editor: Editor, factor: fx.Node, precision: str, owner: str, offsets: fx.Node | None = None
+) -> Codes:
+    """Insert the rounding of a factor, with random numbers of an owner as of :meth:`Editor.noise`.
+
+    Args:
+        offsets: the ends of groups of rows, which have scales of their own.
+    """
     draws: list[fx.Node | None] = [None, None]
     if precision in AT_RANDOM:
         device = factor.meta["val"].device
         draws = [editor.noise([editor.size(factor, dim)], device, owner) for dim in (0, 1)]
+    if offsets is not None:
+        both = editor.call(ops.round_groups, factor, *draws, offsets, precision, False)
+        return tuple(editor.call(operator.getitem, both, i) for i in (0, 1))
     if factor.meta["val"].device.type == "cpu":
         both = editor.call(ops.round_columns, factor, *draws, precision, False)
         return tuple(editor.call(operator.getitem, both, i) for i in (0, 1))
@@ -85,7 +102,9 @@ def round_factor(editor: Editor, factor: fx.Node, precision: str, owner: str) ->
     return editor.trace(low_precision.round_columns, factor, **named, product=precision)
 
 
-def _multiply(editor: Editor, a: Codes, b: Codes, dtype: torch.dtype) -> fx.Node:
+def _multiply(editor: Editor, a: Codes, b: Codes, offsets: fx.Node | None, dtype: torch.dtype) -> fx.Node:
+    if offsets is not None:
+        return editor.call(ops.multiply_groups, *a, *b, offsets, dtype, False)
     if a[0].meta["val"].device.type == "cpu":
         return editor.call(ops.multiply_codes, *a, *b, dtype, False)
     [product] = editor.trace(low_precision.multiply_codes, *a, *b, dtype=dtype)

@@ -21,6 +21,11 @@ Centred, every X is X less a row c, its mean, and ``c^T sum(dY)`` is one row mor
 
     dW = mm(permute(cat(index(dY, indices), sum(dY))), cat((index(X, indices) - c) * scales, c))
 
+Rows in groups, those of experts, are drawn among all of them, and sorted::
+
+    indices, scales, offsets = sort_rows(*choose_rows(...), offsets)
+    dW = grouped_mm(permute(index(dY, indices)), index(X, indices) * scales, offsets)
+
 The estimators of :data:`PROJECTIONS` replace indices and scales by a matrix S that is made again where it
 is needed: ``dW = mm(permute(combine_rows(dY, seed)), combine_rows(X, seed))``.
 
@@ -51,7 +56,7 @@ from ..decide.plan import Site
 from ..graph.edit import Editor, sort_by_place
 from ..graph.operations import aten, prims
 from ..joint import Joint
-from ..maths import estimators, ops
+from ..maths import estimators, experts, ops
 from ..maths.estimators import PROJECTIONS
 
 _HALF_SUM = 64.0
@@ -97,7 +102,7 @@ def _sample_site(editor: Editor, site: Site, products: dict[fx.Node, fx.Node]) -
     with editor.after(_source(site)):
         x = _operand(editor, site.products[0], tangent=False)
         center = _mean_row(editor, x) if site.sampling.center else None
-        norms = editor.call(ops.row_norms, [x], center)
+        norms = _norms(editor, site, [x], center)
         if site.placement == "forward":
             weights = [_known_weights(editor, site, norms)] if site.mask or site.state else []
             draw = _draw(editor, site, x, norms, [norms, *weights])
@@ -110,7 +115,7 @@ def _sample_site(editor: Editor, site: Site, products: dict[fx.Node, fx.Node]) -
     with editor.before(last):
         dys = [_operand(editor, product, tangent=True) for product in site.products]
         if site.placement == "backward":
-            draw = _draw(editor, site, x, norms, [norms, editor.call(ops.row_norms, dys)])
+            draw = _draw(editor, site, x, norms, [norms, _norms(editor, site, dys)])
             rows = _rows(editor, x, center, draw)
         zero = _observe(editor, site, dys)
         for product, dy in zip(site.products, dys, strict=True):
@@ -121,11 +126,25 @@ def _sample_site(editor: Editor, site: Site, products: dict[fx.Node, fx.Node]) -
                     editor, drawn, _scale_half(editor, _total(editor, dy, zero), 1 / _HALF_SUM, dy)
                 )
             elif site.placement == "forward":
-                drawn = _carry(editor, drawn, _total(editor, dy, None), zero)
-            products[product.node] = _replace(product, _multiply(editor, product, rows, drawn))
+                drawn = _carry(editor, drawn, _total(editor, _of_groups(editor, site, dy), None), zero)
+            offsets = () if draw.offsets is None else (draw.offsets,)
+            products[product.node] = _replace(product, _multiply(editor, product, rows, drawn, *offsets))
     if site.encoding == "rows":
         stored.append(rows)
     return SampledSite(site, draw.node, stored, rows, site.products[0].stored_names)
+
+
+def _norms(editor: Editor, site: Site, operands: list[fx.Node], center: fx.Node | None = None) -> fx.Node:
+    """Return the norms of rows, ``[..., rows]``; zero for those of no group."""
+    norms = editor.call(ops.row_norms, operands, center)
+    offsets = site.products[0].offsets
+    return norms if offsets is None else editor.call(ops.in_groups, norms, offsets)
+
+
+def _of_groups(editor: Editor, site: Site, dy: fx.Node) -> fx.Node:
+    """Return dY, with zeros in rows of no group."""
+    offsets = site.products[0].offsets
+    return dy if offsets is None else editor.trace(experts.without_others, dy, offsets)[0]
 
 
 def _rows(editor: Editor, x: fx.Node, center: fx.Node | None, draw: _Draw) -> fx.Node:
@@ -257,17 +276,18 @@ def _append(editor: Editor, rows: fx.Node, row: fx.Node) -> fx.Node:
 
 @dataclasses.dataclass(frozen=True)
 class _Draw:
-    """Drawn rows: indices and scales ``[..., kept]``; no `scales_dy` where X takes them whole."""
+    """Drawn rows: indices and scales ``[..., kept]``; no `scales_dy` where X takes them whole; ends of groups."""
 
     node: fx.Node
     indices: fx.Node
     scales_x: fx.Node
     scales_dy: fx.Node | None
+    offsets: fx.Node | None
 
     @property
     def stored(self) -> list[fx.Node]:
         """What the backward pass needs of a draw in the forward pass."""
-        return [n for n in (self.indices, self.scales_x, self.scales_dy) if n is not None]
+        return [n for n in (self.indices, self.scales_x, self.scales_dy, self.offsets) if n is not None]
 
 
 def _draw(editor: Editor, site: Site, x: fx.Node, norms_x: fx.Node, weights: list[fx.Node]) -> _Draw:
@@ -277,9 +297,14 @@ def _draw(editor: Editor, site: Site, x: fx.Node, norms_x: fx.Node, weights: lis
     noise = editor.noise([*batch, estimators.NOISE], value.device, site.placement)
     draw = editor.call(ops.choose_rows, weights, noise, kept, site.sampling.estimator)
     indices, scales = (editor.call(operator.getitem, draw, i) for i in range(2))
+    offsets = site.products[0].offsets
+    if offsets is not None:
+        drawn = editor.call(ops.sort_rows, indices, scales, offsets)
+        indices, scales, offsets = (editor.call(operator.getitem, drawn, i) for i in range(3))
     if x.meta["val"].dtype != torch.float16:
-        return _Draw(draw, indices, scales, None)
-    return _Draw(draw, indices, *editor.trace(estimators.split_scales, scales, norms_x, indices))
+        return _Draw(draw, indices, scales, None, offsets)
+    scales_x, scales_dy = editor.trace(estimators.split_scales, scales, norms_x, indices)
+    return _Draw(draw, indices, scales_x, scales_dy, offsets)
 
 
 def _kept(editor: Editor, site: Site, rows: Any) -> Any:
@@ -294,8 +319,8 @@ def _kept(editor: Editor, site: Site, rows: Any) -> Any:
     return editor.call(torch.sym_min, wanted, rows)
 
 
-def _multiply(editor: Editor, product: Product, x: fx.Node, dy: fx.Node) -> fx.Node:
+def _multiply(editor: Editor, product: Product, x: fx.Node, dy: fx.Node, *offsets: fx.Node) -> fx.Node:
     left, right = (dy, x) if product.tangent_side == 0 else (x, dy)
     target = product.node.target
     assert callable(target)
-    return editor.call(target, _transpose(editor, left), right)
+    return editor.call(target, _transpose(editor, left), right, *offsets)
