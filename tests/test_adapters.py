@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from aot import REFERENCE, Variants, distance, small_tensors, wrong_bytes
 from conftest import adds_up, is_unbiased
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import wtacrs_fx
 from wtacrs_fx import Policy
@@ -123,3 +124,70 @@ def test_dora_compiles() -> None:
             assert is_unbiased(samples, expected.flatten()), name
         else:
             torch.testing.assert_close(samples[0], expected.flatten(), rtol=1e-3, atol=1e-3)
+
+
+def quantised(model: nn.Module) -> nn.Module:
+    """Return a model whose linears are frozen, in the NF4 of bitsandbytes, as transformers loads one for QLoRA."""
+    bnb = pytest.importorskip("bitsandbytes")
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                four = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, bias=False, compute_dtype=torch.bfloat16,
+                    quant_type="nf4",
+                )  # fmt: skip
+                four.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, quant_type="nf4")
+                setattr(module, name, four.to("cpu"))
+    return model
+
+
+class Decoder(nn.Module):
+    """A Llama of one layer in bfloat16 with adapters on every linear: tokens to a scalar."""
+
+    def __init__(self, config: object, bits: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 1, "vocab_size": 100}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        model = LlamaModel(LlamaConfig(**sizes, use_cache=False)).bfloat16()
+        self.model = peft.get_peft_model(quantised(model) if bits == 4 else model, config)
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and ("lora_B" in name or "lambda" in name):
+                nn.init.normal_(parameter, std=0.1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens).last_hidden_state.float().sin().mean()
+
+
+CONFIGS: dict[str, Callable[[], object]] = {
+    "LoRA": lambda: peft.LoraConfig(r=8, target_modules="all-linear"),
+    "rsLoRA": lambda: peft.LoraConfig(r=8, target_modules="all-linear", use_rslora=True),
+    "LoRA with dropout": lambda: peft.LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.1),
+    "VeRA": lambda: peft.VeraConfig(r=16, target_modules=["q_proj", "o_proj"]),
+    "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=8, task_type="FEATURE_EXTRACTION"),
+    "prefix tuning": lambda: peft.PrefixTuningConfig(num_virtual_tokens=8, task_type="FEATURE_EXTRACTION"),
+}
+
+
+@pytest.mark.parametrize(("name", "bits"), [*((name, 16) for name in CONFIGS), ("LoRA", 4)])
+def test_adapters_of_a_decoder_in_16_bits_and_on_weights_in_4(name: str, bits: int) -> None:
+    model, tokens = Decoder(CONFIGS[name](), bits), torch.randint(100, (4, 64))
+    policies = {"exact": EXACT, "balanced": Policy(ratio=1.0)}
+    variants = Variants(policies)
+    call = torch.compile(model, backend=variants)
+    found = {}
+    with small_tensors():
+        for variants.active in (REFERENCE, *policies):
+            torch.manual_seed(0)
+            call(tokens).backward()
+            found[variants.active] = torch.cat([each.flatten().float() for each in trained(model).values()])
+    [graph] = variants.graphs
+    assert not wrong_bytes(graph)
+    assert found["exact"].equal(found[REFERENCE])
+    assert distance(found["balanced"], found[REFERENCE]) < 0.02
+    report = graph.partitions["balanced"].report
+    assert report is not None and adds_up(report)
+    assert report.saved_bytes_after < 0.45 * report.saved_bytes_before
+    # Weights in few bits are made whole in the backward pass again, not stored.
+    assert not any("dequantize" in each.operation and each.bytes_after for each in report.residuals)

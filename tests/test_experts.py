@@ -228,16 +228,18 @@ def test_in_half_precision_they_do_as_a_small_weight_may_be_what_keeps_gradients
 # Compiled
 
 
-@pytest.mark.parametrize(
-    ("dtype", "policies"),
-    [
-        (
-            torch.bfloat16,
-            {Policy(ratio=1.0): 1e-3, Policy(ratio=1.0, product="int8"): 2e-3, Policy(ratio=0.5): 0.5},
-        ),
-        (torch.float32, {Policy(ratio=0.5, product="int8"): 0.5}),
-    ],
-)
+BOUNDS = {
+    torch.bfloat16: {
+        Policy(ratio=1.0): 1e-3,
+        Policy(ratio=1.0, product="int8"): 2e-3,
+        Policy(ratio=0.5): 0.8,
+    },
+    torch.float32: {Policy(ratio=0.5, product="int8"): 0.8},
+}
+"""Largest squared error of all gradients, relative to their square."""
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
 def test_a_model_of_experts_trains_with_few_bytes_and_the_right_gradients(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = MixtralForCausalLM(config(hidden_size=64)).to(dtype)
@@ -247,11 +249,7 @@ def test_a_model_of_experts_trains_with_few_bytes_and_the_right_gradients(dtype:
         return lambda tokens: model(input_ids=tokens, labels=tokens).loss
 
     exact = step(model, loss_of(model), tokens)
-    for policy, bound in (
-        (Policy(ratio=1.0), 1e-3),
-        (Policy(ratio=1.0, product="int8"), 2e-3),
-        (Policy(ratio=0.5), 0.5),
-    ):
+    for policy, bound in BOUNDS[dtype].items():
         mine = copy.deepcopy(model)
         compiled = torch.compile(loss_of(mine), backend=wtacrs_fx.backend(policy), fullgraph=True)
         mine.zero_grad()

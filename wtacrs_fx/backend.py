@@ -389,7 +389,7 @@ def lifted_inputs(gm: fx.GraphModule) -> tuple[NamedInput, ...]:
                 found.append(NamedInput(index, node.name, "activation"))
             continue
         name = source.name() if callable(source.name) else source.name
-        if isinstance(argument.example, torch.nn.Parameter):
+        if isinstance(argument.example, torch.nn.Parameter) or _is_weight(name, argument.example):
             found.append(NamedInput(index, path_from_source(name), "parameter"))
         elif "_buffers[" in name or "['_buffers'][" in name:
             found.append(NamedInput(index, path_from_source(name), "buffer"))
@@ -398,6 +398,15 @@ def lifted_inputs(gm: fx.GraphModule) -> tuple[NamedInput, ...]:
         elif _is_local(name) and _is_computed(argument.example):
             found.append(NamedInput(index, last_name(name), "activation"))
     return tuple(found)
+
+
+def _is_weight(source: str, example: object) -> bool:
+    """Tell whether a tensor is one that a function is called with in the place of a model's parameter.
+
+    ``torch.func.functional_call`` takes them in a dictionary, by their names.
+    """
+    is_item = re.fullmatch(r"L\['(?!kwargs')[^']*'\]\['[^']*'\]", source) is not None
+    return is_item and isinstance(example, torch.Tensor) and example.is_leaf and example.requires_grad
 
 
 def _is_local(source: str) -> bool:

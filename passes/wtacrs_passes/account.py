@@ -13,6 +13,7 @@ from .analyse.products import Product
 from .decide.plan import Plan, Site, Stored
 from .graph.edit import bytes_of_example, nbytes, sympy_size
 from .graph.names import module_path
+from .graph.operations import same_content
 from .joint import Joint
 from .maths import ops
 from .maths.encodings import INTEGER_BITS, levels
@@ -168,8 +169,9 @@ def _residual_reports(
             simplify(ledger.take_after(code.name for code in residual.codes)), _effect(stored),
         )  # fmt: skip
     exact = {
-        item.node.name: f"exact: {item.reason}"
+        form.name: f"exact: {item.reason}"
         for item in plan.residuals if item.encoding == "exact" and item.reason
+        for form in same_content(item.node)
     }  # fmt: skip
     for node in ledger.left():
         module = module_path(node) or ""

@@ -33,12 +33,12 @@ from ..graph.operations import (
     GATHERS,
     IS_PRODUCT,
     IS_TAME,
-    MIXING,
     MULTIPLICATIONS,
     SELECTIONS,
     SUMS,
     aten,
     content_of,
+    is_mixing,
     is_pointwise,
     is_random,
     packet,
@@ -46,6 +46,7 @@ from ..graph.operations import (
 from ..graph.torch_api import hint, inductor_prims, same_shape
 from ..maths import ops
 from .functions import grows, is_constant, is_float, unary_function
+from .scales import Scales
 
 Interval: TypeAlias = tuple[float, float]
 
@@ -56,7 +57,7 @@ _AWAY = 0.05  # a divisor beyond this amplifies an error no more than twentyfold
 _INTO_UNIT = {aten.sigmoid.default: (0.0, 1.0), aten.tanh.default: (-1.0, 1.0), aten.erf.default: (-1.0, 1.0),
               aten.sin.default: (-1.0, 1.0), aten.cos.default: (-1.0, 1.0), aten.sign.default: (-1.0, 1.0)}  # fmt: skip
 _SAME = FORMS | GATHERS | {aten.cat.default, aten.where.self, aten.amax.default,
-        aten.amin.default, aten.maximum.default, aten.minimum.default, aten.mean.dim}  # fmt: skip
+        aten.amin.default, aten.maximum.default, aten.minimum.default, aten.mean.dim, aten.copy.default}  # fmt: skip
 """Operations whose results lie among, or between, the elements of their operands."""
 _MERGES = ADDITIONS | {aten.where.self, aten.maximum.default, aten.minimum.default, aten.cat.default}
 """Operations through which a sentinel of either operand reaches the result."""
@@ -75,13 +76,16 @@ _TAME = _SAME | SUMS | ADDITIONS | MULTIPLICATIONS | {
     aten.clamp_max.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default,
     aten.cumsum.default, aten.flip.default, aten.var.correction, aten.sqrt.default, ops.row_norms, ops.append_row,
     ops.combine_rows, ops.choose_rows, ops.gradient_weights, ops.in_chunks, ops.round_columns, ops.receive,
-    ops.in_groups, ops.sort_rows, ops.round_groups,
+    ops.in_groups, ops.sort_rows, ops.round_groups, aten.copy_.default,
 }  # fmt: skip
 """Operations that return nothing of another order of size than their operands."""
 
 
 class Ranges:
     """What is known about the values of a forward pass.
+
+    Attributes:
+        scales: of tensors that are rounded to 8 bits.
 
     Args:
         tangent: everything else; roots: of `unary_roots`; statics: parameters and buffers.
@@ -95,6 +99,7 @@ class Ranges:
         statics: Container[fx.Node],
     ) -> None:
         self.roots = roots
+        self.scales = Scales(graph, tangent)
         self.bounds: dict[fx.Node, Interval] = {}
         self.uniform: set[fx.Node] = set()
         self.wild: set[fx.Node] = set()
@@ -199,6 +204,8 @@ class Ranges:
     def _is_wild(self, node: fx.Node) -> bool:
         if self.is_bounded(node):
             return False
+        if (x := self.scales.normalised(node)) is not None:
+            return x in self.wild
         read = node.args[:1] if node.target in GATHERS else _operands(node)  # one scale a row changes nothing
         operands = [
             arg for arg in read if isinstance(arg, fx.Node) and is_float(arg) and arg not in self.uniform
@@ -210,8 +217,8 @@ class Ranges:
                     return not node.meta.get(IS_PRODUCT, False)
                 if packet(whole.target) in SELECTIONS or whole.meta.get(IS_TAME, False):
                     return any(arg in self.wild for arg in _operands(whole))
-                return packet(whole.target) not in MIXING
-            return node.op == "call_function" and not is_random(node) and packet(node.target) not in MIXING
+                return not is_mixing(whole)
+            return node.op == "call_function" and not is_random(node) and not is_mixing(node)
         if node.target in _TAME and not any(arg in self.wild for arg in operands):
             return False
         if (
@@ -278,7 +285,7 @@ def is_opaque(node: fx.Node) -> bool:
         return False
     if not any(is_float(arg) for arg in node.all_input_nodes):
         return False
-    return node.target not in _TAME and packet(node.target) not in MIXING | SELECTIONS
+    return node.target not in _TAME and not is_mixing(node) and packet(node.target) not in SELECTIONS
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

@@ -5,6 +5,9 @@ share of the largest value of its row, is a small share of its result's: product
 convolutions, sums, branches of ``where``. Division, comparison, inversion, powers, indexing and the bodies of
 higher-order operations are not. Nor is a product whose tangent has been, or will be, multiplied elementwise with
 something *wild*: ``t * r * exp(b)`` is large where r is small. Sums over a row and matrix products end that.
+
+Programs that train in 8 bits round gradients in steps of a scale, a function of their largest magnitude, and divide by
+it again: what error a gradient has, it has afterwards, and that of the rounding.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from ..graph.operations import (
     ATTENTION_BACKWARD,
     CASTS,
     FILLS,
+    FLEX_BACKWARD,
     FORMS,
     GATHERS,
     GEMMS,
@@ -50,12 +54,17 @@ _MATRIX_PRODUCTS = GEMMS | GROUPED | ATTENTION_BACKWARD | {
     aten.addmm.default,
     aten.baddbmm.default,
     aten.convolution_backward.default,
+    aten._scaled_mm.default,
     ops.combine_rows,
 }  # fmt: skip
+_OF_FLEX = 5
+"""Operands that are query, key, value, output and log-sum-exp."""
 _SUMS_AND_MEANS = SUMS | {aten.mean.dim}
 _STRUCTURE = FORMS | GATHERS | ADDITIONS | {
     aten.neg.default,
     aten.where.self,
+    aten.copy.default,
+    aten.new_empty_strided.default,
     aten.cat.default,
     aten.constant_pad_nd.default,
     aten.slice_scatter.default,
@@ -67,6 +76,11 @@ _STRUCTURE = FORMS | GATHERS | ADDITIONS | {
     ops.append_row,
 }  # fmt: skip
 """Operations through which an error passes as it is."""
+_BOUNDED = {
+    aten.abs.default, aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.amax.default,
+    aten.max.default,
+}  # fmt: skip
+"""Operations whose result changes no more than their operand: what programs find the scale of a gradient by."""
 _INTO_VECTORS = {
     ops.row_norms,
     ops.in_groups,
@@ -80,7 +94,7 @@ _INTO_VECTORS = {
 _KNOWN: set[Any] = (
     _ELEMENTWISE_PRODUCTS | _STRUCTURE | _SUMS_AND_MEANS | _MATRIX_PRODUCTS | _INTO_VECTORS | {*FILLS}
 )
-_KNOWN |= {operator.getitem, aten.div.Tensor}
+_KNOWN |= _BOUNDED | {operator.getitem, aten.div.Tensor}
 
 
 class Readers:
@@ -95,6 +109,7 @@ class Readers:
     ) -> None:
         self._tangent, self._ranges, self._statics = tangent, ranges, statics
         self._delicate = self._around_inverses(graph)
+        self._scales = ranges.scales
         self.of: dict[fx.Node, list[fx.Node]] = {}
         incoming = [node for node in graph.find_nodes(op="placeholder") if node in tangent]
         self._amplified = {node for node in incoming if node.meta.get(IS_AMPLIFIED)}
@@ -176,6 +191,8 @@ class Readers:
             return f"its product {name} goes into the gradient of an inverse or a factorisation"
         if any(map(self._is_solved, reader.all_input_nodes)) and is_float(residual):
             return f"its product {name} is one with the gradient of an inverse or a factorisation"
+        if reader.target is FLEX_BACKWARD and residual not in reader.args[:_OF_FLEX]:
+            return f"read by a function of scores in {name}"
         if reader.target in _INTO_VECTORS or reader.target in _MATRIX_PRODUCTS:
             return ""
         if reader.target in _ELEMENTWISE_PRODUCTS or (
@@ -225,6 +242,10 @@ class Readers:
     def _amplifies(self, node: fx.Node) -> bool:
         """Tell whether an operation multiplies gradients with something wild, or does what nobody knows."""
         primals = [arg for arg in node.args if isinstance(arg, fx.Node) and arg not in self._tangent]
+        if node in self._scales:
+            return False  # what it multiplies is asked for instead
+        if node.target in _ELEMENTWISE_PRODUCTS | {aten.div.Tensor} and self._scales.multiply(node):
+            return not self._scales.leave(node)
         if node.target in _ELEMENTWISE_PRODUCTS:
             return any(self._ranges.amplifies(arg) for arg in primals)
         if node.target is aten.div.Tensor:
@@ -232,7 +253,7 @@ class Readers:
         return self._is_unknown(node)
 
     def _is_unknown(self, node: fx.Node) -> bool:
-        known = node.target in _KNOWN or packet(node.target) in _SPREADING | _SHIFTING
+        known = node.target in _KNOWN or packet(node.target) in _SPREADING | _SHIFTING or node in self._scales
         return not known and not node.meta.get(IS_TAME, False)
 
     def _masks(self, node: fx.Node) -> bool:

@@ -36,7 +36,7 @@ def _multiplications(node: fx.Node) -> int:
     formula = flop_registry.get(_ALIKE.get(operation, operation))
     if formula is None:
         return 0
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: _sizes(arg.meta["val"]))
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: _sizes(arg.meta.get("val")))
     return int(formula(*args, **kwargs, out_val=_sizes(node.meta["val"]))) // 2
 
 

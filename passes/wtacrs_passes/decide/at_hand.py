@@ -8,10 +8,23 @@ import torch
 from torch import fx
 
 from ..analyse.products import Analysis
+from ..analyse.scales import PEAKS
 from ..graph.cones import is_tangent, needed_for
 from ..graph.edit import sympy_size
 from ..graph.names import named_inputs, outputs_with_descriptors, static_inputs, written_inputs
-from ..graph.operations import ADDITIONS, FILLS, FORMS, aten, is_recomputable, prims, tensor_operands
+from ..graph.operations import (
+    ADDITIONS,
+    FILLS,
+    FORMS,
+    WEIGHTS_IN_FEW_BITS,
+    aten,
+    is_pointwise,
+    is_recomputable,
+    mutates,
+    packet,
+    prims,
+    tensor_operands,
+)
 from ..graph.torch_api import hint
 from ..joint import Joint
 
@@ -30,26 +43,53 @@ _CHEAP = FORMS | {
 
 
 def made_of_inputs(joint: Joint) -> frozenset[fx.Node]:
-    """Return what cheap operations make of parameters, and of integers and masks that the model is given.
+    """Return what the backward pass makes of inputs alone.
 
-    The casts of weights under autocast, and masks for attention: none of them need be stored. Buffers, and what the
-    graph writes to, are left out: the backward pass may find other values in them.
+    What cheap operations make of parameters, and of integers and masks that the model is given: the casts of weights
+    under autocast, and masks for attention. Of parameters, what all operations on single elements make, and largest
+    magnitudes, as that is little beside the products that read it: weights in steps of a scale. Weights in full that
+    other packages hold in few bits. And what the program itself computes for gradients alone.
+
+    Buffers, and what the graph writes to, are left out: the backward pass may find other values in them.
     """
-    written = written_inputs(joint.graph)
+    written, forward = written_inputs(joint.graph), joint.forward()
     parameters = named_inputs(joint.graph, joint.names, ("parameter",))
     others = static_inputs(joint.graph, joint.names)
+    activations = named_inputs(joint.graph, joint.names, ("activation",))
     found: set[fx.Node] = set()
+    of_parameters: set[fx.Node] = set()
+    of_any: set[fx.Node] = set()
     for node in joint.graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             continue
         if node.op == "placeholder":
-            given = node not in others and not is_tangent(node) and not value.is_floating_point()
-            if (node in parameters or given) and node not in written:
-                found.add(node)
-        elif node.target in _CHEAP and all(arg in found for arg in tensor_operands(node)):
+            if node in written or is_tangent(node):
+                continue
+            given = node not in others and not value.is_floating_point()
+            of_parameters.update([node] * (node in parameters))
+            found.update([node] * (node in parameters or given))
+            of_any.update([node] * (node in parameters or node not in {*others, *activations}))
+            continue
+        operands = list(tensor_operands(node))
+        is_cheap, is_simple = node.target in _CHEAP, is_pointwise(node) or node.target in PEAKS
+        if operands and (is_cheap or is_simple) and all(arg in of_parameters for arg in operands):
+            of_parameters.add(node)
+        is_own = getattr(node.target, "namespace", "") == "wtacrs"  # what a rewrite has planned
+        is_weight = str(packet(node.target)) in WEIGHTS_IN_FEW_BITS or (is_simple and _is_small(node))
+        if operands and (node not in forward or is_weight) and not is_own and not mutates(node):
+            of_any.update([node] * all(arg in of_any or arg in found for arg in operands))
+        cheap = is_cheap and all(arg in found for arg in operands)
+        if cheap or node in of_parameters or node in of_any:
             found.add(node)
     return frozenset(found)
+
+
+_SMALL = 2**16  # elements: the scales of weights in few bits
+
+
+def _is_small(node: fx.Node) -> bool:
+    return hint(node.meta["val"].numel()) <= _SMALL
 
 
 def available_in_backward(analysis: Analysis, graph: fx.Graph, sampled: set[fx.Node]) -> set[int]:

@@ -85,6 +85,8 @@ class Derivations:
             return None  # less its mean, little may be left of a value but its error
         if node.target in _SUMS_AND_PRODUCTS:
             return operands
+        if self.facts.ranges.scales.normalised(node) is not None:
+            return operands
         if node.target is aten.div.Tensor and len(operands) == 2 and operands[-1] in self._exactness.known:
             return None if self.facts.ranges.amplifies_by_division(operands[-1]) else operands
         return None

@@ -12,6 +12,7 @@ from ..graph.edit import bytes_of_example
 from ..graph.names import module_path
 from ..graph.operations import (
     ATTENTION_BACKWARD,
+    FLEX_BACKWARD,
     FORMS,
     GATHERS,
     is_again,
@@ -65,11 +66,10 @@ class Exactness:
 
     def _refusal_of_attention(self, node: fx.Node) -> str:
         calls = [reader for reader in self.facts.readers.of[node] if reader.target in ATTENTION_BACKWARD]
-        return (
-            ""
-            if all(call in self.facts.attention for call in calls)
-            else "attention with dropout, which cannot be computed again"
-        )
+        exact = [call for call in calls if call not in self.facts.attention]
+        if any(call.target is FLEX_BACKWARD for call in exact):
+            return "attention whose function of scores may make an error a large one"
+        return "attention with dropout, which cannot be computed again" if exact else ""
 
     def _refusal_of_opaque(self, node: fx.Node) -> str:
         """Refuse what an inverse or a factorisation reads: its gradient cancels to the last bit, or does not."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, fx
 
+from ..analyse.attention import is_made_again
 from ..analyse.functions import Unary, is_float, unary_function, unary_roots
 from ..analyse.layers import layers_of, products_of, sums_handed_on
 from ..analyse.ranges import Ranges
@@ -22,7 +23,6 @@ from ..graph.operations import (
     VIEWS,
     aten,
     content_of,
-    drops,
     is_again,
     is_derivable,
     is_random,
@@ -32,11 +32,12 @@ from ..graph.operations import (
 from ..graph.torch_api import hint
 from ..joint import Joint
 from ..maths import ops
+from .at_hand import made_of_inputs
 from .modes import MODES, Mode
 
 _REDUCTIONS = {
     aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.var.correction,
-    aten.logsumexp.default, ops.row_norms,
+    aten.logsumexp.default, aten.max.default, ops.row_norms,
 }  # fmt: skip
 
 _SHRINKS = 8  # a statistic is at least so many times smaller than what it is reduced from
@@ -52,6 +53,7 @@ class Facts:
         tangent: everything computed from tangents.
         roots: of `unary_roots`; `ranges`, `readers`: see there.
         residuals: what the backward pass reads and does not have at hand.
+        made: what the backward pass makes of inputs.
         attention: backward passes of attention whose operands may be rounded, with the attention.
         again: outputs and log-sum-exps that the backward pass computes again, with the attention; those of the others
             are stored.
@@ -69,6 +71,7 @@ class Facts:
         self.pinned.update(node for loss in joint.losses for node in loss.stored)
         self.estimates = {node for loss in joint.losses for node in loss.estimates}
         self.tangent = joint.tangent()
+        self.made = made_of_inputs(joint)
         self.roots = unary_roots(graph)
         self.ranges = Ranges(graph, self.tangent, self.roots, statics)
         self.readers = Readers(graph, self.tangent, self.ranges, statics)
@@ -83,7 +86,7 @@ class Facts:
         if is_again(node):
             return True
         constant = not any(tensor_operands(node)) and not is_random(node)
-        return constant or node in self.pinned or self.roots[node] is None
+        return constant or node in self.pinned or node in self.made or self.roots[node] is None
 
     def mode(self, module: str | None) -> Mode:
         """Return what the policy allows for a module (a path)."""
@@ -132,7 +135,7 @@ class Facts:
             of_call = {
                 out: call for out, call in made.items()
                 if packet(call.target) in ATTENTION and out.args[1] in (0, 1)
-                and not drops(call) and mode.lossy
+                and is_made_again(call) and mode.lossy
             }  # fmt: skip
             if len(of_call) == 2 and len(set(of_call.values())) == 1:
                 attention[node] = next(iter(of_call.values()))

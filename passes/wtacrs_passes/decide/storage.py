@@ -22,7 +22,6 @@ from ..graph.names import module_path
 from ..graph.operations import FILLS, VIEWS, content_of, is_checkpointed, makes_sparse
 from ..joint import Joint
 from ..maths.encodings import INTEGER_BITS
-from .at_hand import made_of_inputs
 from .choices import Choices
 from .derivations import Derivations
 from .exactness import Exactness
@@ -45,7 +44,7 @@ def plan_storage(joint: Joint) -> None:
 
 def choose_storage(joint: Joint) -> Plan:
     """Return the plan with how each residual is stored, what is derived from those, and what is made of inputs."""
-    facts, made = Facts(joint), made_of_inputs(joint)
+    facts = Facts(joint)
     exactness = Exactness(facts)
     derivations = Derivations(facts, exactness)
     choices = Choices(facts, exactness, derivations)
@@ -63,13 +62,13 @@ def choose_storage(joint: Joint) -> Plan:
                 chosen.append(Stored(node, "recompute", node, module=module_path(node) or ""))
     chosen, offloaded = choose_offloaded(joint, chosen)
     planned = {item.node for item in chosen}
-    again = [node for node in facts.residuals if node in made and node not in planned]
+    again = [node for node in facts.readers.of if node in facts.made and node not in planned]
     twice = set(facts.again.values())
     return dataclasses.replace(
         joint.plan,
         residuals=(*chosen, *map(_made, filter(_takes_memory, again))),
         offloaded=offloaded,
-        made_of_inputs=made,
+        made_of_inputs=facts.made,
         centered=frozenset(backward for backward, call in facts.attention.items() if call not in twice),
     )
 

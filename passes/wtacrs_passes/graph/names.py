@@ -141,8 +141,10 @@ def path_from_source(source: str) -> str:
 
     >>> path_from_source("L['args'][0].layers.0"), path_from_source("L['forward'].__self__.layers.0")
     ('layers.0', 'layers.0')
+    >>> path_from_source("getattr(G['m'].layers, '0').mlp"), path_from_source("L['weights']['layers.0.weight']")
+    ('layers.0.mlp', 'layers.0.weight')
     """
-    path = source.replace(".forward.__self__", "")
+    path = re.sub(r"getattr\(([^()]*), '([^']*)'\)", r"\1.\2", source).replace(".forward.__self__", "")
     path = re.sub(r"^[LG]\['(args'\]\[\d+\]|[^']*'\])\.?", "", path)
     path = re.sub(r"^.*\b(__self__|cell_contents|__wrapped__|__func__)\b\.?", "", path)
     path = re.sub(r"__dict__\['(_modules|_parameters|_buffers)'\]", r"\1", path)

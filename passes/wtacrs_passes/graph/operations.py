@@ -59,13 +59,18 @@ GROUPED = {aten._grouped_mm.default, ops.grouped_mm}
 
 RANDOM = {inductor_prims.seed, inductor_prims.seeds, inductor_prims.random, inductor_prims.randint}
 
+FLEX, FLEX_BACKWARD = torch.ops.higher_order.flex_attention, torch.ops.higher_order.flex_attention_backward
+"""Attention with a function of scores, and of positions that are masked: sub-graphs among its operands."""
+
 ATTENTION = {
+    FLEX,
     aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_cudnn_attention,
 }
 ATTENTION_BACKWARD = {
+    FLEX_BACKWARD,
     aten._scaled_dot_product_flash_attention_backward.default,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
     aten._scaled_dot_product_efficient_attention_backward.default,
@@ -80,6 +85,7 @@ MIXING = ATTENTION | {
     aten.baddbmm,
     aten.convolution,
     aten._grouped_mm,
+    aten._scaled_mm,
     torch.ops.wtacrs.grouped_mm,
     aten.embedding,
     aten.native_layer_norm,
@@ -117,6 +123,7 @@ MIXING = ATTENTION | {
     aten.native_dropout,
     aten._embedding_bag,
     aten.max_pool2d_with_indices,
+    inductor_prims._low_memory_max_pool_with_offsets.overloadpacket,
     aten.max_pool3d_with_indices,
     aten.avg_pool3d,
     aten._adaptive_avg_pool3d,
@@ -143,6 +150,18 @@ MIXING = ATTENTION | {
     prims.rev,
 }
 """Operations each of whose results is a sum over many operands, or an index: of one order of size."""
+WEIGHTS_IN_FEW_BITS = {
+    "bitsandbytes.dequantize_4bit",
+    "bitsandbytes.dequantize_blockwise",
+    "bitsandbytes.int8_vectorwise_dequant",
+}
+"""Names of other packages' operations that make weights whole."""
+OF_OTHERS = WEIGHTS_IN_FEW_BITS | {
+    "bitsandbytes.gemm_4bit",
+    "bitsandbytes.int8_scaled_mm",
+    "bitsandbytes.int8_mixed_scaled_mm",
+}
+"""Names of other packages' operations that are alike: products with such weights as well."""
 
 PARTS = {aten.split, aten.split_with_sizes, aten.unbind, aten.chunk}
 """Operations whose results are parts of the operand."""
@@ -181,6 +200,11 @@ def is_pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in tags and not is_random(node)
 
 
+def is_mixing(node: fx.Node) -> bool:
+    """Tell whether each result of a node is a sum over many operands, a weight, or an index: of one order of size."""
+    return packet(node.target) in MIXING or str(packet(node.target)) in OF_OTHERS
+
+
 def is_random(node: fx.Node) -> bool:
     """Tell whether two equal calls of the node may return different values."""
     tags = getattr(node.target, "tags", ())
@@ -189,6 +213,8 @@ def is_random(node: fx.Node) -> bool:
 
 def drops(attention: fx.Node) -> bool:
     """Tell whether an attention has dropout."""
+    if attention.target is FLEX:
+        return False
     schema = attention.target._schema  # type: ignore[union-attr]
     names = [argument.name for argument in schema.arguments]
     position = names.index("dropout_p")

@@ -188,7 +188,11 @@ class _Rebuild:
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
         """Return what a node is computed from again; nothing where it is stored or cannot be."""
-        again = node in self.again or (is_derivable(node) and isinstance(node.meta.get("val"), Tensor))
+        again = (
+            node in self.again
+            or node in self.of_inputs
+            or (is_derivable(node) and isinstance(node.meta.get("val"), Tensor))
+        )
         return node.all_input_nodes if again and node not in self.decoders else []
 
     def _build(self, node: fx.Node) -> fx.Node:

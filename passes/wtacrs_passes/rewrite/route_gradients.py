@@ -1,7 +1,7 @@
 """Compute the gradients of routing weights from what experts read, so that nothing stores what they return.
 
-Before, with y [rows, features] of experts, w [rows, 1] the weights that a router gives their rows, and dz the gradient of
-``z = y w``::
+Before, with y [rows, features] of experts, w [rows, 1] the weights that a router gives their rows, and dz the gradient
+of ``z = y w``::
 
     y = grouped_mm(h, W, offsets)
     dw = sum(dz y, -1)
@@ -13,8 +13,8 @@ After, as ``sum(dz y) = sum(h (dz W^T))``, with h, which the gradient of W reads
     dw = sum(h g, -1)
     dh = g w
 
-The same sums in another order: only where residuals may be rounded. Not in float16, where g may leave the range of numbers
-that its product with a small w is in.
+The same sums in another order: only where residuals may be rounded. Not in float16, where g may leave the range of
+numbers that its product with a small w is in.
 """
 
 from __future__ import annotations
@@ -53,8 +53,7 @@ def route_gradients(joint: Joint) -> None:
     places = {node: place for place, node in enumerate(joint.graph.nodes)}
     editor = Editor(joint.graph)
     for each in found:
-        first, last = sorted((each.dw, each.dh), key=places.__getitem__)
-        with editor.before(first):
+        with editor.before(min(each.dw, each.dh, key=places.__getitem__)):
             h, _, offsets = each.y.args
             weight = each.dh.args[1]
             assert isinstance(h, fx.Node) and callable(each.dh.target)
