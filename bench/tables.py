@@ -191,6 +191,7 @@ _HEADLINE = _INDUCTOR | {
     "wtacrs, all rows in 8 bits": '**wtacrs**, `ratio=1.0, product="int8"`: all rows in 8 bits',
 }
 _WITHOUT_HEAD = _INDUCTOR | {"wtacrs 0.3 balanced": "**wtacrs**, `ratio=0.3`"}
+_MODERN = {BUDGET: "**wtacrs**, default policy", "wtacrs 0.3 balanced": "**wtacrs**, `ratio=0.3`"}
 _FASTEST = "fastest within "
 _WAYS_SHOWN = ("all rows", "rows 0.3", "rows 0.7")
 _ON_GPU = ("saved", "peak", "step time", "kernel time")
@@ -430,6 +431,14 @@ TABLES: dict[str, Table] = {
     ),
     "without-head-autocast": _without_head("autocast"),
     "without-head-bfloat16": _without_head("bfloat16"),
+    "modern": Table(
+        "modern",
+        "",
+        _any,
+        lambda row: f"{row.model}: {_INDUCTOR.get(row.variant, _MODERN.get(row.variant, row.variant))}",
+        lambda row: row.metric,
+        lambda row: _ratio(row) if row.unit != "nats" else _four(row),
+    ),
     "frontier": _frontier("float32"),
     "frontier-autocast": _frontier("autocast"),
     "gpu-headline": Table(

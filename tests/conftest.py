@@ -19,6 +19,7 @@ from torch.nn import functional as F
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which Inductor does
 
+os.environ["WTACRS_STRICT"] = "1"  # what goes wrong in the backend is raised
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # fail at once where a test names a model that is not there
 
 import wtacrs_fx

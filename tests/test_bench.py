@@ -436,7 +436,7 @@ def news() -> tuple[nn.Module, dict[str, Tensor]]:
     return model, next(batches)
 
 
-@pytest.mark.parametrize("name", ["GaLore", "LoTR"])
+@pytest.mark.parametrize("name", ["GaLore", "LoTR", "entropy at test time", "beam tree"])
 def test_a_method_trains_with_both_backends(
     name: str, news: tuple[nn.Module, dict[str, Tensor]], tmp_path: Path
 ) -> None:
@@ -457,6 +457,43 @@ def test_a_method_trains_with_both_backends(
     append(rows, tmp_path)
     [line] = [text for text in render("optimizers", tmp_path).splitlines() if text.startswith(f"| {name} |")]
     assert line.count("|") == 11 and "|  |" not in line
+
+
+def test_steps_of_nesterovs_flow_are_those_of_the_paper() -> None:
+    """Of ``f(x) = c x^2 / 2``, by two recursions for a number."""
+    from bench.optimizers import NagGS
+
+    c, alpha, mu, start = 3.0, 0.1, 0.7, 2.0
+    x = torch.nn.Parameter(torch.tensor([start]))
+    optimizer = NagGS([x], alpha, mu=mu, gamma=1.2)
+
+    def closure() -> float:
+        x.grad = c * x.detach()
+        return float(c * x.square() / 2)
+
+    place, v, gamma, a = start, start, 1.2, alpha / (1 + alpha)
+    for _ in range(200):
+        optimizer.step(closure)
+        gamma = (1 - a) * gamma + a * mu
+        b = alpha * mu / (alpha * mu + gamma)
+        v = (1 - b) * v + b * place - b / mu * c * place
+        place = (1 - a) * place + a * v
+        assert float(x) == pytest.approx(place, abs=1e-5)
+    assert abs(place) < 1e-3
+
+
+def test_a_proximal_step_ends_where_its_definition_says() -> None:
+    from bench.optimizers import Proximal
+
+    x = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
+    optimizer = Proximal([x], lr=0.5, steps=60)
+
+    def closure() -> float:
+        x.grad = 3 * x.detach()  # of 3 x^2 / 2, whose proximal point is x / (1 + 3 lr)
+        return float(1.5 * x.square().sum())
+
+    assert optimizer.step(closure) == pytest.approx(7.5)
+    torch.testing.assert_close(x.detach(), torch.tensor([2.0, -1.0]) / 2.5, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["lora", "lotr", "kernel_sparse"])

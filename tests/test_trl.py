@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from wtacrs_fx import Policy
@@ -64,3 +65,78 @@ def test_the_same_losses_with_fewer_bytes(tmp_path: Path) -> None:
     assert expected[-1] < 0.9 * expected[0]
     assert losses == pytest.approx(expected, rel=3e-3)
     assert ours[-1]["wtacrs/saved_ratio"] < 0.4  # of PyTorch's checkpoints, all graphs together
+
+
+class Words:
+    """Texts of a few words, for a tokenizer that cuts at spaces."""
+
+    def __init__(self, folder: Path) -> None:
+        words = {"[PAD]": 0, "[EOS]": 1, **{f"w{i}": i for i in range(2, WORDS)}}
+        tokenizer = Tokenizer(WordLevel(words, unk_token="[PAD]"))
+        tokenizer.pre_tokenizer = Whitespace()
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[EOS]"
+        )
+        self.options = {
+            "output_dir": str(folder), "max_steps": STEPS, "logging_steps": 1, "learning_rate": 1e-2, "bf16": True,
+            "use_cpu": not torch.cuda.is_available(), "save_strategy": "no", "report_to": [], "disable_tqdm": True,
+            "per_device_train_batch_size": 4,
+        }  # fmt: skip
+
+    def model(self) -> Qwen3ForCausalLM:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 192,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        return Qwen3ForCausalLM(Qwen3Config(vocab_size=WORDS, num_hidden_layers=2, head_dim=16, **sizes))
+
+    def logs(self, trainer: Any, policy: Policy | None) -> list[dict[str, Any]]:
+        if policy is not None:
+            enable(trainer, policy)
+        trainer.train()
+        return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def pairs() -> Iterator[dict[str, str]]:
+    numbers = torch.Generator().manual_seed(0)
+    for _ in range(64):
+        words = [f"w{i}" for i in (2 + torch.randint(50, (48,), generator=numbers)).tolist()]
+        prompt, chosen, rejected = (" ".join(part) for part in (words[:16], words[16:32], words[32:]))
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def test_preferences_are_learned_as_without(tmp_path: Path) -> None:
+    found = {}
+    for name, policy in (("eager", None), ("ours", Policy(ratio=1.0))):
+        words = Words(tmp_path)
+        trainer = trl.DPOTrainer(
+            words.model(),
+            ref_model=words.model(),
+            args=trl.DPOConfig(**words.options),
+            train_dataset=datasets.IterableDataset.from_generator(pairs),
+            processing_class=words.tokenizer,
+        )
+        found[name] = words.logs(trainer, policy)
+    losses = {name: [entry["loss"] for entry in entries] for name, entries in found.items()}
+    assert losses["ours"] == pytest.approx(losses["eager"], rel=2e-2)
+    assert found["ours"][-1]["wtacrs/saved_ratio"] < 0.6
+
+
+def test_packed_samples_are_learned_as_without(tmp_path: Path) -> None:
+    found = {}
+    for name, policy in (("eager", None), ("ours", Policy(ratio=1.0))):
+        words = Words(tmp_path)
+        trainer = trl.SFTTrainer(
+            words.model(),
+            args=trl.SFTConfig(**words.options, packing=True, packing_strategy="wrapped", max_length=96),
+            train_dataset=datasets.IterableDataset.from_generator(samples),
+            processing_class=words.tokenizer,
+        )
+        found[name] = words.logs(trainer, policy)
+    losses = {name: [entry["loss"] for entry in entries] for name, entries in found.items()}
+    assert losses["ours"] == pytest.approx(losses["eager"], rel=5e-3)
+    assert found["ours"][-1]["wtacrs/saved_ratio"] < 0.6

@@ -8,7 +8,7 @@ from wtacrs_passes.pipeline import NoTangentsError
 from wtacrs_passes.policy import Policy, PolicyError, Rule
 from wtacrs_passes.report import Report, SiteReport
 
-from .backend import Backend, PatternWarning, backend, reports
+from .backend import Backend, FallbackWarning, PatternWarning, backend, reports
 from .capture import capture, explain, transform
 from .diagnose import Diagnosis, DiagnosisError, diagnose
 from .gradient_norms import GradientNormError, GradientNorms, token_mask, track_gradient_norms
@@ -19,6 +19,7 @@ __all__ = [
     "Backend",
     "Diagnosis",
     "DiagnosisError",
+    "FallbackWarning",
     "GradientNormError",
     "GradientNorms",
     "ModuleSensitivity",

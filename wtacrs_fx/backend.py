@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import os
 import pathlib
 import re
 import warnings
@@ -27,6 +28,7 @@ from wtacrs_passes.graph.names import NamedInput, last_name, path_from_source
 from wtacrs_passes.lower.allocations import peak_of_code
 from wtacrs_passes.lower.fusion import without_waiting
 from wtacrs_passes.maths.observer import Observer
+from wtacrs_passes.maths.offload import OffloadError
 from wtacrs_passes.pipeline import WtacrsPartitioner, source_hash
 from wtacrs_passes.policy import Policy, PolicyError, Rule, nearest
 from wtacrs_passes.regions import calls_regions, describe_regions
@@ -39,6 +41,14 @@ _REPORTS: list[Report] = []
 
 class PatternWarning(UserWarning):
     """A pattern of the policy has matched no module in any graph compiled with it so far."""
+
+
+class FallbackWarning(UserWarning):
+    """A graph was compiled by Inductor alone, as an error of this backend stood in the way."""
+
+
+STRICT = "WTACRS_STRICT"
+"""Variable of the environment; 1: an error of this backend is raised, where nothing else is said."""
 
 
 def reports() -> list[Report]:
@@ -56,6 +66,8 @@ class Backend:
         policy: what is sampled, and how.
         mode: as in ``torch.compile``.
         inductor_options: configuration of Inductor.
+        strict: raise what goes wrong in this backend. Else the graph is compiled by Inductor alone, as if the policy
+            said nothing, with a :class:`FallbackWarning` and a note in its report. None: as :data:`STRICT` says.
 
     Attributes:
         reports: of the training graphs that this object compiled, in order.
@@ -65,7 +77,13 @@ class Backend:
         PolicyError: an option that Inductor does not know, or one that this backend sets itself.
     """
 
-    def __init__(self, policy: Policy, mode: str | None, inductor_options: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        mode: str | None,
+        inductor_options: Mapping[str, Any],
+        strict: bool | None = None,
+    ) -> None:
         if not isinstance(policy, Policy):
             raise PolicyError(f"policy must be a wtacrs_fx.Policy, got {policy!r}")
         self.policy = policy
@@ -74,11 +92,13 @@ class Backend:
             raise PolicyError(
                 "CUDA graphs cannot wait for the host, got offload='host' with them; leave one out"
             )
+        self.strict = os.environ.get(STRICT, "0") != "0" if strict is None else strict
         self.reports: list[Report] = []
         self.decided = policy.decided
         self._again: dict[_Identity, _Progress] = {}
         self._free: int | str | None = None
         self._unmatched = set(policy.unmatched(()))
+        self._failures: set[str] = set()
         self.__name__ = "wtacrs"
 
     def __call__(
@@ -96,6 +116,41 @@ class Backend:
                 f"a backend object has its options already, got mode={mode!r}, options={options!r}; "
                 f"give them to wtacrs_fx.backend(policy, ...) or use backend='wtacrs'"
             )
+        if self.strict:
+            return self._compile_graph(gm, example_inputs, name)
+        plain = copy_joint(gm)
+        try:
+            return self._compile_graph(gm, example_inputs, name)
+        except _NOT_OURS:
+            raise
+        except Exception as error:
+            return self._fall_back(plain, example_inputs, name, error)
+
+    def _fall_back(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], name: str | None, error: Exception
+    ) -> Callable[..., Any]:
+        """Compile a graph with Inductor alone; what is wrong with the program is raised by that as well."""
+        compiled = torch_api.compile_fx(gm, example_inputs, self.config, name, lambda choices: choices)
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0]}"[:_LONGEST_REASON]
+        if _is_training(example_inputs):
+            note = f"compiled by Inductor alone, as this backend failed: {reason}"
+            report = Report((), 0, 0, notes=(note,))
+            _REPORTS.append(report)
+            self.reports.append(report)
+        if reason not in self._failures:
+            self._failures.add(reason)
+            warnings.warn(
+                f"a graph is compiled by Inductor alone, as the wtacrs backend failed: {reason}. Its gradients are "
+                f"Inductor's, and it saves as many bytes. Please report it; strict=True or {STRICT}=1 raises the error",
+                FallbackWarning,
+                stacklevel=2,
+            )
+        return compiled
+
+    def _compile_graph(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], name: str | None
+    ) -> Callable[..., Any]:
         table = lifted_inputs(gm)
         measures = _is_training(example_inputs) and self.policy.has_budgets and self._can_measure(gm)
         code, policy, progress = torch_api.code_in_compilation(), self.policy.unmeasured(), _Progress()
@@ -175,6 +230,11 @@ class Backend:
                 PatternWarning,
                 stacklevel=2,
             )
+
+
+_NOT_OURS = (PolicyError, OffloadError, Warning, torch_api.TorchDynamoException)
+"""What the user is to be told, and what PyTorch tells itself, such as to begin anew."""
+_LONGEST_REASON = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,18 +398,26 @@ class _Measured:
             self._owner.decided = (*others, *(rule for rule in decided if rule.pattern in patterns))
 
 
-def backend(policy: Policy | None = None, *, mode: str | None = None, **inductor_options: Any) -> Backend:
+def backend(
+    policy: Policy | None = None,
+    *,
+    mode: str | None = None,
+    strict: bool | None = None,
+    **inductor_options: Any,
+) -> Backend:
     """Return a backend object for ``torch.compile(model, backend=...)``.
 
     Args:
         policy: what is sampled, and how; ``Policy()`` where it is None.
         mode: as in ``torch.compile``: ``"max-autotune"``, ``"reduce-overhead"``, ...
+        strict: raise what goes wrong in this backend, where the graph would be compiled by Inductor alone, with a
+            :class:`FallbackWarning`; None: as ``WTACRS_STRICT`` in the environment says.
         inductor_options: configuration of Inductor, such as ``max_autotune=True``.
 
     Raises:
         PolicyError: an option that Inductor does not know, or one that this backend sets itself.
     """
-    return Backend(Policy() if policy is None else policy, mode, inductor_options)
+    return Backend(Policy() if policy is None else policy, mode, inductor_options, strict)
 
 
 def wtacrs(
@@ -363,15 +431,17 @@ def wtacrs(
     """Compile for ``torch.compile(model, backend="wtacrs", mode=..., options={"wtacrs.ratio": 0.3, ...})``.
 
     Options whose keys start with ``wtacrs.`` are fields of :class:`Policy`, ``wtacrs.policy`` is a whole
-    one; the others are Inductor's.
+    one, ``wtacrs.strict`` as of :func:`backend`; the others are Inductor's.
 
     Raises:
         PolicyError: an unknown option or a value outside its range.
     """
     key = (mode, repr(sorted((options or {}).items())))
     if key not in _BACKENDS:
-        policy, rest = policy_from_options(options or {})
-        _BACKENDS[key] = Backend(policy, mode, rest)
+        own = dict(options or {})
+        strict = own.pop("wtacrs.strict", None)
+        policy, rest = policy_from_options(own)
+        _BACKENDS[key] = Backend(policy, mode, rest, strict)
     return _BACKENDS[key](gm, example_inputs, name=name)
 
 

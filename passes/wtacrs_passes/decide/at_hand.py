@@ -76,7 +76,7 @@ def made_of_inputs(joint: Joint) -> frozenset[fx.Node]:
         if operands and (is_cheap or is_simple) and all(arg in of_parameters for arg in operands):
             of_parameters.add(node)
         is_own = getattr(node.target, "namespace", "") == "wtacrs"  # what a rewrite has planned
-        is_weight = str(packet(node.target)) in WEIGHTS_IN_FEW_BITS or (is_simple and _is_small(node))
+        is_weight = _is_weight(node) or (is_simple and any(map(_is_weight, operands)))
         if operands and (node not in forward or is_weight) and not is_own and not mutates(node):
             of_any.update([node] * all(arg in of_any or arg in found for arg in operands))
         cheap = is_cheap and all(arg in found for arg in operands)
@@ -85,11 +85,9 @@ def made_of_inputs(joint: Joint) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
-_SMALL = 2**16  # elements: the scales of weights in few bits
-
-
-def _is_small(node: fx.Node) -> bool:
-    return hint(node.meta["val"].numel()) <= _SMALL
+def _is_weight(node: fx.Node) -> bool:
+    """Tell whether a node makes a weight, or its scales, of few bits."""
+    return str(packet(node.target)) in WEIGHTS_IN_FEW_BITS
 
 
 def available_in_backward(analysis: Analysis, graph: fx.Graph, sampled: set[fx.Node]) -> set[int]:

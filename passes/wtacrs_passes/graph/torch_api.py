@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch._dynamo import eval_frame, symbolic_convert
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._functorch._aot_autograd.descriptors import GradAOTOutput
 from torch._functorch.aot_autograd import aot_module_simplified
@@ -41,6 +42,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "GradAOTOutput",
+    "TorchDynamoException",
     "cache_dir",
     "code_in_compilation",
     "collector_at_rest",

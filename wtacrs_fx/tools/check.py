@@ -1,0 +1,236 @@
+"""A model's own training step with wtacrs beside Inductor's: are gradients right, is it worth it."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from wtacrs_passes.maths.observer import SETTLED
+from wtacrs_passes.policy import Policy
+from wtacrs_passes.report import Report, format_bytes
+
+from ..backend import backend
+from .progress import Progress, silent
+from .steps import Compiler, Step, inductor, measure_steps
+
+INDUCTOR, EXACT, ROUNDED, SAMPLED, DEFAULT = "inductor", "exact", "rounded", "sampled", "wtacrs"
+POLICIES = {
+    EXACT: Policy(ratio=1.0, residuals="exact"),
+    ROUNDED: Policy(ratio=1.0),
+    SAMPLED: Policy(ratio=0.3, residuals="exact"),
+    DEFAULT: Policy(),
+}
+"""What is looked at apart: nothing changed, residuals rounded, rows sampled; and all together."""
+
+LARGEST_ERROR = 0.02
+"""Squared error of the gradient, beside its square, that rounding residuals may cause."""
+DRAWS, DIRECTIONS, LARGEST_T = 12, 4, 6.5
+"""A test of the mean of so many draws, in random directions: Student's t, 11 degrees of freedom, significance 2e-4."""
+WORTH, SLOW = 0.9, 1.1
+"""Of Inductor's bytes, and of its time."""
+
+Kind = Literal["good", "poor", "wrong"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        kind: ``wrong`` is a bug; ``poor`` is right, and no gain.
+    """
+
+    kind: Kind
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What a variant takes: bytes, bytes, seconds of a step and of its compilation."""
+
+    saved: int
+    peak: int
+    seconds: float
+    compile_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What was found of a model.
+
+    Attributes:
+        figures: by variant.
+        report: of the default policy.
+    """
+
+    figures: dict[str, Figures]
+    findings: tuple[Finding, ...]
+    report: Report
+
+    @property
+    def verdict(self) -> Kind:
+        """The worst of the findings."""
+        kinds = {finding.kind for finding in self.findings}
+        return "wrong" if "wrong" in kinds else "poor" if "poor" in kinds else "good"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers and strings."""
+        return {
+            "verdict": self.verdict,
+            "findings": [dataclasses.asdict(finding) for finding in self.findings],
+            "figures": {name: dataclasses.asdict(one) for name, one in self.figures.items()},
+            "report": self.report.to_dict(),
+        }
+
+
+def check(model: nn.Module, inputs: dict[str, Tensor], rounds: int = 5, progress: Progress = silent) -> Check:
+    """Run a step of a model in each way, and compare.
+
+    Args:
+        model: its output is a loss, or a tuple with it first.
+        rounds: timed steps of each way.
+
+    Raises:
+        BackendCompilerFailed: of torch: this backend failed.
+    """
+    steps = compile_all(model, inputs, progress)
+    findings = compare_gradients(steps)
+    known = 0
+    while known < (known := len(steps[DEFAULT].reports)):  # until its noise budget leads to nothing else
+        steps[DEFAULT].settle([inputs] * SETTLED)
+    measured = measure_steps({name: steps[name] for name in (INDUCTOR, DEFAULT)}, rounds, progress)
+    figures = {
+        name: Figures(one.saved, one.peak, statistics.median(one.seconds), steps[name].first_call_seconds)
+        for name, one in measured.items()
+    }
+    report = steps[DEFAULT].reports[-1]
+    findings += _of_costs(figures[INDUCTOR], figures[DEFAULT], report)
+    return Check(figures, tuple(findings), report)
+
+
+def compile_all(model: nn.Module, inputs: dict[str, Tensor], progress: Progress = silent) -> dict[str, Step]:
+    """Return a compiled step with Inductor, and with each of :data:`POLICIES`."""
+    compilers: dict[str, Compiler] = {INDUCTOR: inductor()}
+    compilers |= {name: backend(policy, strict=True) for name, policy in POLICIES.items()}
+    steps: dict[str, Step] = {}
+    progress("compiling", 0, len(compilers))
+    for name, compiler in compilers.items():
+        steps[name] = Step(model, inputs, compiler)
+        progress("compiling", len(steps), len(compilers))
+    return steps
+
+
+def compare_gradients(steps: dict[str, Step]) -> list[Finding]:
+    """Return what is to be said of losses and gradients."""
+    losses, gradients = {}, {}
+    for name, step in steps.items():
+        losses[name], gradients[name] = _run(step, seed=0)
+    return list(_of_gradients(steps, losses, gradients))
+
+
+def _run(step: Step, seed: int) -> tuple[float, list[Tensor]]:
+    """Return the loss of a step, and its gradients."""
+    torch.manual_seed(seed)
+    loss = float(step())
+    found = [parameter.grad for parameter in step.model.parameters() if parameter.grad is not None]
+    return loss, [gradient.detach().clone() for gradient in found]
+
+
+def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Return the squared error of all gradients, beside their squares; infinite where one is not finite."""
+    error = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, exact, strict=True))
+    size = sum(float(b.double().square().sum()) for b in exact)
+    return error / size if size and error == error else (float("inf") if error else 0.0)
+
+
+def _of_gradients(
+    steps: dict[str, Step], losses: dict[str, float], gradients: dict[str, list[Tensor]]
+) -> Iterator[Finding]:
+    exact = gradients[INDUCTOR]
+    if not all(bool(each.isfinite().all()) for each in exact):
+        yield Finding(
+            "poor", "Inductor's own gradients are not finite with these inputs: nothing can be compared"
+        )
+        return
+    again = _run(steps[INDUCTOR], seed=1)[1]
+    draws = _distance(again, exact) > 0
+    distance = _distance(gradients[EXACT], exact)
+    if distance == 0:
+        yield Finding(
+            "good", "with nothing sampled and nothing rounded, gradients are Inductor's to the last bit"
+        )
+    else:
+        yield Finding(
+            "wrong",
+            f"with nothing sampled and nothing rounded, gradients differ: {distance:.2g} of their square",
+        )
+    changed = max(abs(losses[name] - losses[INDUCTOR]) for name in (EXACT, ROUNDED))
+    allowed = 1e-3 * max(1.0, abs(losses[INDUCTOR]))
+    kind: Kind = "good" if changed <= allowed else "wrong"
+    yield Finding(kind, f"the loss is {losses[INDUCTOR]:.6g}, with wtacrs {losses[ROUNDED]:.6g}")
+    distance = _distance(gradients[ROUNDED], exact)
+    kind = "good" if distance <= LARGEST_ERROR else "wrong"
+    yield Finding(
+        kind,
+        f"rounding residuals changes gradients by {distance:.2g} of their square (at most {LARGEST_ERROR})",
+    )
+    yield _of_sampling(steps[SAMPLED], exact, draws)
+
+
+def _of_sampling(step: Step, exact: list[Tensor], draws: bool) -> Finding:
+    if not step.reports[-1].sampled:
+        return Finding("good", "no rows are sampled: no weight gradient is a product over enough of them")
+    if draws:
+        return Finding(
+            "good", "whether sampled gradients are unbiased was not tested: the program draws random numbers"
+        )
+    errors = torch.stack([_projected(_run(step, seed)[1], exact) for seed in range(DRAWS)])
+    spread = errors.std(0) / DRAWS**0.5
+    largest = float((errors.mean(0).abs() / spread.clamp(min=1e-300)).where(spread > 0, 0.0).max())
+    kind: Kind = "good" if largest <= LARGEST_T else "wrong"
+    return Finding(
+        kind, f"sampled gradients are unbiased: t = {largest:.1f} over {DRAWS} draws (at most {LARGEST_T})"
+    )
+
+
+def _projected(found: list[Tensor], exact: list[Tensor]) -> Tensor:
+    """Return the error of gradients along random directions: [DIRECTIONS], float64."""
+    total = torch.zeros(DIRECTIONS, dtype=torch.float64)
+    for number, (one, other) in enumerate(zip(found, exact, strict=True)):
+        generator = torch.Generator(one.device).manual_seed(number)
+        error = (one.double() - other.double()).flatten()
+        for direction in range(DIRECTIONS):
+            signs = torch.randint(2, error.shape, generator=generator, device=one.device)
+            total[direction] += float((error * (2 * signs - 1)).sum())
+    return total
+
+
+def _of_costs(baseline: Figures, ours: Figures, report: Report) -> Iterator[Finding]:
+    share = ours.saved / max(1, baseline.saved)
+    text = f"saved for the backward pass: {share:.2f} of Inductor's"
+    if share > WORTH:
+        text += f"; most of it as it is: {_largest_reason(report)}"
+    yield Finding("good" if share <= WORTH else "poor", text)
+    peak = ours.peak / max(1, baseline.peak)
+    yield Finding("good" if peak <= 1.0 else "poor", f"peak of a step: {peak:.2f} of Inductor's")
+    time = ours.seconds / baseline.seconds
+    yield Finding("good" if time <= SLOW else "poor", f"time of a step: {time:.2f} of Inductor's")
+
+
+def _largest_reason(report: Report) -> str:
+    """Return why most bytes are stored as they are."""
+    sizes: collections.Counter[str] = collections.Counter()
+    for residual in report.residuals:
+        if residual.encoding == "exact" and isinstance(residual.bytes_after, int):
+            reason = residual.gradient.removeprefix("exact").removeprefix(": ")
+            sizes[reason or "small, or of integers, or in rows too short to encode"] += residual.bytes_after
+    if not sizes:
+        return "nothing"
+    [(reason, size)] = sizes.most_common(1)
+    return f"{format_bytes(size)}: {reason}"
