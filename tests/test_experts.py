@@ -230,7 +230,6 @@ def test_in_half_precision_they_do_as_a_small_weight_may_be_what_keeps_gradients
 
 BOUNDS = {
     torch.bfloat16: {
-        Policy(ratio=1.0): 1e-3,
         Policy(ratio=1.0, product="int8"): 2e-3,
         Policy(ratio=0.5): 0.8,
     },

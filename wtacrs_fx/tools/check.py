@@ -32,6 +32,8 @@ LARGEST_ERROR = 0.02
 """Squared error of the gradient, beside its square, that rounding residuals may cause."""
 DRAWS, DIRECTIONS, LARGEST_T = 12, 4, 6.5
 """A test of the mean of so many draws, in random directions: Student's t, 11 degrees of freedom, significance 2e-4."""
+LOSS = 1e-3
+"""How much the loss may change, of itself or of one."""
 WORTH, SLOW = 0.9, 1.1
 """Of Inductor's bytes, and of its time."""
 
@@ -114,10 +116,15 @@ def check(model: nn.Module, inputs: dict[str, Tensor], rounds: int = 5, progress
     return Check(figures, tuple(findings), report)
 
 
-def compile_all(model: nn.Module, inputs: dict[str, Tensor], progress: Progress = silent) -> dict[str, Step]:
-    """Return a compiled step with Inductor, and with each of :data:`POLICIES`."""
+def compile_all(
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    progress: Progress = silent,
+    names: Sequence[str] = tuple(POLICIES),
+) -> dict[str, Step]:
+    """Return a compiled step with Inductor, and with each of :data:`POLICIES` that is named."""
     compilers: dict[str, Compiler] = {INDUCTOR: inductor()}
-    compilers |= {name: backend(policy, strict=True) for name, policy in POLICIES.items()}
+    compilers |= {name: backend(POLICIES[name], strict=True) for name in names}
     steps: dict[str, Step] = {}
     progress("compiling", 0, len(compilers))
     for name, compiler in compilers.items():
@@ -127,11 +134,17 @@ def compile_all(model: nn.Module, inputs: dict[str, Tensor], progress: Progress 
 
 
 def compare_gradients(steps: dict[str, Step]) -> list[Finding]:
-    """Return what is to be said of losses and gradients."""
-    losses, gradients = {}, {}
-    for name, step in steps.items():
-        losses[name], gradients[name] = _run(step, seed=0)
-    return list(_of_gradients(steps, losses, gradients))
+    """Return what is to be said of losses and gradients of the policies among the steps."""
+    loss, exact = _run(steps[INDUCTOR], seed=0)
+    if not all(bool(each.isfinite().all()) for each in exact):
+        text = "Inductor's own gradients are not finite with these inputs: nothing can be compared"
+        return [Finding("poor", text)]
+    looks = {EXACT: _of_nothing, ROUNDED: _of_rounding, SAMPLED: _of_sampling}
+    findings = [look(steps, exact) for name, look in looks.items() if name in steps]
+    changed = {name: abs(_run(step, seed=0)[0] - loss) for name, step in steps.items()}
+    worst = max(changed, key=changed.__getitem__)
+    kind: Kind = "good" if changed[worst] <= LOSS * max(1.0, abs(loss)) else "wrong"
+    return [*findings, Finding(kind, f"the loss is {loss:.6g}, and changes by {changed[worst]:.2g} at most")]
 
 
 def _run(step: Step, seed: int) -> tuple[float, list[Tensor]]:
@@ -149,54 +162,34 @@ def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return error / size if size and error == error else (float("inf") if error else 0.0)
 
 
-def _of_gradients(
-    steps: dict[str, Step], losses: dict[str, float], gradients: dict[str, list[Tensor]]
-) -> Iterator[Finding]:
-    exact = gradients[INDUCTOR]
-    if not all(bool(each.isfinite().all()) for each in exact):
-        yield Finding(
-            "poor", "Inductor's own gradients are not finite with these inputs: nothing can be compared"
-        )
-        return
-    again = _run(steps[INDUCTOR], seed=1)[1]
-    draws = _distance(again, exact) > 0
-    distance = _distance(gradients[EXACT], exact)
-    if distance == 0:
-        yield Finding(
-            "good", "with nothing sampled and nothing rounded, gradients are Inductor's to the last bit"
-        )
-    else:
-        yield Finding(
-            "wrong",
-            f"with nothing sampled and nothing rounded, gradients differ: {distance:.2g} of their square",
-        )
-    changed = max(abs(losses[name] - losses[INDUCTOR]) for name in (EXACT, ROUNDED))
-    allowed = 1e-3 * max(1.0, abs(losses[INDUCTOR]))
-    kind: Kind = "good" if changed <= allowed else "wrong"
-    yield Finding(kind, f"the loss is {losses[INDUCTOR]:.6g}, with wtacrs {losses[ROUNDED]:.6g}")
-    distance = _distance(gradients[ROUNDED], exact)
-    kind = "good" if distance <= LARGEST_ERROR else "wrong"
-    yield Finding(
-        kind,
-        f"rounding residuals changes gradients by {distance:.2g} of their square (at most {LARGEST_ERROR})",
-    )
-    yield _of_sampling(steps[SAMPLED], exact, draws)
+def _of_nothing(steps: dict[str, Step], exact: list[Tensor]) -> Finding:
+    distance = _distance(_run(steps[EXACT], seed=0)[1], exact)
+    nothing = "with nothing sampled and nothing rounded, gradients"
+    if distance:
+        return Finding("wrong", f"{nothing} differ: {distance:.2g} of their square")
+    return Finding("good", f"{nothing} are Inductor's to the last bit")
 
 
-def _of_sampling(step: Step, exact: list[Tensor], draws: bool) -> Finding:
+def _of_rounding(steps: dict[str, Step], exact: list[Tensor]) -> Finding:
+    distance = _distance(_run(steps[ROUNDED], seed=0)[1], exact)
+    kind: Kind = "good" if distance <= LARGEST_ERROR else "wrong"
+    text = f"rounding residuals changes gradients by {distance:.2g} of their square"
+    return Finding(kind, f"{text} (at most {LARGEST_ERROR})")
+
+
+def _of_sampling(steps: dict[str, Step], exact: list[Tensor]) -> Finding:
+    step = steps[SAMPLED]
     if not step.reports[-1].sampled:
         return Finding("good", "no rows are sampled: no weight gradient is a product over enough of them")
-    if draws:
-        return Finding(
-            "good", "whether sampled gradients are unbiased was not tested: the program draws random numbers"
-        )
+    if _distance(_run(steps[INDUCTOR], seed=1)[1], exact) > 0:
+        text = "whether sampled gradients are unbiased was not tested: the program draws random numbers"
+        return Finding("good", text)
     errors = torch.stack([_projected(_run(step, seed)[1], exact) for seed in range(DRAWS)])
     spread = errors.std(0) / DRAWS**0.5
     largest = float((errors.mean(0).abs() / spread.clamp(min=1e-300)).where(spread > 0, 0.0).max())
     kind: Kind = "good" if largest <= LARGEST_T else "wrong"
-    return Finding(
-        kind, f"sampled gradients are unbiased: t = {largest:.1f} over {DRAWS} draws (at most {LARGEST_T})"
-    )
+    text = f"sampled gradients are unbiased: t = {largest:.1f} over {DRAWS} draws"
+    return Finding(kind, f"{text} (at most {LARGEST_T})")
 
 
 def _projected(found: list[Tensor], exact: list[Tensor]) -> Tensor:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+import torch
 from torch import fx
 
 from ..graph.operations import (
+    CASTS,
     EXPANSIONS,
     FORMS,
     MULTIPLICATIONS,
@@ -25,31 +27,37 @@ from ..graph.operations import (
 PEAKS = {aten.amax.default, aten.max.default}
 _SHAPED = EXPANSIONS | {aten.repeat.default}
 _CODES = FORMS | {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default}
+_IN_8_BITS = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 
 
 class Scales:
-    """What is computed, element by element, from the largest magnitudes of tensors alone.
+    """What is computed, element by element, from the largest magnitudes of tensors that are rounded to 8 bits.
+
+    Other programs may leave a gradient in steps of its largest magnitudes, so that its small columns are large ones.
 
     Args:
         tangent: what is computed from gradients.
     """
 
     def __init__(self, graph: fx.Graph, tangent: Container[fx.Node]) -> None:
-        self._sources: dict[fx.Node, fx.Node | None] = {}  # what a scale is of, if it is of one tensor
-        self._mixed: set[fx.Node] = set()  # of gradients and of others
         self._tangent = tangent
+        self._sources: dict[fx.Node, frozenset[fx.Node]] = {}  # what a scale is of
         for node in graph.nodes:
             operands = list(tensor_operands(node))
             if node.target in PEAKS and operands[0].target is aten.abs.default:
-                self._sources[node] = content_of(operands[0].args[0])  # type: ignore[arg-type]
+                self._sources[node] = frozenset([content_of(operands[0].args[0])])  # type: ignore[arg-type]
             elif not operands or not all(arg in self._sources for arg in operands):
                 continue
             elif is_pointwise(node) or node.target in _SHAPED:
-                sources = {self._sources[arg] for arg in operands}
-                self._sources[node] = sources.pop() if len(sources) == 1 else None
-            others = any(arg in self._mixed or arg not in tangent for arg in operands)
-            if node in self._sources and node in tangent and others:
-                self._mixed.add(node)
+                self._sources[node] = frozenset().union(*(self._sources[arg] for arg in operands))
+        steps = [node for node in graph.nodes if node.target in MULTIPLICATIONS and _is_rounded(node)]
+        rounded = {content_of(x) for node in steps if (x := self.normalised(node)) is not None}
+        self._sources = {node: of for node, of in self._sources.items() if of <= rounded}
+        self._mixed = {node for node in self._sources if node in tangent and self._reads_others(node)}
+
+    def _reads_others(self, scale: fx.Node) -> bool:
+        """Tell whether a scale of gradients is one of others as well."""
+        return any(source not in self._tangent for source in self._sources[scale])
 
     def __contains__(self, node: fx.Node) -> bool:
         return node in self._sources
@@ -65,7 +73,7 @@ class Scales:
             taken = {content_of(arg, EXPANSIONS) for arg in steps.all_input_nodes}
             return self.normalised(steps) if scale in taken else None
         for x, scale in ((left, right), (right, left)):
-            if self._sources.get(scale) is content_of(x):
+            if self._sources.get(scale) == frozenset([content_of(x)]):
                 return x
         return None
 
@@ -81,3 +89,15 @@ class Scales:
 
     def _is_of_others(self, node: fx.Node) -> bool:
         return node in self._mixed or (node in self._sources and node not in self._tangent)
+
+
+def _is_rounded(steps: fx.Node) -> bool:
+    """Tell whether a node is put into 8 bits, whatever is cut off before."""
+    stack = [steps]
+    while stack:
+        for user in stack.pop().users:
+            if user.target in CASTS and user.meta["val"].dtype in _IN_8_BITS:
+                return True
+            if user.target in _CODES:
+                stack.append(user)
+    return False
