@@ -12,6 +12,7 @@ tokens.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -65,13 +66,14 @@ def qlora(model: nn.Module) -> nn.Module:
 
 
 def float8(recipe: str) -> Callable[[nn.Module], nn.Module]:
-    """Return what lets all linears but the head multiply in float8."""
+    """Return what lets all linears but the head multiply in float8, which CPUs emulate."""
 
     def convert(model: nn.Module) -> nn.Module:
         def chosen(module: nn.Module, name: str) -> bool:
             return not name.endswith("lm_head")
 
         config = Float8LinearConfig.from_recipe_name(recipe)
+        config = dataclasses.replace(config, emulate=not torch.cuda.is_available())
         return convert_to_float8_training(model, config=config, module_filter_fn=chosen)
 
     return convert
