@@ -201,6 +201,9 @@ _IN_16_BITS = {
     "wtacrs 0.3 backward": '**wtacrs**, `ratio=0.3, residuals="exact"`',
     "wtacrs 0.3 balanced": "**wtacrs**, `ratio=0.3`",
     BUDGET: "**wtacrs**, default policy",
+    f"{BUDGET}, dX": '**wtacrs**, `product_dx="auto"`',
+    f"{BUDGET}, exact residuals": '**wtacrs**, `residuals="exact"`',
+    f"{BUDGET}, exact residuals, dX": '**wtacrs**, `residuals="exact", product_dx="auto"`',
 }
 
 
@@ -344,7 +347,9 @@ TABLES: dict[str, Table] = {
         lambda row: f"{row.model}, {row.dtype}: {row.metric}",
         _ratio,
     ),
-    "offload": Table("offload", "", _any, _variant, lambda row: f"{row.dtype}: {row.metric}", _ratio),
+    "offload": Table(
+        "offload", "autocast", _any, lambda row: f"{row.model}: {row.variant}", lambda row: row.metric, _ratio
+    ),
     "blocks": Table("blocks", "", _any, _variant, lambda row: row.metric, _ratio),
     "smollm2": Table(
         "regime",
