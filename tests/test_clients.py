@@ -44,6 +44,7 @@ def test_accelerate_compiles_layers_one_by_one_and_accumulates(model: LlamaForCa
 
     def train(backend: Callable[..., object] | None) -> Losses:
         torch.manual_seed(0)
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer before
         accelerator = accelerate.Accelerator(mixed_precision="bf16", gradient_accumulation_steps=2, cpu=True)
         mine = copy.deepcopy(model).train()
         if backend is not None:
