@@ -54,8 +54,8 @@ def made_of_inputs(joint: Joint) -> frozenset[fx.Node]:
     """
     written, forward = written_inputs(joint.graph), joint.forward()
     parameters = named_inputs(joint.graph, joint.names, ("parameter",))
-    others = static_inputs(joint.graph, joint.names)
-    activations = named_inputs(joint.graph, joint.names, ("activation",))
+    statics = static_inputs(joint.graph, joint.names)
+    passing = named_inputs(joint.graph, joint.names, ("buffer", "activation"))
     found: set[fx.Node] = set()
     of_parameters: set[fx.Node] = set()
     of_any: set[fx.Node] = set()
@@ -66,10 +66,12 @@ def made_of_inputs(joint: Joint) -> frozenset[fx.Node]:
         if node.op == "placeholder":
             if node in written or is_tangent(node):
                 continue
-            given = node not in others and not value.is_floating_point()
-            of_parameters.update([node] * (node in parameters))
-            found.update([node] * (node in parameters or given))
-            of_any.update([node] * (node in parameters or node not in {*others, *activations}))
+            if node in parameters:
+                of_parameters.add(node)
+            if node in parameters or (node not in statics and not value.is_floating_point()):
+                found.add(node)
+            if node not in passing:
+                of_any.add(node)
             continue
         operands = list(tensor_operands(node))
         is_cheap, is_simple = node.target in _CHEAP, is_pointwise(node) or node.target in PEAKS
@@ -77,8 +79,9 @@ def made_of_inputs(joint: Joint) -> frozenset[fx.Node]:
             of_parameters.add(node)
         is_own = getattr(node.target, "namespace", "") == "wtacrs"  # what a rewrite has planned
         is_weight = _is_weight(node) or (is_simple and any(map(_is_weight, operands)))
-        if operands and (node not in forward or is_weight) and not is_own and not mutates(node):
-            of_any.update([node] * all(arg in of_any or arg in found for arg in operands))
+        is_known = all(arg in of_any or arg in found for arg in operands)
+        if operands and is_known and (node not in forward or is_weight) and not is_own and not mutates(node):
+            of_any.add(node)
         cheap = is_cheap and all(arg in found for arg in operands)
         if cheap or node in of_parameters or node in of_any:
             found.add(node)

@@ -168,6 +168,12 @@ class Editor:
             repeated.target = aten.reshape.default  # what is computed again may have other strides
         return repeated
 
+    def put(self, old: fx.Node, new: fx.Node) -> fx.Node:
+        """Let all that reads `old` read `new`, which gets its `meta`; return `new`."""
+        old.replace_all_uses_with(new)
+        new.meta = {**old.meta, "val": new.meta["val"]}
+        return new
+
     def size(self, node: fx.Node, dim: int) -> Any:
         """Return a size of `node`: an int, or a node where it is symbolic."""
         size = node.meta["val"].shape[dim]

@@ -39,15 +39,9 @@ def spell_operations(joint: Joint) -> None:
         for node in joint.graph.find_nodes(op="call_function", target=target):
             if not stays(node, tangent):
                 with editor.before(node):
-                    new[node] = _put(node, spell(editor, *node.args))
+                    new[node] = editor.put(node, spell(editor, *node.args))
     joint.replace(new)
     joint.graph.eliminate_dead_code()
-
-
-def _put(old: fx.Node, new: fx.Node) -> fx.Node:
-    old.replace_all_uses_with(new)
-    new.meta = {**old.meta, "val": new.meta["val"]}
-    return new
 
 
 def _on_cpu(node: fx.Node, tangent: set[fx.Node]) -> bool:

@@ -54,8 +54,7 @@ def round_products(joint: Joint) -> None:
                 shared = rounded if node in products else {}
                 codes = [_codes(editor, factor, precision, offsets, shared) for factor in factors]
                 new = _multiply(editor, codes[0], codes[1], offsets, node.meta["val"].dtype)
-        node.replace_all_uses_with(new)
-        new.meta = {**node.meta, "val": new.meta["val"]}
+        editor.put(node, new)
         if node in products:
             joint.products[products[node]] = new
         joint.graph.erase_node(node)

@@ -61,12 +61,8 @@ def route_gradients(joint: Joint) -> None:
             product = editor.call(aten.mul.Tensor, editor.widen(h), editor.widen(g))
             dw = editor.call(aten.sum.dim_IntList, product, [-1], True)
             dh = editor.call(aten.mul.Tensor, editor.widen(g), editor.widen(each.w))
-            for old, new in (
-                (each.dw, editor.cast_like(dw, each.dw)),
-                (each.dh, editor.cast_like(dh, each.dh)),
-            ):
-                old.replace_all_uses_with(new)
-                new.meta = {**old.meta, "val": new.meta["val"]}
+            editor.put(each.dw, editor.cast_like(dw, each.dw))
+            editor.put(each.dh, editor.cast_like(dh, each.dh))
             g.meta = {**each.dh.meta, "val": g.meta["val"]}
     sort_by_place(joint.graph, {node: place for place, node in enumerate(joint.graph.nodes)})
     joint.graph.eliminate_dead_code()

@@ -128,7 +128,9 @@ def _sample_site(editor: Editor, site: Site, products: dict[fx.Node, fx.Node]) -
             elif site.placement == "forward":
                 drawn = _carry(editor, drawn, _total(editor, _of_groups(editor, site, dy), None), zero)
             offsets = () if draw.offsets is None else (draw.offsets,)
-            products[product.node] = _replace(product, _multiply(editor, product, rows, drawn, *offsets))
+            products[product.node] = editor.put(
+                product.node, _multiply(editor, product, rows, drawn, *offsets)
+            )
     if site.encoding == "rows":
         stored.append(rows)
     return SampledSite(site, draw.node, stored, rows, site.products[0].stored_names)
@@ -182,7 +184,7 @@ def _combine_site(editor: Editor, site: Site, products: dict[fx.Node, fx.Node]) 
                 combined = _append(
                     editor, combined, _scale_half(editor, _total(editor, dy, None), 1 / _HALF_SUM, dy)
                 )
-            products[product.node] = _replace(product, _multiply(editor, product, rows, combined))
+            products[product.node] = editor.put(product.node, _multiply(editor, product, rows, combined))
     return SampledSite(site, seed, stored, rows, site.products[0].stored_names)
 
 
@@ -190,12 +192,6 @@ def _source(site: Site) -> fx.Node:
     """Return the node in the forward pass that X is, or is a transpose of."""
     product = site.products[0]
     return rows_first(product.node, 1 - product.tangent_side)[0]
-
-
-def _replace(product: Product, estimate: fx.Node) -> fx.Node:
-    product.node.replace_all_uses_with(estimate)
-    estimate.meta = {**product.node.meta, "val": estimate.meta["val"]}
-    return estimate
 
 
 def _operand(editor: Editor, product: Product, tangent: bool) -> fx.Node:

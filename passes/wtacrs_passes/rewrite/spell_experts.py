@@ -38,7 +38,7 @@ def spell_experts(joint: Joint) -> None:
     for node in [node for node in joint.graph.nodes if node.op == "call_function"]:
         if str(node.target) == _FORWARD and _is_changed(joint.policy, node):
             with editor.before(node):
-                _put(node, editor.call(ops.grouped_mm, *_operands(node)))
+                editor.put(node, editor.call(ops.grouped_mm, *_operands(node)))
         elif str(node.target) == _BACKWARD and _is_changed(joint.policy, node):
             x, weight, offsets, gradient = _operands(node)
             for part in [user for user in calls if user.args[0] is node]:
@@ -47,7 +47,7 @@ def spell_experts(joint: Joint) -> None:
                         new = editor.call(ops.grouped_mm, gradient, _transpose(editor, weight), offsets)
                     else:
                         new = _gradient_of_weight(editor, x, weight, offsets, gradient)
-                    _put(part, new)
+                    editor.put(part, new)
     joint.graph.eliminate_dead_code()
 
 
@@ -79,8 +79,3 @@ def _transpose(editor: Editor, node: fx.Node) -> fx.Node:
     if node.target is aten.permute.default and list(node.args[1]) == order:  # type: ignore[arg-type]
         return node.args[0]  # type: ignore[return-value]
     return editor.call(aten.permute.default, node, order)
-
-
-def _put(old: fx.Node, new: fx.Node) -> None:
-    old.replace_all_uses_with(new)
-    new.meta = {**old.meta, "val": new.meta["val"]}
