@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,34 +109,40 @@ def pairs() -> Iterator[dict[str, str]]:
         yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def test_preferences_are_learned_as_without(tmp_path: Path) -> None:
+def losses_and_share(folder: Path, make: Callable[[Words], Any]) -> tuple[dict[str, list[float]], float]:
+    """Return the losses of a trainer without and with this backend, and what it saves of PyTorch's bytes."""
     found = {}
     for name, policy in (("eager", None), ("ours", Policy(ratio=1.0))):
-        words = Words(tmp_path)
-        trainer = trl.DPOTrainer(
+        words = Words(folder)
+        found[name] = words.logs(make(words), policy)
+    losses = {name: [entry["loss"] for entry in entries] for name, entries in found.items()}
+    return losses, found["ours"][-1]["wtacrs/saved_ratio"]
+
+
+def test_preferences_are_learned_as_without(tmp_path: Path) -> None:
+    def make(words: Words) -> Any:
+        return trl.DPOTrainer(
             words.model(),
             ref_model=words.model(),
             args=trl.DPOConfig(**words.options),
             train_dataset=datasets.IterableDataset.from_generator(pairs),
             processing_class=words.tokenizer,
         )
-        found[name] = words.logs(trainer, policy)
-    losses = {name: [entry["loss"] for entry in entries] for name, entries in found.items()}
+
+    losses, share = losses_and_share(tmp_path, make)
     assert losses["ours"] == pytest.approx(losses["eager"], rel=2e-2)
-    assert found["ours"][-1]["wtacrs/saved_ratio"] < 0.6
+    assert share < 0.6
 
 
 def test_packed_samples_are_learned_as_without(tmp_path: Path) -> None:
-    found = {}
-    for name, policy in (("eager", None), ("ours", Policy(ratio=1.0))):
-        words = Words(tmp_path)
-        trainer = trl.SFTTrainer(
+    def make(words: Words) -> Any:
+        return trl.SFTTrainer(
             words.model(),
             args=trl.SFTConfig(**words.options, packing=True, packing_strategy="wrapped", max_length=96),
             train_dataset=datasets.IterableDataset.from_generator(samples),
             processing_class=words.tokenizer,
         )
-        found[name] = words.logs(trainer, policy)
-    losses = {name: [entry["loss"] for entry in entries] for name, entries in found.items()}
+
+    losses, share = losses_and_share(tmp_path, make)
     assert losses["ours"] == pytest.approx(losses["eager"], rel=5e-3)
-    assert found["ours"][-1]["wtacrs/saved_ratio"] < 0.6
+    assert share < 0.6
