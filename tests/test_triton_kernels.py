@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -73,25 +69,3 @@ def test_the_kernel_is_unbiased() -> None:
     q = estimators.inclusion_probabilities(weights.double(), 18)
     counts = torch.bincount(indices.cpu()[scales.cpu() > 0].flatten(), minlength=60) / runs
     assert ((counts - q).abs() <= 5 * (q * (1 - q) / runs).sqrt() + 1e-12).all()
-
-
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from wtacrs_passes.maths import triton_kernels
-
-pointers = dict(first="*fp32", second="*fp32", noise="*fp32", indices="*i64", scales="*fp32")
-sizes = dict.fromkeys(("rows", "kept", "height", "width"), "i32")
-for pair in (False, True):
-    constants = dict(PAIR=pair, NUMBERS=3, TURNS=4, AT_ONCE=pair, BLOCK=8192)
-    signature = {**pointers, **sizes, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(triton_kernels._choose_rows_kernel, signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 32})
-    assert compiled.asm["cubin"]
-"""
-
-
-def test_the_kernels_compile_for_a_gpu_where_there_is_none() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True)
