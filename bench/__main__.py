@@ -36,9 +36,11 @@ BENCHMARKS = (
     ["codes"],
     ["frontier"],
     ["scaling"],
+    ["well_known"],
     ["gpu"],
     ["accuracy"],
     ["trainer"],
+    ["trl"],
     ["optimizers"],
     ["pictures"],
 )

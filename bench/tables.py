@@ -192,6 +192,7 @@ _HEADLINE = _INDUCTOR | {
 }
 _WITHOUT_HEAD = _INDUCTOR | {"wtacrs 0.3 balanced": "**wtacrs**, `ratio=0.3`"}
 _MODERN = {BUDGET: "**wtacrs**, default policy", "wtacrs 0.3 balanced": "**wtacrs**, `ratio=0.3`"}
+_WELL_KNOWN = {"inductor": "Inductor", BUDGET: "wtacrs", f"{BUDGET}, products again": "products again"}
 _FASTEST = "fastest within "
 _WAYS_SHOWN = ("all rows", "rows 0.3", "rows 0.7")
 _ON_GPU = ("saved", "peak", "step time", "kernel time")
@@ -391,6 +392,7 @@ TABLES: dict[str, Table] = {
         lambda row: f"{row.model}, {row.dtype}: {row.metric.split(',')[0]}",
         lambda row: _ratio(row) if row.metric == "time" else f"{row.value:.1e}",
     ),
+    "trl": Table("trl", "", _any, _variant, lambda row: f"{row.model}: {row.metric}", _both),
     "codes": Table(
         "codes",
         "error, or its share of that of steps of the peak",
@@ -474,6 +476,21 @@ TABLES: dict[str, Table] = {
     ),
     "plan-70b": Table(
         "scaling", "of a GPU", lambda row: row.ratio is None, lambda row: row.metric, _variant, _four
+    ),
+    "well-known": Table(
+        "well_known",
+        "",
+        _any,
+        _model,
+        lambda row: f"{row.metric}, {_WELL_KNOWN[row.variant]}",
+        lambda row: (
+            f"{row.value:.0f}" if row.unit == "1" else f"{row.value / 1024:.2f} GiB ({row.ratio:.2f})"
+        ),
+        tuple(
+            f"{metric}, {way}"
+            for metric in ("saved", "largest batch, 24 GB", "largest batch, 80 GB")
+            for way in _WELL_KNOWN.values()
+        ),
     ),
     "optimizers": Table(
         "optimizers",

@@ -15,13 +15,14 @@ from conftest import is_unbiased
 from torch import Tensor, nn
 
 import wtacrs_fx
-from bench import frontier, gpu, roofline, scaling
+from bench import frontier, gpu, roofline, scaling, well_known
 from bench.harness import BASELINE, Row, append, circumstances, read, summarise
 from bench.models import LANGUAGE_MODELS, MODELS, PRECISIONS, TINY, Shape, build, make
 from bench.tables import TABLES, render, rewrite
 from bench.targets import TARGETS
 from bench.variance import exact_variance, gram, squared_errors
 from wtacrs_fx import Policy
+from wtacrs_fx.tools.predict import Line, count_parameters
 from wtacrs_fx.tools.steps import Step, inductor, interleave, peak_bytes, saved_bytes, step_seconds
 
 
@@ -316,6 +317,19 @@ def test_ways_to_a_gradient_add_the_noise_that_is_said() -> None:
     assert abs(float(error.square().sum(1).mean() / exact.square().sum()) / said[outlying] - 1) < 0.15
 
 
+def test_a_known_model_has_the_depth_and_the_parameters_that_are_published() -> None:
+    published = {  # billions, of the models' own pages
+        "Llama 3.2 1B": 1.24, "Llama 3 8B": 8.03, "Qwen3 4B": 4.02, "Gemma 2 2B": 2.61, "Mixtral 8x7B": 46.7,
+        "BERT-Large": 0.335, "ModernBERT-large": 0.396, "T5-Large": 0.738, "ViT-L/16": 0.304, "Whisper large-v3": 1.54,
+    }  # fmt: skip
+    assert published.keys() == well_known.MODELS.keys()
+    for name, known in well_known.MODELS.items():
+        one, two = (count_parameters(known.make(layers)[0]) for layers in well_known.LAYERS)
+        assert Line.through(one, two, well_known.LAYERS)(known.depth) / 1e9 == pytest.approx(
+            published[name], rel=0.01
+        )
+
+
 def test_codes_of_so_many_bits_err_less_where_elements_are_as_they_want() -> None:
     from bench.codes import CODES, error
 
@@ -437,6 +451,7 @@ def news() -> tuple[nn.Module, dict[str, Tensor]]:
     return model, next(batches)
 
 
+@pytest.mark.sweep(0.34)
 @pytest.mark.parametrize("name", ["GaLore", "LoTR"])
 def test_a_method_trains_with_both_backends(
     name: str, news: tuple[nn.Module, dict[str, Tensor]], tmp_path: Path
