@@ -77,6 +77,34 @@ def seed_of_run(variable: str) -> int:
     return random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(2**32)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked ``sweep(share)`` keep that share, at random; all where they are asked for by name.
+
+    ``make sweeps`` runs all of them; ``WTACRS_SWEEPS_SEED`` repeats a choice.
+    """
+    if os.environ.get("WTACRS_SWEEPS") == "all" or any("::" in argument for argument in config.args):
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sweep"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped: set[pytest.Item] = set()
+    for name, those in cases.items():
+        [share] = those[0].get_closest_marker("sweep").args
+        count = max(1, round(share * len(those)))
+        kept = random.Random(f"{seed_of_run(SWEEPS_SEED)} {name}").sample(those, count)
+        dropped.update(item for item in those if item not in kept)
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=list(dropped))
+
+
+SWEEPS_SEED = "WTACRS_SWEEPS_SEED"
+
+
+def pytest_report_header() -> str:
+    return f"{SWEEPS_SEED}={seed_of_run(SWEEPS_SEED)}"
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 

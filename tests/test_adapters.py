@@ -170,6 +170,7 @@ CONFIGS: dict[str, Callable[[], object]] = {
 }
 
 
+@pytest.mark.sweep(0.34)
 @pytest.mark.parametrize(("name", "bits"), [*((name, 16) for name in CONFIGS), ("LoRA", 4)])
 def test_adapters_of_a_decoder_in_16_bits_and_on_weights_in_4(name: str, bits: int) -> None:
     model, tokens = Decoder(CONFIGS[name](), bits), torch.randint(100, (4, 64))

@@ -77,6 +77,7 @@ def doubled_scales(joint: Joint) -> None:
             scale.replace_all_uses_with(new, lambda user, new=new: user is not new)
 
 
+@pytest.mark.sweep(0.34)
 @pytest.mark.parametrize(
     ("fault", "after", "name", "says"),
     [

@@ -75,6 +75,7 @@ def test_a_model_without_layers_has_none() -> None:
     assert report.notes == ("computed again in the backward pass: 0 of 0 layers that are alike",)
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("ratio", [1.0, 0.3])
 def test_more_layers_again_store_less_and_peak_lower(model: tuple[Transformer, Tensor], ratio: float) -> None:
     policy = {**EXACTLY, "ratio": ratio}
@@ -106,6 +107,7 @@ def test_half_a_layer_again_stores_less(model: tuple[Transformer, Tensor]) -> No
     assert "0.5 of 3 layers" in reports[1].notes[0] and "2.5 of 3 layers" in reports[5].notes[0]
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_gradients_of_half_a_layer_again(dropout: float) -> None:
     model = Transformer(d=64, layers=2, dropout=dropout), torch.randint(50, (8, 64))
@@ -241,6 +243,7 @@ def test_encoded_layers_store_less_again(model: tuple[Transformer, Tensor]) -> N
     assert again.saved_bytes_after < 0.3 * plain.saved_bytes_after
 
 
+@pytest.mark.sweep(0.34)
 @pytest.mark.parametrize("residuals", ["exact", "balanced", "small"])
 def test_products_again_store_less_and_peak_lower(
     model: tuple[Transformer, Tensor], residuals: Residuals
@@ -259,6 +262,7 @@ def test_exact_products_again_give_the_same_gradients(share: float) -> None:
     assert all(torch.equal(found[name], exact[name]) for name in exact)
 
 
+@pytest.mark.sweep(0.34)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_products_again_err_less_than_their_codes(dtype: torch.dtype | None, dropout: float) -> None:
@@ -287,6 +291,7 @@ def _length(product: fx.Node) -> int:
     return int(first.meta["val"].shape[1])
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_products_again_begin_in_their_own_layer(norm_first: bool) -> None:
     """Else the backward pass would compute the whole model again before it begins."""

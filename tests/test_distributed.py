@@ -62,6 +62,7 @@ def is_zero_mean(z: Tensor) -> bool:
 # The mean of 100 steps is the gradient of one process on the whole batch
 
 
+@pytest.mark.sweep(0.4)
 @pytest.mark.parametrize("case", ["ddp", "reducer", "fsdp", "tensor"])
 def test_unbiased_and_planned_alike(ranks: Callable, case: str) -> None:
     first, second = ranks(case)

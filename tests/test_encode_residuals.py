@@ -241,6 +241,7 @@ def transposed(model: Mlp, x: Tensor) -> Tensor:
     return (few * model.down(sums.cos().T)).square().mean() + kept.cumsum(0).mean()
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("residuals", ["balanced", "small"])
 def test_a_last_dimension_of_any_size(residuals: str) -> None:
     def compiler(gm: fx.GraphModule, inputs: list) -> Callable:

@@ -238,6 +238,7 @@ BOUNDS = {
 """Largest squared error of all gradients, relative to their square."""
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_a_model_of_experts_trains_with_few_bytes_and_the_right_gradients(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

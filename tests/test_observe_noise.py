@@ -115,6 +115,7 @@ def train(call: Any, model: nn.Module, labelled: int, number: int) -> None:
         call(*batch(labelled)).backward()
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_compiled_again_with_what_its_budget_allows(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -61,6 +61,7 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
+@pytest.mark.sweep(0.34)
 @pytest.mark.parametrize(
     ("policy", "most"),
     [

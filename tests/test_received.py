@@ -82,6 +82,7 @@ def train(
     return gradients(model), alive, backend
 
 
+@pytest.mark.sweep(0.34)
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_layers_read_is_freed_and_counted(kind: str, precision: str) -> None:
@@ -99,6 +100,7 @@ def test_what_layers_read_is_freed_and_counted(kind: str, precision: str) -> Non
     assert 0 < report.saved_bytes_after < (0.3 if precision == "float32" else 0.4) * report.saved_bytes_before
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_products_of_a_layer_alone_are_computed_again(precision: str) -> None:
     model, dtype = Model("block"), PRECISIONS[precision]

@@ -99,6 +99,7 @@ MODES = {
 }
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_a_checkpoint_keeps_is_encoded(autocast: bool) -> None:
     graph, found = partitions(Stack(), MODES, autocast)
@@ -270,6 +271,7 @@ def test_logits_of_a_checkpointed_head_are_not_kept() -> None:
     assert distance(found["balanced"], found[REFERENCE]) < 0.01
 
 
+@pytest.mark.sweep(0.34)
 @pytest.mark.parametrize(
     "function",
     [

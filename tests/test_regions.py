@@ -77,6 +77,7 @@ AGAIN = Policy(ratio=1.0, recompute_products=1.0)
 SAMPLED = Policy(ratio=0.3, min_rows=8)
 
 
+@pytest.mark.sweep(0.4)
 @pytest.mark.parametrize(
     ("policy", "dtype"),
     [(EXACT, torch.float32), (BALANCED, torch.float32), (BALANCED, torch.bfloat16), (AGAIN, torch.bfloat16)],

@@ -93,6 +93,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.sweep(0.34)
 @pytest.mark.parametrize(
     ("recipe", "emulate"),
     [("tensorwise", False), ("rowwise", False), ("rowwise", True), ("rowwise_with_gw_hp", False)],
