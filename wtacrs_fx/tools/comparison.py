@@ -10,7 +10,15 @@ from pathlib import Path
 
 from rich.table import Table
 
-BASELINE = "Inductor"
+from .tasks import Merit
+
+BASELINE, BUDGET = "Inductor", "Inductor at 0.9"
+_COLOURS = {
+    "eager": "#999999",
+    BASELINE: "#0072B2",
+    BUDGET: "#56B4E9",
+}  # Okabe and Ito, for the colour-blind too
+_OURS = "#D55E00"
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,7 @@ class Row:
     """What was measured of one variant; the percentiles are over all steps but the first."""
 
     variant: str
-    accuracy: float
+    merit: float
     saved_mib: float
     peak_mib: float
     seconds_p50: float
@@ -49,29 +57,39 @@ def _three_digits(value: float) -> str:
 
 
 _MEASURES = (
-    _Measure("accuracy", "accuracy", "% held out", scale=100),
     _Measure("saved_mib", "saved", "MiB a step"),
     _Measure("peak_mib", "peak", "MiB"),
     _Measure("seconds_p50", "time", "s a step"),
 )
-_LEGEND = (
-    f"In brackets: the ratio to {BASELINE}. Inductor at 0.9: with activation_memory_budget=0.9. "
-    "wtacrs: with the share of rows that it keeps."
-)
+
+
+def _legend(rows: Sequence[Row]) -> str:
+    """Say what the variants are."""
+    said = [f"In brackets: the ratio to {BASELINE}."]
+    if any(row.variant == BUDGET for row in rows):
+        said.append(f"{BUDGET}: with activation_memory_budget=0.9.")
+    if any(row.variant.startswith("wtacrs ") for row in rows):
+        said.append("wtacrs: with the share of rows that it keeps.")
+    return " ".join(said)
+
+
+def _measures(merit: Merit) -> tuple[_Measure, ...]:
+    return (_Measure("merit", merit.title, merit.unit, merit.scale), *_MEASURES)
 
 
 def _baseline(rows: Sequence[Row]) -> Row:
     return next(row for row in rows if row.variant == BASELINE)
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row], merit: Merit) -> Table:
     """Lay the rows out, each figure also as a ratio to Inductor's."""
-    result = Table(caption=_LEGEND, caption_justify="left", pad_edge=False)
+    result = Table(caption=_legend(rows), caption_justify="left", pad_edge=False)
     result.add_column("variant", no_wrap=True)
-    for measure in _MEASURES:
+    measures = _measures(merit)
+    for measure in measures:
         result.add_column(f"{measure.title}\n{measure.unit}", justify="right", no_wrap=True)
     for row in rows:
-        result.add_row(row.variant, *(measure.text(row, _baseline(rows)) for measure in _MEASURES))
+        result.add_row(row.variant, *(measure.text(row, _baseline(rows)) for measure in measures))
     return result
 
 
@@ -84,13 +102,14 @@ def write_csv(rows: Sequence[Row], context: Mapping[str, object], path: Path) ->
         writer.writerows(lines)
 
 
-def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+def draw(rows: Sequence[Row], merit: Merit, title: str, path: Path) -> None:
     """Draw one panel of horizontal bars for each measure."""
     from matplotlib.figure import Figure
 
-    colours = ["#999999", "#0072B2", "#56B4E9", "#D55E00"]  # Okabe and Ito, told apart by the colour-blind
+    colours = [_COLOURS.get(row.variant, _OURS) for row in rows]
+    measures = _measures(merit)
     figure = Figure(figsize=(13, 3.2), layout="constrained")
-    for axes, measure in zip(figure.subplots(1, len(_MEASURES), sharey=True), _MEASURES, strict=True):
+    for axes, measure in zip(figure.subplots(1, len(measures), sharey=True), measures, strict=True):
         values = [measure.value(row) for row in rows]
         bars = axes.barh([row.variant for row in rows], values, color=colours)
         axes.bar_label(bars, [measure.text(row, _baseline(rows)) for row in rows], padding=3, fontsize=9)
@@ -100,5 +119,5 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         axes.tick_params(bottom=False, labelbottom=False)  # the bars carry their values
         axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.invert_yaxis()
-    figure.suptitle(f"{title}\n{_LEGEND}", fontsize=10)
+    figure.suptitle(f"{title}\n{_legend(rows)}", fontsize=10)
     figure.savefig(path, dpi=150)

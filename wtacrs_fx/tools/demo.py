@@ -1,11 +1,13 @@
-"""Fine-tune one pretrained encoder with eager, Inductor and wtacrs side by side, and measure each.
+"""Train a pretrained model with Inductor and wtacrs side by side, and measure each.
 
 Every variant starts from the same weights and sees the same batches; their steps are interleaved, so that the
-times compare. What is measured: accuracy on held-out texts, saved bytes, peak memory, seconds a step.
+times compare. What is measured: quality on held-out text, saved bytes, peak memory, seconds a step.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,21 +17,20 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
 
 import wtacrs_fx
 from wtacrs_passes.report import MIB
 
 from . import measure
 from .circumstances import commit, processor
-from .classification import Batch, Classifier, Collate, accuracy, load_encoder
-from .comparison import BASELINE, Row, draw, table, write_csv
+from .comparison import BASELINE, BUDGET, Row, draw, table, write_csv
 from .steps import Compiler, Step, inductor, interleave, saved_bytes
-from .texts import InputError, draw_batches, load_texts, split
+from .tasks import DEFAULTS, Sizes, Task, make_task
+from .texts import InputError
 
-_LEARNING_RATE = 2e-4
-_EVALUATION_BATCH = 50
 _REPORT_TOLERANCE = 0.03
-_LOG_EVERY = 8  # steps
+_LOG_EVERY = 4  # steps
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,31 @@ class Settings:
     """What one run of the demo does.
 
     Args:
-        model: folder or Hub id of an encoder; None is the packaged MiniLM.
-        data: file of lines label<TAB>text; None is the packaged BBC news.
-        steps: training steps, 2 or more; the first is not timed.
-        batch: texts a step.
-        length: tokens a text, cut or padded.
-        ratio: share of the rows that wtacrs keeps.
-        seed: of the split, the batches, the head's weights and the dropout.
+        task: ``lora`` or ``language-model``: SmolLM2 continues text, adapters or all weights are trained, under
+            autocast; ``encoder``: MiniLM tells texts apart, in float32.
+        model: folder or Hub id of a model; None is the packaged one.
+        data: a text file, or for an encoder lines label<TAB>text; None is the packaged BBC news.
+        steps: training steps, 2 or more, the first is not timed; batch: samples a step; length: tokens a sample. None:
+            as the task has it.
+        ratio: share of the rows that wtacrs keeps; None: 0.3 for an encoder, else the default policy.
+        seed: of the split, the batches, new weights and dropout.
         out: folder for demo.png and demo.csv.
     """
 
+    task: str = "lora"
     model: str | None = None
     data: Path | None = None
-    steps: int = 32
-    batch: int = 16
-    length: int = 128
-    ratio: float = 0.3
+    steps: int | None = None
+    batch: int | None = None
+    length: int | None = None
+    ratio: float | None = None
     seed: int = 0
     out: Path = Path("demo-results")
+
+    def sizes(self) -> Sizes:
+        """Return steps, batch and length, those of the task where nothing is said."""
+        of_task = DEFAULTS.get(self.task, Sizes(2, 1, 1))
+        return Sizes(self.steps or of_task.steps, self.batch or of_task.batch, self.length or of_task.length)
 
 
 def run(settings: Settings, console: Console) -> list[Row]:
@@ -64,74 +72,78 @@ def run(settings: Settings, console: Console) -> list[Row]:
         InputError: a setting that cannot be used.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compilers = make_compilers(settings.ratio)
-    texts, labels, names = load_texts(settings.data)
-    tokenizer, encoder = load_encoder(settings.model)
-    torch.manual_seed(settings.seed)
-    model = Classifier(encoder, len(names)).to(device).train()
-    train, held_out = split(len(texts), settings.seed)
-    collate = Collate(tokenizer, texts, labels, settings.length, device)
-    batches = [collate(b) for b in draw_batches(train, settings.steps, settings.batch, settings.seed)]
-    tests = [collate(held_out[i : i + _EVALUATION_BATCH]) for i in range(0, len(held_out), _EVALUATION_BATCH)]
-    size = f"{settings.steps} steps of {settings.batch} texts x {settings.length} tokens"
-    console.print(
-        f"{len(texts)} texts of {len(names)} classes, {len(held_out)} held out; {size} on {device.type}"
-    )
+    sizes = settings.sizes()
+    compilers = make_compilers(settings.task, settings.ratio)
+    task = make_task(settings.task, settings.model, settings.data, sizes, settings.seed, device)
+    size = f"{sizes.steps} steps of {task.size}"
+    console.print(f"{task.about}; {size} on {device.type}")
     with _progress(console) as progress:
-        lines = {name: _Line(progress, name, len(batches)) for name in compilers}
+        lines = {name: _Line(progress, name, len(task.batches)) for name in compilers}
         trainings = {}
         for name, compiler in compilers.items():
             lines[name].show("compiling")
-            step = Step(model, batches[0], compiler)
-            trainings[name] = Training(step, batches, settings.seed, lines[name].advance)
-        seconds = interleave({name: training.advance for name, training in trainings.items()}, len(batches))
+            model = task.model if name == BASELINE or settings.task == "encoder" else _layers_once(task.model)
+            step = Step(model, task.batches[0], compiler)
+            trainings[name] = Training(step, task, settings.seed, lines[name].advance)
+        seconds = interleave(
+            {name: training.advance for name, training in trainings.items()}, len(task.batches)
+        )
         rows = []
         for name, training in trainings.items():
             lines[name].show("measuring")
-            rows.append(training.row(name, seconds[name], tests))
+            rows.append(training.row(name, seconds[name]))
             lines[name].show("measured")
     _compare_with_report(rows[-1], trainings[rows[-1].variant].step, console)
-    console.print(table(rows))
+    console.print(table(rows, task.merit))
     settings.out.mkdir(parents=True, exist_ok=True)
-    write_csv(rows, _context(settings, device), settings.out / "demo.csv")
-    draw(rows, size, settings.out / "demo.png")
+    write_csv(rows, _context(settings, sizes, device), settings.out / "demo.csv")
+    draw(rows, task.merit, f"{task.about}\n{size}", settings.out / "demo.png")
     console.print(f"wrote {settings.out / 'demo.png'} and {settings.out / 'demo.csv'}")
     return rows
 
 
-def make_compilers(ratio: float) -> dict[str, Compiler | None]:
-    """Return the ways to run the step; None is eager.
+def make_compilers(task: str, ratio: float | None) -> dict[str, Compiler | None]:
+    """Return the ways to run the step; None is eager. A language model takes a minute to compile: two ways.
 
     Raises:
         InputError: `ratio` is not in (0, 1].
     """
+    is_encoder = task == "encoder"
+    ratio = 0.3 if ratio is None and is_encoder else ratio
     try:
-        policy = wtacrs_fx.Policy(ratio=ratio)
+        ours = wtacrs_fx.backend(wtacrs_fx.Policy(ratio=ratio))
     except ValueError as error:
         raise InputError(f"--ratio: {error}") from error
-    return {
-        "eager": None,
-        BASELINE: inductor(),
-        "Inductor at 0.9": inductor(0.9),
-        f"wtacrs {ratio:g}": wtacrs_fx.backend(policy),
-    }
+    others: dict[str, Compiler | None] = (
+        {"eager": None, BASELINE: inductor(), BUDGET: inductor(0.9)} if is_encoder else {BASELINE: inductor()}
+    )
+    return {**others, "wtacrs" if ratio is None else f"wtacrs {ratio:g}": ours}
+
+
+def _layers_once(model: nn.Module) -> nn.Module:
+    """Return a copy of a model whose layers are compiled once, where this PyTorch can."""
+    twin = copy.deepcopy(model)
+    with contextlib.suppress(RuntimeError, ValueError):
+        wtacrs_fx.mark_layers(twin)
+    return twin
 
 
 class Training:
     """The training of one variant, with its own copy of the model and its own optimizer.
 
     Args:
-        step: of a :class:`Classifier`.
-        batches: one a step.
+        step: of the task's model.
+        task: whose batches it takes, one a step.
         seed: of the first step's dropout; that of each next one is one more.
         show: takes what became of each step.
     """
 
-    def __init__(self, step: Step, batches: Sequence[Batch], seed: int, show: Callable[[str], None]) -> None:
-        self.step, self._show = step, show
-        self._left = enumerate(batches, start=seed)
-        self._device = batches[0]["labels"].device
-        self._optimizer = torch.optim.AdamW(step.model.parameters(), lr=_LEARNING_RATE, fused=True)
+    def __init__(self, step: Step, task: Task, seed: int, show: Callable[[str], None]) -> None:
+        self.step, self._task, self._show = step, task, show
+        self._left = enumerate(task.batches, start=seed)
+        self._device = next(step.model.parameters()).device
+        trained = [parameter for parameter in step.model.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.AdamW(trained, lr=task.learning_rate, fused=True)
         self._loss = 0.0
 
     def advance(self) -> float:
@@ -148,19 +160,15 @@ class Training:
         self._optimizer.zero_grad()
         self._loss = float(loss)
 
-    def row(self, name: str, seconds: Sequence[float], tests: Sequence[Batch]) -> Row:
-        """Return what the trained variant does and needs.
-
-        Args:
-            seconds: of each step; tests: held-out batches.
-        """
-        right = accuracy(self.step.model, tests)
+    def row(self, name: str, seconds: Sequence[float]) -> Row:
+        """Return what the trained variant does and needs; `seconds`: of each step."""
+        merit = self._task.measure(self.step.model)
         saved = saved_bytes(self.step)
         self._optimizer.zero_grad()
         peak = measure.peak_bytes(self._update, self._device)
         self.step.check()
         p20, p50, p80 = measure.percentiles(seconds[1:])
-        return Row(name, right, saved / MIB, peak / MIB, p50, p20, p80, self.step.first_call_seconds)
+        return Row(name, merit, saved / MIB, peak / MIB, p50, p20, p80, self.step.first_call_seconds)
 
 
 def _compare_with_report(row: Row, step: Step, console: Console) -> None:
@@ -171,10 +179,11 @@ def _compare_with_report(row: Row, step: Step, console: Console) -> None:
         )
 
 
-def _context(settings: Settings, device: torch.device) -> dict[str, object]:
+def _context(settings: Settings, sizes: Sizes, device: torch.device) -> dict[str, object]:
     """Return what is needed to repeat a run."""
     return {
         **{key: value for key, value in asdict(settings).items() if key != "out"},
+        **asdict(sizes),
         "device": processor(device.type),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

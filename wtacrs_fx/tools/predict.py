@@ -37,6 +37,7 @@ LORA_RANK = 8
 CARDS = (24, 40, 80)  # GB
 _EXACT = Policy(ratio=1.0, residuals="exact")
 _MOMENTS = 2 * 4  # bytes of a parameter: AdamW's, in float32
+_HUB_SECONDS = 5
 MakeModel = Callable[[int], tuple[nn.Module, dict[str, Tensor]]]
 
 
@@ -150,9 +151,9 @@ def predict(
     """Predict what training a model would store.
 
     Args:
-        name: of a model of transformers: a folder with a ``config.json``, such a file, or a name on the Hub,
-            weights are not read; or ``module:factory``, where ``factory(batch, length)`` returns a model and
-            its keyword arguments, and is called on the meta device.
+        name: of a model of transformers: a folder with a ``config.json``, such a file, a type of models, or a name
+            on the Hub, weights are not read; or ``module:factory``, where ``factory(batch, length)`` returns a model
+            and its keyword arguments, and is called on the meta device.
         batch, length: of the token ids; dtype: of weights and activations.
         progress: is told how many ways of training have been traced.
 
@@ -296,23 +297,71 @@ def count_parameters(model: nn.Module, trained: bool = False) -> int:
 
 
 def configuration(name: str) -> Any:
-    """Return the configuration of a model of transformers; of several parts that of its text."""
+    """Return the configuration of a model of transformers; of several parts that of its text.
+
+    Args:
+        name: of a folder or a file; of a type of models, such as ``llama``, for the sizes that its configuration has
+            by default, and the loss that such models are trained by; or on the Hub.
+
+    Raises:
+        ModelError: there is no such configuration, or the Hub cannot be asked.
+    """
     try:
-        from transformers import AutoConfig
+        from transformers import CONFIG_MAPPING, AutoConfig
     except ImportError as error:
         raise ModelError("models by name need transformers; pip install transformers") from error
+    is_type = name in CONFIG_MAPPING and not Path(name).exists()
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.for_model(name) if is_type else _load_configuration(name)
     except (OSError, ValueError, KeyError) as error:
         kind = "has no configuration that transformers knows" if Path(name).exists() else "was not found"
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{name!r} {kind} ({reason}); give a folder with a config.json, such a file, or a name on the Hub"
+            f"{name!r} {kind} ({reason}); give a folder with a config.json, such a file, a type of models such as "
+            "llama, or a name on the Hub"
         ) from error
     config = copy.deepcopy(getattr(config, "text_config", config))
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         raise ModelError(f"{name!r} is no stack of layers (no num_hidden_layers); use wtacrs_fx.explain")
+    if is_type:
+        config.architectures = _architectures(config.model_type)
     return config
+
+
+def _load_configuration(name: str) -> Any:
+    """Return a configuration from the disk, or else from the Hub, where that answers: else it is tried for long."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    except OSError:
+        if Path(name).exists() or (fault := _fault_of_hub()) is None:
+            return AutoConfig.from_pretrained(name)
+    raise OSError(f"it is not in the local cache, and the Hub cannot be reached: {fault}")
+
+
+def _fault_of_hub() -> str | None:
+    """Return why the Hub cannot be asked now; None if it can."""
+    hub = importlib.import_module("huggingface_hub")
+    endpoint = hub.constants.ENDPOINT
+    try:
+        hub.utils.get_session().head(endpoint, timeout=_HUB_SECONDS)
+    except Exception as error:  # of whichever library the Hub's client uses
+        return f"{endpoint}: {error}"
+    return None
+
+
+def _architectures(model_type: str) -> list[str] | None:
+    """Return the class of a type of models that has a loss of its own."""
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    for names in (
+        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    ):
+        if model_type in names:
+            return [names[model_type]]
+    return None
 
 
 class _MeanSquare(nn.Module):

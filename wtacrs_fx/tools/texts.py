@@ -1,4 +1,4 @@
-"""Labelled texts: a file of them or the packaged news, their split, and batches of their indices."""
+"""Texts, labelled or not: a file of them or the packaged news, their split, and batches of their indices."""
 
 from __future__ import annotations
 
@@ -31,17 +31,28 @@ def load_texts(data: Path | None = None) -> tuple[list[str], list[int], list[str
     return [text for _, text in labelled], [index[name] for name, _ in labelled], names
 
 
-def _tsv(path: Path) -> Iterator[tuple[str, str]]:
+def load_running_text(data: Path | None = None) -> list[str]:
+    """Return texts to be read one after another; None reads the packaged BBC news.
+
+    Raises:
+        InputError: `data` is missing or no text.
+    """
+    return [text for _, text in _news()] if data is None else [_read(data, "a text file")]
+
+
+def _read(path: Path, kind: str) -> str:
     if not path.is_file():
-        raise InputError(
-            f"--data must be a file of lines label<TAB>text, got {path}, which is no file; check the path"
-        )
+        raise InputError(f"--data must be {kind}, got {path}, which is no file; check the path")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} must be UTF-8, got byte {error.start} that is not; convert it first"
         ) from error
+
+
+def _tsv(path: Path) -> Iterator[tuple[str, str]]:
+    lines = _read(path, "a file of lines label<TAB>text").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
