@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 import wtacrs_fx
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 WITH_CODE = [page for page in PAGES if "```python\n" in page.read_text()]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -58,6 +60,17 @@ def test_links_lead_somewhere(page: Path) -> None:
         if "://" not in link:
             assert target.exists(), link
             assert not anchor or anchor in anchors(target), link
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Every page is in the site's index, every link and anchor leads somewhere there as well."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    home = (tmp_path / "index.html").read_text()
+    pictures = re.findall(r'<img [^>]*src="([^"]+)"', home)
+    assert pictures and all((tmp_path / picture).is_file() for picture in pictures if "://" not in picture)
+    assert "<table>" in home and 'href="measurements.html"' in home
 
 
 @pytest.mark.parametrize("name", wtacrs_fx.__all__)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from wtacrs_fx.tools.predict import (
     ModelError,
     Prediction,
     build,
+    configuration,
     named_model,
     predict,
 )
@@ -96,6 +98,39 @@ def test_what_is_predicted_is_what_the_whole_model_would_save(llama: tuple[str, 
     assert found.saved[CHECKPOINTING] < found.saved[INDUCTOR]
 
 
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("llama", "LlamaForCausalLM"),
+        ("bert", "BertForMaskedLM"),
+        ("t5", "T5ForConditionalGeneration"),
+        ("qwen3_moe", "Qwen3MoeForCausalLM"),
+        ("vit", None),
+    ],
+)
+def test_a_type_of_models_has_its_own_sizes_and_loss(name: str, head: str | None) -> None:
+    config = configuration(name)
+    wanted = type(config)(architectures=head and [head])
+    assert config.to_diff_dict() == wanted.to_diff_dict()
+
+
+def test_a_folder_with_the_name_of_a_type_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(LLAMA, tmp_path / "llama")
+    assert configuration("llama").hidden_size == LLAMA.hidden_size
+
+
+def test_a_hub_out_of_reach_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    start = time.perf_counter()
+    with pytest.raises(ModelError, match=r"not in the local cache, and the Hub cannot be reached.*127"):
+        configuration("no-such-model-here")
+    assert time.perf_counter() - start < 5
+
+
 @pytest.fixture
 def two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     """Predict Inductor and wtacrs alone, at one length; all else takes three times as long."""
@@ -111,6 +146,7 @@ def two_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prediction, "find_spec", lambda name: None)
 
 
+@pytest.mark.sweep(0.34)
 @pytest.mark.usefixtures("two_ways")
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_with_and_without_a_loss(name: str, tmp_path: Path) -> None:
