@@ -65,7 +65,7 @@ def test_factors_in_groups_are_rounded_without_bias(product: str) -> None:
         both = []
         for factor in (x, dy):
             draws = [torch.rand(size) for size in factor.shape]
-            both += ops.round_groups(factor, *draws, OFFSETS, product, False)
+            both += ops.round_groups(factor, *draws, OFFSETS, product, None, False)
         samples.append(ops.multiply_groups(*both, OFFSETS, torch.float32, False).flatten())
     found = torch.stack(samples).unflatten(1, exact.shape)
     for group in (0, 2, 3):
@@ -79,13 +79,13 @@ def test_factors_in_groups_are_rounded_without_bias(product: str) -> None:
 
 def test_all_operations_have_fakes_that_agree() -> None:
     x, dy, offsets = torch.randn(24, 16), torch.randn(24, 8), OFFSETS
-    codes = [ops.round_groups(each, None, None, offsets, "int8", False) for each in (x, dy)]
+    codes = [ops.round_groups(each, None, None, offsets, "int8", None, False) for each in (x, dy)]
     for target, args in (
         (ops.grouped_mm, (x.T, dy, offsets)),
         (ops.grouped_mm, (x, torch.randn(4, 16, 8), offsets)),
         (ops.in_groups, (x.norm(dim=1), offsets)),
         (ops.sort_rows, (torch.randperm(24)[:9], torch.rand(9), offsets)),
-        (ops.round_groups, (x, torch.rand(24), torch.rand(16), offsets, "int8", False)),
+        (ops.round_groups, (x, torch.rand(24), torch.rand(16), offsets, "int8", x, False)),
         (ops.multiply_groups, (*codes[0], *codes[1], offsets, torch.float32, False)),
     ):
         torch.library.opcheck(target, args, test_utils=("test_schema", "test_faketensor"))

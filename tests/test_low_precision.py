@@ -243,7 +243,7 @@ def test_sums_do_not_overflow() -> None:
 def test_the_operations_are_the_functions() -> None:
     a, b = factors(torch.bfloat16)
     of_a, of_b = (
-        ops.round_columns(x, *(torch.rand(size) for size in x.shape), "int8", False) for x in (a, b)
+        ops.round_columns(x, *(torch.rand(size) for size in x.shape), "int8", None, False) for x in (a, b)
     )
     found = ops.multiply_codes(*of_a, *of_b, a.dtype, False)
     assert torch.equal(found, multiply_codes(*of_a, *of_b, a.dtype))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import is_unbiased
+from conftest import Transformer, is_unbiased
 from test_sample_rows import CASES, estimate, run_joint
 from torch import Tensor, nn
 
 import wtacrs_fx
 from wtacrs_fx import Policy, Report, Rule
+from wtacrs_passes.graph.cones import tangent_cone
 from wtacrs_passes.maths.ops import multiply_codes, round_columns
 
 ALL_ROWS = Policy(ratio=1.0, residuals="exact", min_features=1, product="int8")
@@ -135,6 +136,19 @@ def test_products_that_share_a_factor_round_it_once() -> None:
 
     rewritten = wtacrs_fx.transform(wtacrs_fx.capture(Heads(), torch.randn(64, 32)), ALL_ROWS)
     assert len(rewritten.graph.find_nodes(op="call_function", target=round_columns)) == 4
+
+
+def test_what_is_stored_is_rounded_when_its_gradient_is_there() -> None:
+    """Else codes of all layers would be made as soon as the backward pass begins, and the peak be higher."""
+    model = Transformer(d=64, layers=3), torch.randint(50, (16, 128))
+    policy = Policy(ratio=1.0, product="int8", product_dx="int8", residuals="exact")
+    rewritten = wtacrs_fx.transform(wtacrs_fx.capture(*model), policy)
+    tangent = tangent_cone(rewritten.graph)
+    rounded = rewritten.graph.find_nodes(op="call_function", target=round_columns)
+    assert all(node in tangent for node in rounded)
+    report = rewritten.report
+    assert report.refused == ()
+    assert {site.product for site in report.sites if site.module.startswith("layers")} == {"int8"}
 
 
 def test_gradients_of_inputs_that_are_not_rounded_have_a_reason() -> None:

@@ -198,7 +198,7 @@ def _statistics(graph: fx.Graph) -> set[fx.Node]:
         else:  # what is computed from statistics and is no larger
             sizes = [_elements(arg.meta["val"]) for arg in operands if arg in found]
             small = is_derivable(node) and bool(sizes) and _elements(value) <= max(sizes)
-            # The sum of the results of eight experts is small beside these, a residual stream to which it is added is not.
+            # A sum of results of eight experts is small beside these, but not the residual stream that it is added to.
             others = (arg for arg in operands if arg not in found and arg.op != "placeholder")
             small = small and not any(_elements(arg.meta["val"]) >= _elements(value) for arg in others)
         if small:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial, reduce
 from importlib.util import find_spec
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,13 +26,14 @@ for _schema in (
     "require_zero(Tensor norms, Tensor mask) -> Tensor",
     "token_mask(Tensor mask) -> ()",
     "norm_state(Tensor x, Tensor known, Tensor fresh) -> ()",
-    "round_columns(Tensor x, Tensor? of_rows, Tensor? of_columns, str product, bool compiled) -> (Tensor, Tensor)",
+    "round_columns(Tensor x, Tensor? of_rows, Tensor? of_columns, str product, Tensor? after, bool compiled) "
+    "-> (Tensor, Tensor)",
     "multiply_codes(Tensor a, Tensor s, Tensor b, Tensor t, ScalarType dtype, bool compiled) -> Tensor",
     "grouped_mm(Tensor a, Tensor b, Tensor offsets) -> Tensor",
     "in_groups(Tensor norms, Tensor offsets) -> Tensor",
     "sort_rows(Tensor indices, Tensor scales, Tensor offsets) -> (Tensor, Tensor, Tensor)",
-    "round_groups(Tensor x, Tensor? of_rows, Tensor? of_columns, Tensor offsets, str product, bool compiled) "
-    "-> (Tensor, Tensor)",
+    "round_groups(Tensor x, Tensor? of_rows, Tensor? of_columns, Tensor offsets, str product, Tensor? after, "
+    "bool compiled) -> (Tensor, Tensor)",
     "multiply_groups(Tensor a, Tensor s, Tensor b, Tensor t, Tensor offsets, ScalarType dtype, bool compiled) "
     "-> Tensor",
     "attention_backward(Tensor gradient, Tensor query, Tensor key, Tensor centered, Tensor value, Tensor output, "
@@ -214,6 +215,11 @@ def _bring_back_fake(
     return torch.empty(size, dtype=dtype, device=device)
 
 
+def _after(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function whose last argument but one is only waited for."""
+    return lambda *args: function(*args[:-2], args[-1])
+
+
 for _name, _kernel, _fake in (
     ("choose_rows", _choose_rows, _choose_rows_fake),
     ("row_norms", _row_norms, _row_norms_fake),
@@ -225,12 +231,12 @@ for _name, _kernel, _fake in (
     ("gradient_weights", _gradient_weights, _gradient_weights_fake),
     ("record_norms", _record_norms, lambda fresh, norms, positions: None),
     ("require_zero", _require_zero, lambda norms, mask: norms.new_empty(())),
-    ("round_columns", low_precision.round_columns, low_precision.round_columns_fake),
+    ("round_columns", _after(low_precision.round_columns), _after(low_precision.round_columns_fake)),
     ("multiply_codes", low_precision.multiply_codes, low_precision.multiply_codes_fake),
     ("grouped_mm", experts.grouped_mm, experts.grouped_mm_fake),
     ("in_groups", experts.in_groups, lambda norms, offsets: torch.empty_like(norms)),
     ("sort_rows", experts.sort_rows, experts.sort_rows_fake),
-    ("round_groups", experts.round_groups, experts.round_groups_fake),
+    ("round_groups", _after(experts.round_groups), _after(experts.round_groups_fake)),
     ("multiply_groups", experts.multiply_groups, experts.multiply_groups_fake),
     ("attention_backward", attention.attention_backward, attention.attention_backward_fake),
     ("put_away", offload.put_away, lambda x, place: torch.empty(1, dtype=torch.int64)),
@@ -291,7 +297,7 @@ Raise where a masked row has a finite norm above zero (on CUDA an assertion on t
 """
 
 round_columns = torch.ops.wtacrs.round_columns.default
-"""As :func:`low_precision.round_columns`."""
+"""As :func:`low_precision.round_columns`, once `after` is there: else codes might be made long before they are read."""
 
 multiply_codes = torch.ops.wtacrs.multiply_codes.default
 """As :func:`low_precision.multiply_codes`."""
@@ -306,7 +312,7 @@ sort_rows = torch.ops.wtacrs.sort_rows.default
 """As :func:`experts.sort_rows`."""
 
 round_groups = torch.ops.wtacrs.round_groups.default
-"""As :func:`experts.round_groups`."""
+"""As :func:`experts.round_groups`, once `after` is there."""
 
 multiply_groups = torch.ops.wtacrs.multiply_groups.default
 """As :func:`experts.multiply_groups`."""

@@ -6,7 +6,7 @@ Before, with A and B ``[rows, features]``, one of them X and the other one dY, d
 
 After, with random numbers where it rounds at random::
 
-    codes_a, scales_a = round_columns(A, rand(rows), rand(features), "int8")   # once for all products that read A
+    codes_a, scales_a = round_columns(A, rand(rows), rand(features), "int8")   # once for all that read A, after dY
     codes_b, scales_b = round_columns(B, rand(rows), rand(features), "int8")
     dW = multiply_codes(codes_a, scales_a, codes_b, scales_b)
 
@@ -26,6 +26,7 @@ import torch
 from torch import fx
 
 from ..decide.precision import AT_RANDOM
+from ..graph.cones import tangent_cone
 from ..graph.edit import Editor
 from ..graph.operations import GROUPED
 from ..joint import Joint
@@ -39,6 +40,7 @@ def round_products(joint: Joint) -> None:
     editor.tag = "must_be_in_backward"  # where X is there: its codes are no residual
     rounded: dict[tuple[fx.Node, str, fx.Node | None], Codes] = {}
     products = {node: product for product, node in joint.products.items()}
+    tangent = tangent_cone(joint.graph)
     wanted = {joint.products[item.node]: way for item, way, reason in joint.plan.precisions if not reason}
     wanted |= {item.node: way for item, way, reason in joint.plan.input_precisions if not reason}
     for node in [node for node in joint.graph.nodes if node in wanted]:
@@ -52,7 +54,10 @@ def round_products(joint: Joint) -> None:
                 [new] = editor.trace(function, *factors, **constants)
             else:
                 shared = rounded if node in products else {}
-                codes = [_codes(editor, factor, precision, offsets, shared) for factor in factors]
+                dy = next(
+                    f for f in factors if not tangent.isdisjoint((f, *f.all_input_nodes))
+                )  # or its transpose
+                codes = [_codes(editor, factor, precision, offsets, shared, dy) for factor in factors]
                 new = _multiply(editor, codes[0], codes[1], offsets, node.meta["val"].dtype)
         editor.put(node, new)
         if node in products:
@@ -71,31 +76,39 @@ def _codes(
     precision: str,
     offsets: fx.Node | None,
     rounded: dict[tuple[fx.Node, str, fx.Node | None], Codes],
+    dy: fx.Node,
 ) -> Codes:
-    """Return a factor in fewer bits: rounded before its first reader, for all of them."""
+    """Return a factor in fewer bits: rounded before its first reader, for all of them, when its gradient is there."""
     key = factor, precision, offsets
     if key not in rounded:
-        rounded[key] = round_factor(editor, factor, precision, "backward", offsets)
+        after = None if factor is dy else dy
+        rounded[key] = round_factor(editor, factor, precision, "backward", offsets, after)
     return rounded[key]
 
 
 def round_factor(
-    editor: Editor, factor: fx.Node, precision: str, owner: str, offsets: fx.Node | None = None
+    editor: Editor,
+    factor: fx.Node,
+    precision: str,
+    owner: str,
+    offsets: fx.Node | None = None,
+    after: fx.Node | None = None,
 ) -> Codes:
     """Insert the rounding of a factor, with random numbers of an owner as of :meth:`Editor.noise`.
 
     Args:
         offsets: the ends of groups of rows, which have scales of their own.
+        after: what is waited for. Inductor would round what is stored as soon as there is memory for it.
     """
     draws: list[fx.Node | None] = [None, None]
     if precision in AT_RANDOM:
         device = factor.meta["val"].device
         draws = [editor.noise([editor.size(factor, dim)], device, owner) for dim in (0, 1)]
     if offsets is not None:
-        both = editor.call(ops.round_groups, factor, *draws, offsets, precision, False)
+        both = editor.call(ops.round_groups, factor, *draws, offsets, precision, after, False)
         return tuple(editor.call(operator.getitem, both, i) for i in (0, 1))
     if factor.meta["val"].device.type == "cpu":
-        both = editor.call(ops.round_columns, factor, *draws, precision, False)
+        both = editor.call(ops.round_columns, factor, *draws, precision, after, False)
         return tuple(editor.call(operator.getitem, both, i) for i in (0, 1))
     named = dict(zip(("of_rows", "of_columns"), draws, strict=True))
     return editor.trace(low_precision.round_columns, factor, **named, product=precision)
