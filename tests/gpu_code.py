@@ -1,6 +1,7 @@
 """The Triton code of training graphs, compiled for GPUs where there is none: registers that spill, shared memory.
 
-    python tests/gpu_code.py 90 bert llama      # a line of JSON for each kernel, for compute capability 9.0
+    python tests/gpu_code.py 90 0 bert llama      # a line of JSON for each kernel, for compute capability 9.0
+    python tests/gpu_code.py 80 40 llama          # 40 of its kernels, drawn at random
 
 A joint graph is traced on the CPU, its values are put on a GPU that is not there, and from there on all is as on one:
 our passes, PyTorch's partitioner, Inductor, Triton and ptxas. What is asked of the driver is answered by a stand-in.
@@ -15,6 +16,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -71,12 +73,12 @@ TOKENS = 4, 256
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas says of a kernel: registers of a thread, bytes that it spills, bytes of shared memory of a block."""
+    """What ptxas says of a kernel: registers and bytes of local memory of a thread, bytes of shared memory of a block."""
 
     case: str
     name: str
     registers: int
-    spilled: int
+    local: int
     shared: int
 
 
@@ -121,7 +123,8 @@ CASES = {
     "qwen3, float16": Case(
         "Qwen3ForCausalLM",
         Policy(ratio=0.3, estimator="wta-crs", placement="forward", **_CHUNKS),
-        dtype=torch.float16,
+        (("num_key_value_heads", 2), ("head_dim", 64)),
+        torch.float16,
     ),
     "products again": Case(
         "LlamaForCausalLM", Policy(ratio=0.5, recompute_products=1.0, recompute=0.5, **_CHUNKS)
@@ -349,11 +352,13 @@ def _mode(gm: fx.GraphModule) -> FakeTensorMode:
 
 
 if __name__ == "__main__":
-    capability, *names = sys.argv[1:]
+    capability, most, *names = sys.argv[1:]
     prepared = [(CASES[name], traced(CASES[name]), graphs_of_calls(CASES[name])) for name in names]
     stand_in(int(capability))
     for name, binary in choosers(int(capability)):
         print(json.dumps(asdict(said("ours", name, binary))), flush=True)
     for name, (case, joint, calls) in zip(names, prepared, strict=True):
-        for kernel, source in sources([*partitioned(joint, case.policy), *calls]).items():
+        kernels = list(sources([*partitioned(joint, case.policy), *calls]).items())
+        chosen = random.sample(kernels, min(int(most) or len(kernels), len(kernels)))
+        for kernel, source in chosen:
             print(json.dumps(asdict(said(name, kernel, compiled(source, kernel)))), flush=True)

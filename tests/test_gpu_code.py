@@ -1,7 +1,7 @@
 """Code for GPUs compiles where there is none, without spills, in the shared memory that there is.
 
-`make gpu-code` compiles all cases for all capabilities; the ordinary run one of each, by a seed that a failure prints
-(``WTACRS_GPU_CODE_SEED`` repeats it).
+`make gpu-code` compiles all kernels of all cases for all capabilities; the ordinary run some of one, by a seed that a
+failure prints (``WTACRS_GPU_CODE_SEED`` repeats it).
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from gpu_code import CASES, CUOBJDUMP, SHARED, Kernel
 
 SEED = seed_of_run("WTACRS_GPU_CODE_SEED")
 EVERY = list(itertools.product(SHARED, CASES))
-DRAWN = EVERY if os.environ.get("WTACRS_GPU_CODE") == "all" else random.Random(SEED).sample(EVERY, 1)
+ALL = os.environ.get("WTACRS_GPU_CODE") == "all"
+DRAWN = EVERY if ALL else random.Random(SEED).sample(EVERY, 1)
+MOST = 0 if ALL else 30  # kernels
+SLOW_PATH = 64
+"""Bytes of a table on the stack with which sines of large numbers are computed; all else there has been spilled."""
 
 
 @pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton is not built for NVIDIA")
@@ -35,11 +39,14 @@ def test_kernels_spill_nothing_and_fit_into_shared_memory(capability: int, case:
     root = script.parents[1]
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "passes", script.parent)))
     done = subprocess.run(
-        [sys.executable, str(script), str(capability), case], env=environment, capture_output=True, text=True
+        [sys.executable, str(script), str(capability), str(MOST), case],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"WTACRS_GPU_CODE_SEED={SEED}: {done.stderr[-4000:]}"
     kernels = [Kernel(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(kernels) > 30
+    assert len(kernels) > 30  # ours among them
     assert {kernel.case for kernel in kernels} == {"ours", case}
-    assert [kernel for kernel in kernels if kernel.spilled] == []
+    assert [kernel for kernel in kernels if kernel.local > (SLOW_PATH if "sin" in kernel.name else 0)] == []
     assert [kernel for kernel in kernels if kernel.shared > SHARED[capability] * 1024] == []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .estimators import NOISE, ROUNDS, grid
 
-_BLOCK, _WARPS = 8192, 32
+_BLOCK, _WARPS = 4096, 16  # more elements, or threads with fewer registers, would spill
 
 
 def choose_rows(factors: list[Tensor], noise: Tensor, kept: int) -> tuple[Tensor, Tensor]:
