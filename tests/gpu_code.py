@@ -73,7 +73,7 @@ TOKENS = 4, 256
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas says of a kernel: registers and bytes of local memory of a thread, bytes of shared memory of a block."""
+    """What ptxas says of a kernel: registers and bytes of local memory of a thread, and of shared memory of a block."""
 
     case: str
     name: str
