@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,9 +38,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count measurements, which take no time here; each finds another number."""
     found: list[int] = []
 
-    def measure(precisions: Sequence[str], *_: Any) -> rates.Rates:
+    def measure(precisions: Sequence[str], *_: Any) -> tuple[rates.Rates, bool]:
         found.append(len(found) + 1)
-        return dict.fromkeys(precisions, float(found[-1]))
+        return dict.fromkeys(precisions, float(found[-1])), True
 
     monkeypatch.setattr(rates, "_measure", measure)
     return found
@@ -72,9 +75,9 @@ def test_a_rate_that_was_given_stays(folder: Path, monkeypatch: pytest.MonkeyPat
     took = iter(({"exact": 0.7, "int8": 0.6}, {"exact": 0.3, "bfloat16": 0.15, rates.ROUNDING: 0.03}))
     asked = []
 
-    def measure(precisions: Sequence[str], *_: Any) -> rates.Rates:
+    def measure(precisions: Sequence[str], *_: Any) -> tuple[rates.Rates, bool]:
         asked.append(set(precisions))
-        return next(took)
+        return next(took), True
 
     monkeypatch.setattr(rates, "_measure", measure)
     with config.patch(force_disable_caches=False):
@@ -85,6 +88,30 @@ def test_a_rate_that_was_given_stays(folder: Path, monkeypatch: pytest.MonkeyPat
         rates._of_process.cache_clear()  # another process
         assert ask(ways=["int8"]) == first == {"int8": 0.6}
     assert asked == [{"exact", "int8"}, {"exact", "bfloat16", rates.ROUNDING}]
+
+
+def test_rates_of_a_busy_machine_are_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three attempts the calmest serves this process; another one measures again."""
+    attempts = iter([(90, {"exact": 3.0}), (20, {"exact": 2.0}), (50, {"exact": 4.0}), (0, {"exact": 1.0})])
+    monkeypatch.setattr(rates, "_attempt", lambda *_: next(attempts))
+    with config.patch(force_disable_caches=False):
+        assert ask(ways=["exact"]) == ask(ways=["exact"]) == {"exact": 2.0}
+        rates._of_process.cache_clear()  # another process
+        assert ask(ways=["exact"]) == {"exact": 1.0}
+        rates._of_process.cache_clear()
+        assert ask(ways=["exact"]) == {"exact": 1.0}
+
+
+def test_a_process_that_shares_its_processors_is_put_aside() -> None:
+    """What the decision rests on: another process for each processor."""
+    threads = len(os.sched_getaffinity(0))
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(threads)]
+    try:
+        aside, _ = rates._attempt(["exact"], (2048, 512, 1024), torch.float32, CPU)
+    finally:
+        for other in others:
+            other.kill()
+    assert aside > rates._ROUNDS
 
 
 def test_how_fast_a_folder_is_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
