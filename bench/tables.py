@@ -437,6 +437,7 @@ TABLES: dict[str, Table] = {
         ),
     ),
     "without-head-autocast": _without_head("autocast"),
+    "without-head-float32": _without_head("float32"),
     "without-head-bfloat16": _without_head("bfloat16"),
     "modern": Table(
         "modern",
