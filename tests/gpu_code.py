@@ -54,6 +54,7 @@ import wtacrs_fx
 from wtacrs_fx import Policy
 from wtacrs_fx.backend import lifted_inputs
 from wtacrs_fx.capture import STATIC_INPUTS, count_forward_outputs
+from wtacrs_passes.analyse import peaks
 from wtacrs_passes.graph.torch_api import run_joint_graph_passes
 from wtacrs_passes.maths import chunks, low_precision, triton_kernels
 from wtacrs_passes.maths.estimators import NOISE, ROUNDS
@@ -163,6 +164,13 @@ def stand_in(capability: int) -> None:
 
     triton.runtime.driver.set_active(Driver())
     triton_helpers.set_driver_to_gpu = lambda: None  # it stays
+    trace = peaks.trace_operations
+
+    def trace_fake(function: Callable[..., Any], values: list[Any]) -> fx.Graph:
+        with values[0].fake_mode:  # a chunk of a loss makes tensors of its own, which are nowhere else
+            return trace(function, values)
+
+    peaks.trace_operations = trace_fake
     answers = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "_exchange_device": 0,
         "_maybe_exchange_device": 0, "get_device_properties": properties, "_get_device_properties": properties,

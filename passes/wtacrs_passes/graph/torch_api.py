@@ -337,11 +337,7 @@ def trace_operations(function: Callable[..., Any], values: list[Any]) -> fx.Grap
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    mode = detect_fake_mode([value for value in values if isinstance(value, torch.Tensor)])
-    with (
-        mode if mode is not None else contextlib.nullcontext()
-    ):  # what it makes itself takes no memory either
-        traced = make_fx(function, decomposition_table=select_decomp_table())(*values)
+    traced = make_fx(function, decomposition_table=select_decomp_table())(*values)
     traced.graph.eliminate_dead_code()
     graph: fx.Graph = traced.graph
     return graph
