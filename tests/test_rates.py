@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,7 +108,8 @@ def test_a_process_that_shares_its_processors_is_put_aside() -> None:
     threads = len(os.sched_getaffinity(0))
     others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(threads)]
     try:
-        aside, _ = rates._attempt(["exact"], (2048, 512, 1024), torch.float32, CPU)
+        time.sleep(1)  # they start
+        aside, _ = rates._attempt(["exact"], (4096, 1024, 2048), torch.float32, CPU)
     finally:
         for other in others:
             other.kill()
