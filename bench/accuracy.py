@@ -38,7 +38,7 @@ from bench.gradient_variance import Loss
 from bench.harness import BASELINE, BUDGET, RESULTS, VARIANTS, Row, circumstances, record, summarise
 from wtacrs_fx import track_gradient_norms
 from wtacrs_fx.tools.classification import Classifier, load_encoder
-from wtacrs_fx.tools.language import LINEARS, CausalLoss, packaged_language_model
+from wtacrs_fx.tools.language import CausalLoss, add_lora, load_language_model, packaged_language_model
 from wtacrs_fx.tools.steps import many_variants
 from wtacrs_passes.pipeline import source_hash
 
@@ -194,22 +194,14 @@ def _language_task(
 
 def smollm(path: Path, batch: int, length: int, held_out: int) -> Task:
     """Return the fine-tuning of SmolLM2."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        **packaged_language_model(), dtype=torch.float32, attn_implementation="sdpa"
-    )
+    _, model = load_language_model()
     return _language_task("SmolLM2-135M, glosses", model, 2e-5, path, batch, length, held_out)
 
 
 def lora(path: Path, batch: int, length: int, held_out: int) -> Task:
     """Return the fine-tuning of SmolLM2 with LoRA on all linears of its layers."""
-    from peft import LoraConfig, inject_adapter_in_model
-
     task = smollm(path, batch, length, held_out)
-    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=32, target_modules=list(LINEARS)), task.model)
-    for name, parameter in task.model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+    add_lora(task.model, rank=16)
     task.name, task.learning_rate = f"{task.name}, LoRA", 4e-4
     return task
 
