@@ -12,7 +12,7 @@ CORE := $(addprefix tests/test_,allocations attention backend capture checkpoint
 	encode_residuals experts fallback fusion low_precision models offload options partition peaks policy received \
 	recompute_checkpointed regions report round_products sample_rows storage triton_kernels zero_rows)
 
-.PHONY: demo test operators architectures programs sweeps gpu-code bench docs compat lint clean
+.PHONY: demo test operators architectures programs sweeps gpu-code bench docs dist compat lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/wtacrs demo
@@ -43,6 +43,10 @@ bench: $(INSTALLED)
 # The site, in build/site.
 docs: $(TESTED)
 	$(BIN)/python -m mkdocs build --strict
+
+# The sdist, and the wheel made from it; equal to the byte for one commit.
+dist: $(INSTALLED)
+	SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} $(BIN)/python -m build --no-isolation
 
 # The core tests on another release of PyTorch, in an environment of its own: make compat TORCH=2.11.0
 compat:

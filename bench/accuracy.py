@@ -354,20 +354,31 @@ COLUMNS = ("variant", "seed", "step", "loss", "seconds", "merit", "source")
 def kept_runs(task: Task, folder: Path, shapes: str, variants: Sequence[str]) -> dict[str, list[Run]]:
     """Return the runs, seed by seed, of a study that was interrupted, where all variants ran with this source."""
     path = folder / f"{_stem(task, shapes)}.csv"
-    rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    of: dict[tuple[str, int], list[dict[str, str]]] = {}
-    for row in rows:
-        if row.get("source") == source_hash()[:12]:
-            of.setdefault((row["variant"], int(row["seed"])), []).append(row)
+    kept = read_runs(path, source_hash()[:12]) if path.exists() else {}
     found: dict[str, list[Run]] = {variant: [] for variant in variants}
     seed = 0
-    while all((variant, seed) in of for variant in variants):
+    while all((variant, seed) in kept for variant in variants):
         for variant in variants:
-            steps = of[variant, seed]
-            losses, seconds = ([float(step[name]) for step in steps] for name in ("loss", "seconds"))
-            found[variant].append(Run(losses, seconds, float(steps[-1]["merit"])))
+            found[variant].append(kept[variant, seed])
         seed += 1
     return found
+
+
+def read_runs(path: Path, source: str | None = None) -> dict[tuple[str, int], Run]:
+    """Return the runs that :func:`keep_curves` wrote, by variant and seed; those of one source, or all."""
+    steps: dict[tuple[str, int], list[dict[str, str]]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if source in (None, row.get("source")):
+                steps.setdefault((row["variant"], int(row["seed"])), []).append(row)
+    return {
+        key: Run(
+            [float(step["loss"]) for step in each],
+            [float(step["seconds"]) for step in each],
+            float(each[-1].get("merit", math.nan)),
+        )
+        for key, each in steps.items()
+    }
 
 
 def _stem(task: Task, shapes: str) -> str:

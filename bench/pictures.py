@@ -1,6 +1,10 @@
-"""Pictures of the documentation: memory over a step, noise by layer, a gradient before and after.
+"""Pictures of the documentation: a step and a training, noise by layer, a gradient before and after.
 
-python -m bench.pictures
+    python -m bench.pictures
+    python -m bench.pictures --quick              # tiny sizes; keeps no rows
+
+The first one has the case of `bench.regime`: memory over one training step, and the losses that
+`bench.accuracy --task scratch --precision autocast` has kept, against time.
 """
 
 from __future__ import annotations
@@ -9,38 +13,57 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
+import matplotlib.pyplot as plt
 import torch
 import typer
+from matplotlib.axes import Axes
 from torch import nn
 
 import wtacrs_fx
+from bench.accuracy import read_runs
+from bench.frontier import CHECKPOINTING
 from bench.gradient_variance import load
-from bench.harness import BASELINE, MIB, RESULTS, VARIANTS, Row, circumstances, record
-from bench.models import TINY, Shape, make
+from bench.harness import BASELINE, BUDGET, MIB, RESULTS, Row, record, to_rows
+from bench.models import TINY, Shape
+from bench.regime import make_step
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.measure import memory_timeline
-from wtacrs_fx.tools.pictures import draw_gradient, plot_timeline
-from wtacrs_fx.tools.steps import Step
+from wtacrs_fx.tools.pictures import BLACK, ORANGE, draw_gradient, draw_timeline
 
-SHOWN = (BASELINE, "inductor budget 0.9", "wtacrs 0.3 balanced")
+SHOWN = {BASELINE: "Inductor", CHECKPOINTING: "Inductor, checkpointing", BUDGET: "wtacrs"}
+REGIME = "llama-lm", Shape(4, 576, 9, 8, 512), "autocast"
+CURVES = "accuracy_llama_from_scratch_glosses_autocast_*.csv"
 
 
-def timeline(name: str, shape: Shape, folder: Path) -> list[Row]:
-    """Draw the memory of a step of each variant; return the peaks."""
-    found = {}
-    for variant in SHOWN:
-        step = Step(*make(name, shape), VARIANTS[variant]())
+def overview(name: str, shape: Shape, precision: str, curves: Path, folder: Path) -> list[Row]:
+    """Draw the memory of a step, and the losses of a training against time; return the peaks."""
+    timelines = {}
+    for variant, label in SHOWN.items():
+        step = make_step(name, shape, precision, variant, "cpu")
         step.model.zero_grad(set_to_none=True)
-        found[variant] = memory_timeline(step, torch.device("cpu"))
-    plot_timeline(found, folder / "timeline.png")
-    peaks = {variant: max(held for _, held in one) for variant, one in found.items()}
-    return [
-        Row(
-            "pictures", name, variant, "peak", peak / MIB, "MiB", ratio=peak / peaks[BASELINE],
-            shapes=str(shape), **circumstances(),
-        )
+        timelines[label] = memory_timeline(step, torch.device("cpu"))
+    figure, (left, right) = plt.subplots(ncols=2, figsize=(11, 4), layout="constrained")
+    draw_timeline(left, timelines)
+    draw_losses(right, curves)
+    figure.savefig(folder / "overview.png", dpi=130)
+    plt.close(figure)
+    peaks = {variant: max(held for _, held in timelines[label]) for variant, label in SHOWN.items()}
+    figures = {
+        variant: [("peak", "MiB", {"value": peak / MIB, "ratio": peak / peaks[BASELINE]})]
         for variant, peak in peaks.items()
-    ]  # fmt: skip
+    }
+    return to_rows("pictures", name, shape, precision, figures)
+
+
+def draw_losses(axes: Axes, curves: Path) -> None:
+    """Draw the running mean of the training loss of the first seed, against seconds without compilation."""
+    runs = {variant: run for (variant, seed), run in read_runs(curves).items() if seed == 0}
+    for variant, colour in ((BASELINE, BLACK), (BUDGET, ORANGE)):
+        seconds, losses = runs[variant].curve(runs[BASELINE])
+        axes.plot(seconds, losses, color=colour, linewidth=2, label=SHOWN[variant])
+    axes.set(xlabel="seconds of training, without compilation", ylabel="training loss, nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
 
 
 def gradients(folder: Path) -> None:
@@ -60,12 +83,13 @@ def noise(folder: Path, batches: int) -> None:
 
 
 def main(
-    model: str = "bert",
     folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = RESULTS,
     quick: Annotated[bool, typer.Option(help="Tiny sizes; keep no rows.")] = False,
 ) -> None:
     """Draw; append rows to bench/results."""
-    rows = timeline(model, TINY if quick else Shape(), folder)
+    name, shape, precision = REGIME
+    [curves] = RESULTS.glob(CURVES)
+    rows = overview(name, TINY if quick else shape, precision, curves, folder)
     gradients(folder)
     noise(folder, 2 if quick else 8)
     record(rows, keep=not quick)

@@ -24,6 +24,7 @@ from wtacrs_fx.tools.steps import Compiler, Step, inductor
 
 CHUNKER = "inductor, auto_chunker"
 ONCE = "wtacrs, layers once"
+CHECKPOINTED = ", checkpointing"
 IN_8_BITS = "wtacrs, all rows in 8 bits"
 POLICIES = {
     BUDGET: Policy(),
@@ -32,8 +33,8 @@ POLICIES = {
     IN_8_BITS: Policy(ratio=1.0, product="int8"),
     ONCE: Policy(ratio=0.3),
     f"{BUDGET}, products again": Policy(recompute_products=1.0),
-    "wtacrs, checkpointing": Policy(ratio=0.3),
-    f"{BUDGET}, checkpointing": Policy(),
+    f"wtacrs{CHECKPOINTED}": Policy(ratio=0.3),
+    f"{BUDGET}{CHECKPOINTED}": Policy(),
 }
 VARIANTS = ("inductor", "inductor budget 0.9", "inductor budget 0.5", CHECKPOINTING, CHUNKER, *POLICIES)
 
@@ -49,22 +50,31 @@ def compiler(variant: str) -> Compiler:
     return inductor(float(budget)) if budget != variant else inductor()
 
 
+def make_step(
+    name: str, shape: Shape, precision: str, variant: str, device: str, budget: bool = True
+) -> Step:
+    """Return the compiled step of a variant; with ``budget``, a noise budget is measured."""
+    model, inputs = build(name, shape, precision, device)
+    if variant.endswith(CHECKPOINTED):
+        checkpoint(model)
+    if variant == ONCE:
+        wtacrs_fx.mark_layers(model)
+    step = Step(model, inputs, compiler(variant))
+    if variant.startswith(BUDGET) and budget:
+        settle(step)
+    return step
+
+
 def measure(
     name: str, shape: Shape, precision: str, device: str, rounds: int, variants: list[str]
 ) -> list[Row]:
     """Return saved bytes, peak and, with rounds, step time of each variant."""
     steps = {}
     for variant in variants:
-        model, inputs = build(name, shape, precision, device)
-        if variant.endswith(", checkpointing"):
-            checkpoint(model)
-        if variant == ONCE:
-            wtacrs_fx.mark_layers(model)
-        step = steps[variant] = Step(model, inputs, compiler(variant))
-        print(f"{name}, {variant}: compiled in {step.first_call_seconds:.0f} s", flush=True)
+        steps[variant] = make_step(name, shape, precision, variant, device, budget=bool(rounds))
+        print(f"{name}, {variant}: compiled in {steps[variant].first_call_seconds:.0f} s", flush=True)
         if variant.startswith(BUDGET) and rounds:
-            settle(step)
-            print(*step.reports, sep="\n\n", flush=True)
+            print(*steps[variant].reports, sep="\n\n", flush=True)
     return to_rows("regime", name, shape, precision, compare(steps, rounds), device)
 
 

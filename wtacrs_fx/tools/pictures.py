@@ -6,6 +6,7 @@ import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx
@@ -16,22 +17,21 @@ from wtacrs_passes.report import MIB
 
 from ..capture import STATIC_INPUTS
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # Okabe and Ito: told apart by all.
 BLUE, ORANGE, GREY, BLACK = "#0072B2", "#E69F00", "#DDDDDD", "#000000"
 _COLOURS = (GREY, BLACK, BLUE, ORANGE)
 _DEEPEST = 9  # operations above a gradient that are drawn
 
 
-def plot_timeline(timelines: Mapping[str, Sequence[tuple[float, int]]], path: str | Path) -> None:
+def draw_timeline(axes: Axes, timelines: Mapping[str, Sequence[tuple[float, int]]]) -> None:
     """Draw the memory of training steps: up in the forward pass, down in the backward pass.
 
     Args:
         timelines: what ran -> its :func:`wtacrs_fx.tools.measure.memory_timeline`.
-        path: of the picture; its ending chooses the format.
     """
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     colours = itertools.cycle(_COLOURS[-len(timelines) :])
     for (name, timeline), colour in zip(timelines.items(), colours, strict=False):  # endless colours
         seconds, held = zip(*timeline, strict=True)
@@ -49,8 +49,6 @@ def plot_timeline(timelines: Mapping[str, Sequence[tuple[float, int]]], path: st
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def draw_gradient(graph_module: fx.GraphModule, parameter: str, path: str | Path) -> None:
