@@ -9,7 +9,7 @@ import torch
 from aot import REFERENCE, Variants, distance, small_tensors, wrong_bytes
 from conftest import adds_up, is_unbiased
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen3MoeConfig, Qwen3MoeModel
 
 import wtacrs_fx
 from wtacrs_fx import Policy
@@ -142,7 +142,7 @@ def quantised(model: nn.Module) -> nn.Module:
 
 
 class Decoder(nn.Module):
-    """A Llama of one layer in bfloat16 with adapters on every linear: tokens to a scalar."""
+    """A Llama of one layer in bfloat16 with adapters: tokens to a scalar."""
 
     def __init__(self, config: object, bits: int) -> None:
         super().__init__()
@@ -151,18 +151,26 @@ class Decoder(nn.Module):
         sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
         model = LlamaModel(LlamaConfig(**sizes, use_cache=False)).bfloat16()
         self.model = peft.get_peft_model(quantised(model) if bits == 4 else model, config)
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and ("lora_B" in name or "lambda" in name):
-                nn.init.normal_(parameter, std=0.1)
+        trained_from_noise(self.model)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.model(input_ids=tokens).last_hidden_state.float().sin().mean()
+
+
+def trained_from_noise(model: nn.Module) -> None:
+    """Let no adapter be zero at the start, so that all of them have a gradient."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ("_B" in name or "lambda" in name):
+            nn.init.normal_(parameter, std=0.1)
 
 
 CONFIGS: dict[str, Callable[[], object]] = {
     "LoRA": lambda: peft.LoraConfig(r=8, target_modules="all-linear"),
     "rsLoRA": lambda: peft.LoraConfig(r=8, target_modules="all-linear", use_rslora=True),
     "LoRA with dropout": lambda: peft.LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.1),
+    "LoRA of the embedding": lambda: peft.LoraConfig(
+        r=8, target_modules=["embed_tokens", "q_proj", "down_proj"]
+    ),
     "VeRA": lambda: peft.VeraConfig(r=16, target_modules=["q_proj", "o_proj"]),
     "IA3": lambda: peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "prompt tuning": lambda: peft.PromptTuningConfig(num_virtual_tokens=8, task_type="FEATURE_EXTRACTION"),
@@ -192,3 +200,62 @@ def test_adapters_of_a_decoder_in_16_bits_and_on_weights_in_4(name: str, bits: i
     assert report.saved_bytes_after < 0.45 * report.saved_bytes_before
     # Weights in few bits are made whole in the backward pass again, not stored.
     assert not any("dequantize" in each.operation and each.bytes_after for each in report.residuals)
+
+
+class Experts(nn.Module):
+    """A mixture of eight experts in bfloat16, with adapters on the experts' weights: tokens to a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 100}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8}
+        model = Qwen3MoeModel(
+            Qwen3MoeConfig(**sizes, moe_intermediate_size=32, num_experts_per_tok=2, use_cache=False)
+        )
+        weights = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        config = peft.LoraConfig(r=8, target_modules=["q_proj"], target_parameters=weights)
+        self.model = peft.get_peft_model(model.bfloat16(), config)
+        trained_from_noise(self.model)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens).last_hidden_state.float().sin().mean()
+
+
+def two_at_once() -> nn.Module:
+    """Adapters that are trained together, on weights into which a third one was merged."""
+    model = Decoder(peft.LoraConfig(r=4, target_modules=["q_proj"]), 16)
+    model.model = peft.get_peft_model(
+        model.model.merge_and_unload(), peft.LoraConfig(r=8, target_modules=["q_proj", "o_proj"])
+    )
+    model.model.add_adapter("second", peft.LoraConfig(r=16, target_modules=["v_proj", "o_proj"]))
+    model.model.base_model.set_adapter(["default", "second"])
+    trained_from_noise(model.model)
+    return model
+
+
+@pytest.mark.sweep(0.5)
+@pytest.mark.parametrize("make", [Experts, two_at_once])
+def test_adapters_in_one_graph_or_several(make: Callable[[], nn.Module]) -> None:
+    """Dynamo breaks the graph at each set of experts with adapters."""
+    model, tokens, policies = (
+        make(),
+        torch.randint(100, (4, 64)),
+        {"exact": EXACT, "balanced": Policy(ratio=1.0)},
+    )
+    variants = Variants(policies)
+    call = torch.compile(model, backend=variants)
+    found = {}
+    with small_tensors():
+        for variants.active in (REFERENCE, *policies):
+            call(tokens).backward()
+            found[variants.active] = torch.cat([each.flatten().float() for each in trained(model).values()])
+    assert not any(wrong_bytes(graph) for graph in variants.graphs)
+    assert found["exact"].equal(found[REFERENCE])
+    assert distance(found["balanced"], found[REFERENCE]) < 0.02
+    reports = [graph.partitions["balanced"].report for graph in variants.graphs]
+    assert all(report is not None and adds_up(report) for report in reports)
+    after, before = (
+        sum(getattr(report, f"saved_bytes_{when}") for report in reports) for when in ("after", "before")
+    )
+    assert after < 0.6 * before

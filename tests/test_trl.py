@@ -109,13 +109,15 @@ def pairs() -> Iterator[dict[str, str]]:
         yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def losses_and_share(folder: Path, make: Callable[[Words], Any]) -> tuple[dict[str, list[float]], float]:
-    """Return the losses of a trainer without and with this backend, and what it saves of PyTorch's bytes."""
+def losses_and_share(
+    folder: Path, make: Callable[[Words], Any], figure: str = "loss"
+) -> tuple[dict[str, list[float]], float]:
+    """Return a figure of each step without and with this backend, and what it saves of PyTorch's bytes."""
     found = {}
     for name, policy in (("eager", None), ("ours", Policy(ratio=1.0))):
         words = Words(folder)
         found[name] = words.logs(make(words), policy)
-    losses = {name: [entry["loss"] for entry in entries] for name, entries in found.items()}
+    losses = {name: [float(entry[figure]) for entry in entries] for name, entries in found.items()}
     return losses, found["ours"][-1]["wtacrs/saved_ratio"]
 
 
@@ -146,3 +148,31 @@ def test_packed_samples_are_learned_as_without(tmp_path: Path) -> None:
     losses, share = losses_and_share(tmp_path, make)
     assert losses["ours"] == pytest.approx(losses["eager"], rel=5e-3)
     assert share < 0.6
+
+
+def prompts() -> Iterator[dict[str, str]]:
+    for sample in pairs():
+        yield {"prompt": sample["prompt"]}
+
+
+def test_rewards_are_learned_as_without(tmp_path: Path) -> None:
+    """GRPO: what is generated is not compiled, word by word; the loss is of the logits of what was generated."""
+
+    def make(words: Words) -> Any:
+        def low_words(completions: list[str], **_: Any) -> list[float]:
+            return [-float(sum(completion.encode())) for completion in completions]
+
+        options = {**words.options, "max_steps": 2}
+        config = trl.GRPOConfig(**options, num_generations=4, max_completion_length=12)
+        data = datasets.Dataset.from_list(list(prompts()))
+        return trl.GRPOTrainer(
+            words.model(), low_words, config, train_dataset=data, processing_class=words.tokenizer
+        )
+
+    counted = torch._dynamo.utils.counters["stats"]
+    counted.clear()
+    norms, share = losses_and_share(tmp_path, make, "grad_norm")
+    assert min(norms["eager"]) > 0  # its loss says nothing: it is zero in the mean
+    assert norms["ours"] == pytest.approx(norms["eager"], rel=3e-2)
+    assert share < 0.6
+    assert counted["unique_graphs"] <= 6, counted  # a layer is checkpointed, with gradients and without

@@ -142,6 +142,7 @@ def enable(
 ) -> WtacrsCallback:
     """Compile the model of a ``Trainer``, or a model, in place; return the callback that logs.
 
+    ``generate`` runs uncompiled, as its cache has another length for each word.
     A ``Trainer`` gets the callback as well, before all others, so that these see what it adds. Call this
     once, before ``trainer.train()``.
 
@@ -180,6 +181,7 @@ def enable(
         _LOG.info("in training mode the model returns its loss without logits; keep_logits=True keeps them")
         _leave_logits_out(model)
     model.compile(backend=callback.backend)
+    _leave_generation_out(model)
     if trainer is not None:
         trainer.add_callback(callback)
         callbacks = trainer.callback_handler.callbacks
@@ -205,6 +207,19 @@ def _leave_logits_out(model: nn.Module) -> None:
         return type(output)(**{name: value for name, value in output.items() if name != "logits"})
 
     model.forward = without_logits
+
+
+def _leave_generation_out(model: nn.Module) -> None:
+    """Let the calls of ``generate`` run uncompiled: the cache grows, so that each word would be compiled anew."""
+    compiled = model._compiled_call_impl
+    assert compiled is not None
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        generates = kwargs.get("past_key_values") is not None and not torch.is_grad_enabled()
+        return (model._call_impl if generates else compiled)(*args, **kwargs)
+
+    model._compiled_call_impl = call
 
 
 def _checkpoint(args: Any, state: Any) -> Path:
