@@ -310,6 +310,38 @@ def tensor() -> dict[str, Any]:
     return found
 
 
+def titan() -> dict[str, Any]:
+    """As torchtitan trains: a block in float8, parallel in tensors, sharded and compiled.
+
+    Not checkpointed as well: Inductor fails at that together with parallel tensors (torch 2.13).
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    from torchao.float8.float8_tensor_parallel import Float8ColwiseParallel, Float8RowwiseParallel
+
+    mesh = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    found: dict[str, Any] = {}  # losses
+    for name, backend in {"inductor": "inductor", "ours": wtacrs_fx.backend(Policy(ratio=1.0))}.items():
+        model, tokens = transformer(1)
+        for layer in model.layers:
+            convert_to_float8_training(layer, config=Float8LinearConfig(emulate=True))
+            plan = {"up": Float8ColwiseParallel(), "down": Float8RowwiseParallel()}
+            parallelize_module(layer, mesh["tensor"], plan)
+            layer.compile(backend=backend)
+            fully_shard(layer, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses = []
+        for _ in range(4):
+            loss = model(tokens)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found[name] = losses
+    [report] = wtacrs_fx.reports()
+    return {**found, "bytes": (report.saved_bytes_before, report.saved_bytes_after)}
+
+
 def main() -> None:
     case, folder = sys.argv[1], Path(sys.argv[2])
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=120))
@@ -329,6 +361,7 @@ CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "fsdp": fsdp,
     "resume": resume,
     "tensor": tensor,
+    "titan": titan,
 }
 
 if __name__ == "__main__":

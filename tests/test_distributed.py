@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ALPHA
+from aot import small_tensors
+from conftest import ALPHA, Transformer
 from torch import Tensor
+
+import wtacrs_fx
+from wtacrs_fx import Policy
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 TIMEOUT = 240  # seconds; a hang fails
@@ -167,6 +171,41 @@ def test_saved_bytes_of_tensor_parallelism(ranks: Callable) -> None:
     for found in ranks("tensor"):
         measured, predicted = found["bytes"]
         assert measured == predicted
+
+
+def test_what_ranks_exchange_is_encoded_around() -> None:
+    """Sums over ranks pass errors on as other sums do: a layer in parts stores as few bytes as a whole one."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (2,))
+        shares = []
+        for plan in ({}, {"up": ColwiseParallel(), "down": RowwiseParallel()}):
+            model = Transformer(64)
+            parallelize_module(model.layers[0], mesh, plan)
+            ours = wtacrs_fx.backend(Policy(ratio=1.0))
+            with small_tensors():
+                torch.compile(model, backend=ours)(torch.randint(50, (4, 32)))
+            [report] = ours.reports
+            shares.append(report.saved_bytes_after / report.saved_bytes_before)
+            assert "int6" in {each.encoding for each in report.residuals if each.module == "layers.0.up"}
+    finally:
+        torch.distributed.destroy_process_group()
+    assert shares[1] < 1.2 * shares[0] < 0.25
+
+
+def test_float8_in_parallel_tensors_and_sharded(ranks: Callable) -> None:
+    """The scales of float8 are the largest of all ranks."""
+    pytest.importorskip("torchao")
+    for found in ranks("titan"):
+        assert found["inductor"][-1] < 0.8 * found["inductor"][0]
+        assert (
+            found["ours"] == pytest.approx(found["inductor"], rel=3e-3) and found["ours"] != found["inductor"]
+        )
+        before, after = found["bytes"]
+        assert after < 0.3 * before
 
 
 # Remembered norms

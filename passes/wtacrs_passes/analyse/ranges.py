@@ -27,6 +27,7 @@ from ..graph.operations import (
     ADDITIONS,
     CASTS,
     COPIES,
+    EXCHANGES,
     EXPANSIONS,
     FILLS,
     FORMS,
@@ -38,10 +39,12 @@ from ..graph.operations import (
     SUMS,
     aten,
     content_of,
+    is_largest_of_ranks,
     is_mixing,
     is_pointwise,
     is_random,
     packet,
+    sums_over_ranks,
 )
 from ..graph.torch_api import hint, inductor_prims, same_shape
 from ..maths import ops
@@ -56,7 +59,7 @@ _AWAY = 0.05  # a divisor beyond this amplifies an error no more than twentyfold
 
 _INTO_UNIT = {aten.sigmoid.default: (0.0, 1.0), aten.tanh.default: (-1.0, 1.0), aten.erf.default: (-1.0, 1.0),
               aten.sin.default: (-1.0, 1.0), aten.cos.default: (-1.0, 1.0), aten.sign.default: (-1.0, 1.0)}  # fmt: skip
-_SAME = FORMS | GATHERS | {aten.cat.default, aten.where.self, aten.amax.default,
+_SAME = FORMS | GATHERS | EXCHANGES | {aten.cat.default, aten.where.self, aten.amax.default,
         aten.amin.default, aten.maximum.default, aten.minimum.default, aten.mean.dim, aten.copy.default}  # fmt: skip
 """Operations whose results lie among, or between, the elements of their operands."""
 _MERGES = ADDITIONS | {aten.where.self, aten.maximum.default, aten.minimum.default, aten.cat.default}
@@ -210,7 +213,7 @@ class Ranges:
         operands = [
             arg for arg in read if isinstance(arg, fx.Node) and is_float(arg) and arg not in self.uniform
         ]
-        if not is_pointwise(node) and node.target not in _TAME:
+        if not is_pointwise(node) and not _is_tame(node):
             if node.target is operator.getitem:
                 whole = node.all_input_nodes[0]
                 if whole.target is ops.in_chunks:
@@ -219,7 +222,7 @@ class Ranges:
                     return any(arg in self.wild for arg in _operands(whole))
                 return not is_mixing(whole)
             return node.op == "call_function" and not is_random(node) and not is_mixing(node)
-        if node.target in _TAME and not any(arg in self.wild for arg in operands):
+        if _is_tame(node) and not any(arg in self.wild for arg in operands):
             return False
         if (
             node.target is aten.div.Tensor
@@ -285,7 +288,12 @@ def is_opaque(node: fx.Node) -> bool:
         return False
     if not any(is_float(arg) for arg in node.all_input_nodes):
         return False
-    return node.target not in _TAME and not is_mixing(node) and packet(node.target) not in SELECTIONS
+    return not _is_tame(node) and not is_mixing(node) and packet(node.target) not in SELECTIONS
+
+
+def _is_tame(node: fx.Node) -> bool:
+    """Tell whether a node holds nothing of another order of size than its operands do."""
+    return node.target in _TAME or sums_over_ranks(node) or is_largest_of_ranks(node)
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

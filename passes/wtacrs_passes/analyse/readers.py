@@ -24,6 +24,7 @@ from ..graph.operations import (
     ADDITIONS,
     ATTENTION_BACKWARD,
     CASTS,
+    EXCHANGES,
     FILLS,
     FLEX_BACKWARD,
     FORMS,
@@ -43,6 +44,7 @@ from ..graph.operations import (
     is_random,
     packet,
     prims,
+    sums_over_ranks,
     tensor_operands,
 )
 from ..maths import ops
@@ -60,7 +62,7 @@ _MATRIX_PRODUCTS = GEMMS | GROUPED | ATTENTION_BACKWARD | {
 _OF_FLEX = 5
 """Operands that are query, key, value, output and log-sum-exp."""
 _SUMS_AND_MEANS = SUMS | {aten.mean.dim}
-_STRUCTURE = FORMS | GATHERS | ADDITIONS | {
+_STRUCTURE = FORMS | GATHERS | EXCHANGES | ADDITIONS | {
     aten.neg.default,
     aten.where.self,
     aten.copy.default,
@@ -251,7 +253,7 @@ class Readers:
 
     def _is_unknown(self, node: fx.Node) -> bool:
         known = node.target in _KNOWN or packet(node.target) in _SPREADING | _SHIFTING or node in self._scales
-        return not known and not node.meta.get(IS_TAME, False)
+        return not known and not sums_over_ranks(node) and not node.meta.get(IS_TAME, False)
 
     def _masks(self, node: fx.Node) -> bool:
         """Tell whether an operation sets gradients to zero where the data say so."""

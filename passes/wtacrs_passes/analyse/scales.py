@@ -15,17 +15,19 @@ from torch import fx
 
 from ..graph.operations import (
     CASTS,
+    EXCHANGES,
     EXPANSIONS,
     FORMS,
     MULTIPLICATIONS,
     aten,
     content_of,
+    is_largest_of_ranks,
     is_pointwise,
     tensor_operands,
 )
 
 PEAKS = {aten.amax.default, aten.max.default}
-_SHAPED = EXPANSIONS | {aten.repeat.default}
+_SHAPED = EXPANSIONS | EXCHANGES | {aten.repeat.default}
 _CODES = FORMS | {aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default}
 _IN_8_BITS = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 
@@ -48,7 +50,7 @@ class Scales:
                 self._sources[node] = frozenset([content_of(operands[0].args[0])])  # type: ignore[arg-type]
             elif not operands or not all(arg in self._sources for arg in operands):
                 continue
-            elif is_pointwise(node) or node.target in _SHAPED:
+            elif is_pointwise(node) or node.target in _SHAPED or is_largest_of_ranks(node):
                 self._sources[node] = frozenset().union(*(self._sources[arg] for arg in operands))
         steps = [node for node in graph.nodes if node.target in MULTIPLICATIONS and _is_rounded(node)]
         rounded = {content_of(x) for node in steps if (x := self.normalised(node)) is not None}

@@ -38,6 +38,19 @@ FORMS = VIEWS | COPIES | CASTS
 """Operations whose result holds what their operand holds."""
 EXPANSIONS = VIEWS | CASTS | {aten.expand.default}
 """Operations whose result repeats what their operand holds, in any shape."""
+
+
+def _between_ranks(*names: str) -> set[Any]:
+    """Return those of the functional collectives that this PyTorch has."""
+    found = (getattr(torch.ops._c10d_functional, name, None) for name in names)
+    return {operation.default for operation in found if operation is not None}
+
+
+EXCHANGES = _between_ranks("wait_tensor", "all_gather_into_tensor", "all_to_all_single", "broadcast")
+"""Collectives whose results hold elements of the operands of all ranks."""
+_REDUCTIONS = _between_ranks("all_reduce", "reduce_scatter_tensor")
+"""Collectives that put together elements of all ranks, by what comes second."""
+
 GATHERS = {aten.expand.default, aten.slice.Tensor, aten.select.int, aten.index.Tensor, aten.gather.default,
            ops.gather_rows}  # fmt: skip
 FILLS: dict[Any, int] = {aten.full.default: 1, aten.scalar_tensor.default: 0}
@@ -203,6 +216,16 @@ def is_pointwise(node: fx.Node) -> bool:
 def is_mixing(node: fx.Node) -> bool:
     """Tell whether each result of a node is a sum over many operands, a weight, or an index: of one order of size."""
     return packet(node.target) in MIXING or str(packet(node.target)) in OF_OTHERS
+
+
+def sums_over_ranks(node: fx.Node) -> bool:
+    """Tell whether a node is the sum, or mean, of a tensor over ranks."""
+    return node.target in _REDUCTIONS and node.args[1] in ("sum", "avg")
+
+
+def is_largest_of_ranks(node: fx.Node) -> bool:
+    """Tell whether a node is the largest, or least, of each element over ranks."""
+    return node.target in _REDUCTIONS and node.args[1] in ("max", "min")
 
 
 def is_random(node: fx.Node) -> bool:
