@@ -80,17 +80,19 @@ def seed_of_run(variable: str) -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the cases of a test marked ``sweep(share)`` keep that share, at random; all where they are asked for by name.
 
+    Tests marked ``sweep(share, group)`` are cases of one.
+
     ``make sweeps`` runs all of them; ``WTACRS_SWEEPS_SEED`` repeats a choice.
     """
     if os.environ.get("WTACRS_SWEEPS") == "all" or any("::" in argument for argument in config.args):
         return
-    cases: dict[str, list[pytest.Item]] = {}
+    cases: dict[object, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("sweep"):
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if marker := item.get_closest_marker("sweep"):
+            cases.setdefault(marker.args[1:] or item.nodeid.partition("[")[0], []).append(item)
     dropped: set[pytest.Item] = set()
     for name, those in cases.items():
-        [share] = those[0].get_closest_marker("sweep").args
+        share = those[0].get_closest_marker("sweep").args[0]
         count = max(1, round(share * len(those)))
         kept = random.Random(f"{seed_of_run(SWEEPS_SEED)} {name}").sample(those, count)
         dropped.update(item for item in those if item not in kept)

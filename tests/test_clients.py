@@ -38,6 +38,7 @@ def fewer_bytes(reports: list[wtacrs_fx.Report]) -> float:
     return sum(each.saved_bytes_after for each in reports) / sum(each.saved_bytes_before for each in reports)
 
 
+@pytest.mark.sweep(0.34, "clients")
 def test_accelerate_compiles_layers_one_by_one_and_accumulates(model: LlamaForCausalLM) -> None:
     """`accelerate.utils.compile_regions` takes any backend; `Accelerator(dynamo_backend=...)` takes names it knows."""
     accelerate = pytest.importorskip("accelerate")
@@ -70,6 +71,7 @@ def test_accelerate_compiles_layers_one_by_one_and_accumulates(model: LlamaForCa
     assert fewer_bytes(ours.reports) < 0.6
 
 
+@pytest.mark.sweep(0.34, "clients")
 def test_a_scaler_clipping_an_average_of_weights_and_a_compiled_optimizer(model: LlamaForCausalLM) -> None:
     """In float16, with the optimizer's step compiled by the same backend, which has nothing to do there."""
 
@@ -109,6 +111,7 @@ def test_a_scaler_clipping_an_average_of_weights_and_a_compiled_optimizer(model:
     assert len(ours.reports) == 1  # the optimizer's graph trains nothing
 
 
+@pytest.mark.sweep(0.34, "clients")
 def test_parameters_that_a_function_is_called_with(model: LlamaForCausalLM) -> None:
     """`torch.func.functional_call`: the parameters are arguments, with the names that the dictionary gives them."""
     parameters = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}

@@ -82,6 +82,7 @@ def test_end_to_end_on_own_model_and_data(tmp_path: Path) -> None:
     assert all(line["commit"] and line["device"] for line in lines)
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("task", ["language-model", "lora"])
 def test_a_language_model_of_ones_own(task: str, tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -203,6 +203,7 @@ def test_adapters_hold_less_state_and_save_less(llama: tuple[str, Prediction]) -
     assert weights < found.state[LORA] == found.state[LORA_WTACRS] < 0.7 * found.state[WTACRS]
 
 
+@pytest.mark.sweep(0.5, "predictions")
 @pytest.mark.usefixtures("two_ways")
 def test_the_formula_holds_for_other_batches_and_lengths(llama: tuple[str, Prediction]) -> None:
     found = llama[1]
@@ -328,6 +329,7 @@ def test_what_names_no_factory(name: str, message: str, factories: str) -> None:
     assert shown.exit_code == 2 and message in " ".join(shown.output.split())
 
 
+@pytest.mark.sweep(0.5, "predictions")
 def test_the_largest_batch_by_layers_computed_again(llama: tuple[str, Prediction], tmp_path: Path) -> None:
     picture = tmp_path / "fits.png"
     found = invoke("explain", llama[0], "--length", "64", "--memory", "64MiB", "--plot", str(picture))

@@ -118,6 +118,7 @@ def test_explain_says_what_runs(model: Model, inputs: tuple[Tensor, Tensor]) -> 
         wtacrs_fx.capture(twin, *inputs)
 
 
+@pytest.mark.sweep(0.34, "regions")
 def test_sampled_gradients_are_unbiased(model: Model, inputs: tuple[Tensor, Tensor]) -> None:
     twin = marked(model)
     exact = gradients(twin, torch.compile(twin, backend=wtacrs_fx.backend(BALANCED)), inputs)
@@ -180,6 +181,7 @@ def test_each_layer_draws_rows_of_its_own(inputs: tuple[Tensor, Tensor], placeme
         assert not torch.allclose(a, b)
 
 
+@pytest.mark.sweep(0.34, "regions")
 @torch._functorch.config.patch(activation_memory_budget=0.1)
 def test_a_small_budget_of_memory_does_not_draw_again(model: Model, inputs: tuple[Tensor, Tensor]) -> None:
     twin = marked(model)
@@ -204,6 +206,7 @@ def test_one_policy_for_layers_that_are_compiled_as_one(model: Model, inputs: tu
     assert {s.module for s in report.sampled} == {"head", "embed", *(f"layers.{i}.down" for i in range(3))}
 
 
+@pytest.mark.sweep(0.34, "regions")
 def test_another_batch_size_compiles_once_more(model: Model) -> None:
     twin, backend = marked(model), wtacrs_fx.backend(BALANCED)
     compiled = torch.compile(twin, backend=backend, fullgraph=True)

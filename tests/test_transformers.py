@@ -105,6 +105,7 @@ def test_parameter_names_and_checkpoints_stay(trained: Trainer) -> None:
     assert loaded.config.num_hidden_layers == 1
 
 
+@pytest.mark.sweep(0.34, "trainers")
 def test_gradient_checkpointing_stores_less_than_it_does_alone(tmp_path: Path) -> None:
     """Layers are computed again from inputs in 8 bits; the graph stays whole and the log has its bytes."""
     torch._dynamo.reset()  # else sizes that differ from those of other tests are symbols, and no numbers in the log
@@ -151,6 +152,7 @@ def test_a_checkpoint_holds_what_a_noise_budget_has_led_to(trained: Trainer) -> 
     path.write_text("[]")
 
 
+@pytest.mark.sweep(0.34, "trainers")
 def test_a_resumed_run_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
     """Same batches, dropout and draws: the checkpoint holds the state of the random number generators."""
     weights = []
@@ -181,6 +183,7 @@ def test_callbacks_of_the_user_see_the_figures(tmp_path: Path) -> None:
     assert "wtacrs/saved_ratio" in user.seen[0]
 
 
+@pytest.mark.sweep(0.34, "trainers")
 def test_a_smaller_last_batch_leaves_numbers_in_the_checkpoint(tmp_path: Path) -> None:
     """It is compiled for any batch, whose report is in symbols; the state of a trainer is JSON."""
     one = trainer(
@@ -194,6 +197,7 @@ def test_a_smaller_last_batch_leaves_numbers_in_the_checkpoint(tmp_path: Path) -
     assert [entry["wtacrs/saved_mib"] for entry in history] == [history[0]["wtacrs/saved_mib"]] * 4
 
 
+@pytest.mark.sweep(0.34, "trainers")
 def test_a_model_without_a_trainer() -> None:
     network = model()
     callback = enable(network, Policy(ratio=0.3, min_rows=8))
@@ -203,6 +207,7 @@ def test_a_model_without_a_trainer() -> None:
     assert report.saved_bytes_after < 0.5 * report.saved_bytes_before
 
 
+@pytest.mark.sweep(0.34, "trainers")
 def test_a_language_model_trains_without_its_logits(tmp_path: Path) -> None:
     """Loss and gradients are made for a few tokens at a time; evaluation returns logits as ever."""
     torch.manual_seed(0)
@@ -229,6 +234,7 @@ def test_a_language_model_trains_without_its_logits(tmp_path: Path) -> None:
     assert one.model.eval()(input_ids=ids, labels=ids).logits.shape == (1, TOKENS, 512)
 
 
+@pytest.mark.sweep(0.34, "trainers")
 def test_a_trainer_with_a_loss_of_its_own_keeps_the_logits(tmp_path: Path) -> None:
     class Own(Trainer):
         def compute_loss(self, model, inputs, *args, **kwargs):  # type: ignore[no-untyped-def]
