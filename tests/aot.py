@@ -6,6 +6,7 @@ object that compiled it chooses which of them runs.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -106,7 +107,11 @@ class Variants:
             return parts
 
         def forward(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            torch._guards.TracingContext.get().fw_metadata.dynamic_saved_tensors_idxs.clear()  # the reference's
+            metadata = torch._guards.TracingContext.get().fw_metadata  # of the reference
+            metadata.dynamic_saved_tensors_idxs.clear()
+            metadata.saved_tensor_is_graph_input = collections.defaultdict(
+                bool
+            )  # torch 2.14: no tensor is one
             return make_boxed_func(lambda *args: self._forward(graph, args))
 
         return aot_module_simplified(

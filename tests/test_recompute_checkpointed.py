@@ -16,8 +16,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import wtacrs_fx
+import wtacrs_passes.pipeline as pipeline
 from wtacrs_fx import Policy
+from wtacrs_passes.graph.operations import SEEDS
+from wtacrs_passes.joint import Joint
 from wtacrs_passes.maths.encodings import dequantise, quantise
+from wtacrs_passes.rewrite.recompute_checkpointed import REGION
 
 D, TOKENS = 128, 32
 EXACTLY = Policy(ratio=1.0, residuals="exact")
@@ -153,15 +157,52 @@ def test_a_region_is_consistent_in_itself() -> None:
     assert torch.equal(found["encoded"][-size:], found[REFERENCE][-size:])
 
 
-def test_dropout_is_the_same_when_it_is_computed_again() -> None:
-    """In codes of another dropout, half of the gradient would be another."""
-    model = Stack(dropout=0.5)
+def tag_seeds(joint: Joint) -> None:
+    """Do as torch 2.14: checkpoints tag what asks the generator, too."""
+    for node in joint.graph.nodes:
+        if node.target in SEEDS:
+            [region] = {user.meta[REGION] for user in node.users}
+            node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, REGION: region}
+
+
+def slopes(model: nn.Module, loss: Callable[[], Tensor], steps: int = 6) -> tuple[Tensor, Tensor]:
+    """Return the slope of a loss along random directions, by its gradient and by differences."""
+    parameters = dict(model.named_parameters())
+    model.zero_grad()
+    loss().backward()
+    found, wanted = [], []
+    for _ in range(steps):
+        direction = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
+        found.append(sum((parameters[name].grad * d).sum() for name, d in direction.items()))
+        ends = []
+        for step in (1e-3, -2e-3, 1e-3):  # and back
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter += step * direction[name]
+            ends.append(loss().detach())
+        wanted.append((ends[0] - ends[1]) / 2e-3)
+    return torch.stack(found), torch.stack(wanted)
+
+
+@pytest.mark.parametrize("policy", [EXACTLY, ENCODED], ids=["exact", "encoded"])
+def test_dropout_is_the_same_when_it_is_computed_again(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other masks in the backward pass slopes are off by a quarter; with codes by 0.005."""
+    monkeypatch.setattr(pipeline, "PASSES", (tag_seeds, *pipeline.PASSES))
+    torch.manual_seed(0)
+    model, x = Stack(dropout=0.5), inputs()
     model.blocks = model.blocks[:1]
-    found = {}
-    for name, policy in {"exact": EXACTLY, "encoded": ENCODED}.items():
-        torch._dynamo.reset()
-        found[name] = gradient(model, torch.compile(model, backend=wtacrs_fx.backend(policy)), inputs())
-    assert 0 < distance(found["encoded"], found["exact"]) < 0.01
+    compiled = torch.compile(model, backend=wtacrs_fx.backend(policy))
+
+    def loss() -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            return compiled(x)
+
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found, wanted = slopes(model, loss)
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
 def test_a_selective_policy_keeps_what_it_says() -> None:

@@ -70,7 +70,9 @@ GEMMS = {aten.mm.default, aten.bmm.default}
 GROUPED = {aten._grouped_mm.default, ops.grouped_mm}
 """Products of rows in groups: with a matrix for each group, or of rows of two matrices; ends of groups come third."""
 
-RANDOM = {inductor_prims.seed, inductor_prims.seeds, inductor_prims.random, inductor_prims.randint}
+SEEDS = {inductor_prims.seed, inductor_prims.seeds}
+"""What asks the generator of random numbers: another answer each time."""
+RANDOM = SEEDS | {inductor_prims.random, inductor_prims.randint}
 
 FLEX, FLEX_BACKWARD = torch.ops.higher_order.flex_attention, torch.ops.higher_order.flex_attention_backward
 """Attention with a function of scores, and of positions that are masked: sub-graphs among its operands."""

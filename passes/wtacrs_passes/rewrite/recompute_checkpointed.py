@@ -17,7 +17,7 @@ PyTorch's partitioner does the same at the end. Done here, what a checkpoint kee
 a selective policy saves) is an ordinary residual that may be encoded; all that is made of it again is made of the
 decoded value, so that a region is consistent in itself: its gradient is that of its function near the point where it
 was.
-Random numbers are made again from the same seeds.
+Random numbers are made again from the same seeds, which are kept whatever a checkpoint says (torch 2.14 tags them).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from ..graph.operations import (
     ATTENTION,
     IS_AGAIN,
     RANDOM,
+    SEEDS,
     drops,
     is_derivable,
     is_random,
@@ -103,7 +104,7 @@ def _computed_again(joint: Joint) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op != "call_function" or node in tangent or node in pinned or not _holds_tensors(node):
             continue
-        if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE:
+        if node.meta.get("recompute") == CheckpointPolicy.MUST_SAVE or node.target in SEEDS:
             continue
         if is_tagged(node):
             if not _is_kept(node, forward):
@@ -140,7 +141,7 @@ def repeats(node: fx.Node) -> bool:
 
     Not what chooses elements by their size: experts that a router takes, of which two may be nearly alike.
     """
-    if node.target is operator.getitem or node.target in RANDOM:
+    if node.target is operator.getitem or node.target in RANDOM - SEEDS:
         return True
     if packet(node.target) in ATTENTION:
         return not drops(node)
