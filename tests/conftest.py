@@ -124,6 +124,34 @@ def step(model: nn.Module, call: Callable[..., Tensor], *inputs: Tensor) -> dict
     return gradients(model)
 
 
+def slopes(model: nn.Module, loss: Callable[[], Tensor], steps: int = 6) -> tuple[Tensor, Tensor]:
+    """Return the slope of a loss along random directions, by its gradient and by differences.
+
+    The loss draws the same random numbers each time, so that its dropout is the same.
+    """
+
+    def seeded() -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            return loss()
+
+    parameters = dict(model.named_parameters())
+    model.zero_grad()
+    seeded().backward()
+    found, wanted = [], []
+    for _ in range(steps):
+        direction = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
+        found.append(sum((parameters[name].grad * d).sum() for name, d in direction.items()))
+        ends = []
+        for step in (1e-3, -2e-3, 1e-3):  # and back
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter += step * direction[name]
+            ends.append(seeded().detach())
+        wanted.append((ends[0] - ends[1]) / 2e-3)
+    return torch.stack(found), torch.stack(wanted)
+
+
 def run_passes(gm: fx.GraphModule, *passes: Pass, policy: Policy | None = None) -> Joint:
     """Run passes over a captured graph, in place; none of them partitions it."""
     table = gm.meta.get(STATIC_INPUTS, ())

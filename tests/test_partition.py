@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import RowsOnly, Transformer, adds_up, is_unbiased, run_passes, step
+from conftest import RowsOnly, Transformer, adds_up, is_unbiased, run_passes, slopes, step
 from torch import fx
 
 import wtacrs_fx
@@ -88,10 +88,32 @@ def test_the_partition_holds_at_any_memory_budget(budget: float, placement: str)
 def test_encodings_go_with_any_memory_budget(budget: float, residuals: str) -> None:
     policy = Policy(ratio=0.3, min_rows=8, residuals=residuals)
     with torch._functorch.config.patch(activation_memory_budget=budget):
-        report = wtacrs_fx.explain(Transformer(dropout=0.1), torch.randint(50, (4, 32)), policy=policy)
+        model = Transformer(dropout=0.1 if budget else 0.0)
+        report = wtacrs_fx.explain(model, torch.randint(50, (4, 32)), policy=policy)
     if budget >= 0.5:  # below, products are computed again from inputs and hardly anything is stored
         assert report.saved_bytes_after < 0.8 * report.saved_bytes_before
     assert adds_up(report)
+
+
+@pytest.mark.sweep(0.5)
+@pytest.mark.parametrize("budget", [0.9, 0.2])
+def test_dropout_is_the_same_at_any_memory_budget(budget: float) -> None:
+    """PyTorch draws other masks in the backward pass (pytorch#190758): slopes are off by a tenth."""
+    torch.manual_seed(0)
+    model, tokens = Transformer(dropout=0.5), torch.randint(50, (4, 32))
+    compiled = torch.compile(model, backend=wtacrs_fx.backend(Policy(ratio=1.0)))
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        found, wanted = slopes(model, lambda: compiled(tokens))
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_dropout_is_refused_where_all_is_computed_again() -> None:
+    """At a budget of 0 the partitioner keeps inputs alone, whatever is pinned."""
+    with (
+        torch._functorch.config.patch(activation_memory_budget=0.0),
+        pytest.raises(PartitionError, match="activation_memory_budget above 0"),
+    ):
+        wtacrs_fx.explain(Transformer(dropout=0.1), torch.randint(50, (4, 32)), policy=Policy(ratio=1.0))
 
 
 def test_gradients_stay_unbiased_where_matrix_products_are_recomputed() -> None:

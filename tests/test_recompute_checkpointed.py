@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from aot import REFERENCE, Graph, Variants, distance, small_tensors
-from conftest import is_unbiased
+from conftest import is_unbiased, slopes
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -21,6 +21,7 @@ from wtacrs_fx import Policy
 from wtacrs_passes.graph.operations import SEEDS
 from wtacrs_passes.joint import Joint
 from wtacrs_passes.maths.encodings import dequantise, quantise
+from wtacrs_passes.rewrite import recompute_checkpointed as rewrite
 from wtacrs_passes.rewrite.recompute_checkpointed import REGION
 
 D, TOKENS = 128, 32
@@ -165,25 +166,6 @@ def tag_seeds(joint: Joint) -> None:
             node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, REGION: region}
 
 
-def slopes(model: nn.Module, loss: Callable[[], Tensor], steps: int = 6) -> tuple[Tensor, Tensor]:
-    """Return the slope of a loss along random directions, by its gradient and by differences."""
-    parameters = dict(model.named_parameters())
-    model.zero_grad()
-    loss().backward()
-    found, wanted = [], []
-    for _ in range(steps):
-        direction = {name: torch.randn_like(parameter) for name, parameter in parameters.items()}
-        found.append(sum((parameters[name].grad * d).sum() for name, d in direction.items()))
-        ends = []
-        for step in (1e-3, -2e-3, 1e-3):  # and back
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter += step * direction[name]
-            ends.append(loss().detach())
-        wanted.append((ends[0] - ends[1]) / 2e-3)
-    return torch.stack(found), torch.stack(wanted)
-
-
 @pytest.mark.parametrize("policy", [EXACTLY, ENCODED], ids=["exact", "encoded"])
 def test_dropout_is_the_same_when_it_is_computed_again(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
@@ -195,14 +177,22 @@ def test_dropout_is_the_same_when_it_is_computed_again(
     model.blocks = model.blocks[:1]
     compiled = torch.compile(model, backend=wtacrs_fx.backend(policy))
 
-    def loss() -> Tensor:
-        with torch.random.fork_rng():
-            torch.manual_seed(3)
-            return compiled(x)
-
     with torch._inductor.config.patch(force_disable_caches=True):
-        found, wanted = slopes(model, loss)
+        found, wanted = slopes(model, lambda: compiled(x))
     assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_other_masks_in_the_backward_pass_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "PASSES", (tag_seeds, *pipeline.PASSES))
+    monkeypatch.setattr(rewrite, "SEEDS", frozenset())  # as if they were any other value
+    model = Stack(dropout=0.5)
+    model.blocks = model.blocks[:1]
+    compiled = torch.compile(model, backend=wtacrs_fx.backend(ENCODED))
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        pytest.raises(Exception, match="the backward pass would draw other random numbers"),
+    ):
+        compiled(inputs())
 
 
 def test_a_selective_policy_keeps_what_it_says() -> None:

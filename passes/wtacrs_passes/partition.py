@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence, Set
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -19,7 +20,7 @@ from torch import fx
 
 from .graph.edit import Editor, copy_joint, output_of
 from .graph.names import outputs_with_descriptors, written_inputs
-from .graph.operations import VIEWS, aten, content_of, is_checkpointed, mutates
+from .graph.operations import SEEDS, VIEWS, aten, content_of, is_checkpointed, mutates
 from .graph.torch_api import CheckpointPolicy
 from .joint import Joint, Partitioned, Partitioner
 from .rewrite.encode_residuals import EncodedResidual
@@ -36,7 +37,7 @@ def partition(joint: Joint) -> None:
     A site whose full residual is saved for another reader anyway does not store its rows as well.
 
     Raises:
-        PartitionError: rows would be drawn twice, or an encoded residual is still saved.
+        PartitionError: rows or other random numbers would be drawn twice, or an encoded residual is still saved.
     """
     is_rounded = any(not reason for *_, reason in joint.plan.precisions + joint.plan.input_precisions)
     is_tagged = bool(joint.policy.recompute) and is_checkpointed(joint.graph)
@@ -53,17 +54,28 @@ def partition(joint: Joint) -> None:
         forward, backward, stores_rows = _partition_sites(joint, ())
     elif not is_rewritten:
         return
-    saved = _saved_names(forward, joint)
+    saved, exact = _saved_names(forward, joint), []
     if any(residual.stored_names & saved for residual in joint.residuals):
         # The partitioner computes an exact residual from one that is encoded: it is told to store it as planned.
-        exact = [item.node for item in joint.plan.residuals if item.encoding == "exact"]
-        forward, backward, stores_rows = _partition_sites(joint, [node for node in exact if node.users])
-        saved = _saved_names(forward, joint)
+        exact = [item.node for item in joint.plan.residuals if item.encoding == "exact" and item.node.users]
+        forward, backward, stores_rows = _partition_sites(joint, exact)
+    if _seeds_read(forward) & _seeds_read(backward):
+        # Below a memory budget of 1 the partitioner makes random numbers again from other seeds (pytorch#190758).
+        drawn = _computed_names(forward)
+        exact += [node for node in joint.graph.nodes if node.target in SEEDS and node.name in drawn]
+        forward, backward, stores_rows = _partition_sites(joint, exact)
+    saved = _saved_names(forward, joint)
     twice = _computed_names(forward) & _computed_names(backward)
     for site, rows in zip(joint.sites, stores_rows, strict=True):
         _verify(site, rows, saved, twice)
     for residual in joint.residuals:
         _verify_encoded(residual, saved)
+    if _seeds_read(forward) & _seeds_read(backward):
+        raise PartitionError(
+            "the backward pass would draw other random numbers than the forward pass did, so gradients would be wrong; "
+            "leave out dropout in checkpointed layers, or set torch._functorch.config.activation_memory_budget above 0, "
+            "and report this graph"
+        )
     joint.parts = forward, backward
 
 
@@ -160,6 +172,14 @@ def _verify(site: SampledSite, stores_rows: bool, saved: set[str], twice: set[st
             f"the sampled rows of {modules} are not saved for the backward pass; exclude these modules "
             f"from the policy and report this graph"
         )
+
+
+def _seeds_read(part: fx.GraphModule) -> set[tuple[str, Any]]:
+    """Return what is made of seeds that are drawn in this part: device and number of the seed."""
+    drawn = [node for node in part.graph.nodes if node.target in SEEDS]  # one for each device
+    return {
+        (str(node.args[-1]), user.args[-1]) for node in drawn for user in node.users if user.op != "output"
+    }
 
 
 def _verify_encoded(residual: EncodedResidual, saved: set[str]) -> None:

@@ -46,9 +46,10 @@ def draw_timeline(axes: Axes, timelines: Mapping[str, Sequence[tuple[float, int]
             label=f"{name}: peak {peak:.0f} MiB",
         )
     axes.set(xlabel="part of the step (forward, then backward)", ylabel="MiB beyond weights and inputs")
-    axes.set_ylim(bottom=0)
+    highest = max(held for timeline in timelines.values() for _, held in timeline)
+    axes.set_ylim(0, 1.3 * highest / MIB)  # room for the names
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
 
 
 def draw_gradient(graph_module: fx.GraphModule, parameter: str, path: str | Path) -> None:

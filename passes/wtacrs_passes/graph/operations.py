@@ -7,6 +7,7 @@ from collections.abc import Iterator, Set
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # its operations
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -79,6 +80,9 @@ FLEX, FLEX_BACKWARD = torch.ops.higher_order.flex_attention, torch.ops.higher_or
 
 ATTENTION = {
     FLEX,
+    torch.ops.torch_attn._varlen_attn,
+    aten._flash_attention_forward,
+    aten._efficient_attention_forward,
     aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_efficient_attention,
@@ -86,6 +90,9 @@ ATTENTION = {
 }
 ATTENTION_BACKWARD = {
     FLEX_BACKWARD,
+    torch.ops.torch_attn._varlen_attn_backward.default,
+    aten._flash_attention_backward.default,
+    aten._efficient_attention_backward.default,
     aten._scaled_dot_product_flash_attention_backward.default,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
     aten._scaled_dot_product_efficient_attention_backward.default,
@@ -242,6 +249,8 @@ def drops(attention: fx.Node) -> bool:
         return False
     schema = attention.target._schema  # type: ignore[union-attr]
     names = [argument.name for argument in schema.arguments]
+    if "dropout_p" not in names:
+        return False
     position = names.index("dropout_p")
     given = (
         attention.args[position] if position < len(attention.args) else attention.kwargs.get("dropout_p", 0.0)
