@@ -17,7 +17,7 @@ import itertools
 import json
 import logging
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,13 +211,14 @@ def _leave_logits_out(model: nn.Module) -> None:
 
 def _leave_generation_out(model: nn.Module) -> None:
     """Let the calls of ``generate`` run uncompiled: the cache grows, so that each word would be compiled anew."""
-    compiled = model._compiled_call_impl
+    compiled: Callable[..., Any] | None = model._compiled_call_impl
+    eager: Callable[..., Any] = model._call_impl
     assert compiled is not None
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
         generates = kwargs.get("past_key_values") is not None and not torch.is_grad_enabled()
-        return (model._call_impl if generates else compiled)(*args, **kwargs)
+        return (eager if generates else compiled)(*args, **kwargs)
 
     model._compiled_call_impl = call
 
