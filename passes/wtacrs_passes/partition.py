@@ -73,8 +73,8 @@ def partition(joint: Joint) -> None:
     if _seeds_read(forward) & _seeds_read(backward):
         raise PartitionError(
             "the backward pass would draw other random numbers than the forward pass did, so gradients would be wrong; "
-            "leave out dropout in checkpointed layers, or set torch._functorch.config.activation_memory_budget above 0; "
-            "report this graph"
+            "leave out dropout in checkpointed layers, or set torch._functorch.config.activation_memory_budget above "
+            "0, and report this graph"
         )
     joint.parts = forward, backward
 
