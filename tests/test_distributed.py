@@ -86,10 +86,12 @@ def test_buckets_are_graphs_with_names(ranks: Callable) -> None:
     assert set().union(*sampled) >= {"layers.0.q", "layers.0.down", "head"}
 
 
+@pytest.mark.sweep(0.25, "ranks")
 def test_compiled_autograd_reduces(ranks: Callable) -> None:
     assert all(found["captures"] and len(found["plans"]) == 1 for found in ranks("reducer"))
 
 
+@pytest.mark.sweep(0.25, "ranks")
 def test_ranks_with_batches_of_different_sizes(ranks: Callable) -> None:
     first, second = ranks("uneven")
     assert set(first["rows"]) == {4 * 32} and set(second["rows"]) == {6 * 32}
@@ -196,6 +198,7 @@ def test_what_ranks_exchange_is_encoded_around() -> None:
     assert shares[1] < 1.2 * shares[0] < 0.25
 
 
+@pytest.mark.sweep(0.25, "ranks")
 def test_float8_in_parallel_tensors_and_sharded(ranks: Callable) -> None:
     """The scales of float8 are the largest of all ranks."""
     pytest.importorskip("torchao")
@@ -211,6 +214,7 @@ def test_float8_in_parallel_tensors_and_sharded(ranks: Callable) -> None:
 # Remembered norms
 
 
+@pytest.mark.sweep(0.25, "ranks")
 def test_norms_are_remembered_in_buckets(ranks: Callable) -> None:
     for rank, found in enumerate(ranks("uneven")):
         assert found["weights"]["up"] == found["weights"]["down"] == "||x|| remembered ||dy||"

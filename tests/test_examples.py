@@ -22,6 +22,7 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(NEEDS)
 
 
+@pytest.mark.sweep(0.34)
 @pytest.mark.parametrize("name", NEEDS)
 def test_example(name: str, tmp_path: Path) -> None:
     missing = [package for package in (*DATA, *NEEDS[name]) if find_spec(package) is None]

@@ -166,6 +166,7 @@ def tag_seeds(joint: Joint) -> None:
             node.meta |= {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, REGION: region}
 
 
+@pytest.mark.sweep(0.5)
 @pytest.mark.parametrize("policy", [EXACTLY, ENCODED], ids=["exact", "encoded"])
 def test_dropout_is_the_same_when_it_is_computed_again(
     policy: Policy, monkeypatch: pytest.MonkeyPatch

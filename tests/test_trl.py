@@ -59,7 +59,7 @@ def train(folder: Path, policy: Policy | None) -> list[dict[str, Any]]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.sweep(0.5, "TRL")
+@pytest.mark.sweep(0.25, "TRL")
 def test_the_same_losses_with_fewer_bytes(tmp_path: Path) -> None:
     eager, ours = (train(tmp_path, policy) for policy in (None, Policy(ratio=1.0)))
     losses, expected = ([entry["loss"] for entry in entries] for entries in (ours, eager))
@@ -122,7 +122,7 @@ def losses_and_share(
     return losses, found["ours"][-1]["wtacrs/saved_ratio"]
 
 
-@pytest.mark.sweep(0.5, "TRL")
+@pytest.mark.sweep(0.25, "TRL")
 def test_preferences_are_learned_as_without(tmp_path: Path) -> None:
     def make(words: Words) -> Any:
         return trl.DPOTrainer(
@@ -138,7 +138,7 @@ def test_preferences_are_learned_as_without(tmp_path: Path) -> None:
     assert share < 0.6
 
 
-@pytest.mark.sweep(0.5, "TRL")
+@pytest.mark.sweep(0.25, "TRL")
 def test_packed_samples_are_learned_as_without(tmp_path: Path) -> None:
     def make(words: Words) -> Any:
         return trl.SFTTrainer(
@@ -158,7 +158,7 @@ def prompts() -> Iterator[dict[str, str]]:
         yield {"prompt": sample["prompt"]}
 
 
-@pytest.mark.sweep(0.5, "TRL")
+@pytest.mark.sweep(0.25, "TRL")
 def test_rewards_are_learned_as_without(tmp_path: Path) -> None:
     """GRPO: what is generated is not compiled, word by word; the loss is of the logits of what was generated."""
 
