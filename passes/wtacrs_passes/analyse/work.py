@@ -13,11 +13,13 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry
 
 from ..graph.cones import tangent_cone
-from ..graph.operations import aten, packet
+from ..graph.operations import ATTENTION, aten, packet
 from ..graph.torch_api import hint
 
 _ALIKE = {aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention}
 """Operations without a formula, with one of the same operands that has one."""
+_OF_HEADS = {operation for operation in ATTENTION if "_scaled_dot_product" in str(operation)}
+"""Attention of queries, keys and values [batch, heads, tokens, d]."""
 
 
 def multiplications(nodes: Iterable[fx.Node]) -> int:
@@ -37,6 +39,9 @@ def _multiplications(node: fx.Node) -> int:
     if formula is None:
         return 0
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: _sizes(arg.meta.get("val")))
+    if operation in _OF_HEADS:  # the formula of torch 2.11 knows no heads that share keys and values
+        query, *shared = args[:3]
+        args = (query, *(x.new_empty(*query.shape[:-2], *x.shape[-2:]) for x in shared), *args[3:])
     return int(formula(*args, **kwargs, out_val=_sizes(node.meta["val"]))) // 2
 
 
