@@ -38,7 +38,8 @@ def _multiplications(node: fx.Node) -> int:
     formula = flop_registry.get(_ALIKE.get(operation, operation))
     if formula is None:
         return 0
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: _sizes(arg.meta.get("val")))
+    given: Any = fx.map_arg((node.args, node.kwargs), lambda arg: _sizes(arg.meta.get("val")))
+    args, kwargs = given
     if operation in _OF_HEADS:  # the formula of torch 2.11 knows no heads that share keys and values
         query, *shared = args[:3]
         args = (query, *(x.new_empty(*query.shape[:-2], *x.shape[-2:]) for x in shared), *args[3:])
