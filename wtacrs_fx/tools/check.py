@@ -165,7 +165,12 @@ def _distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 def _of_nothing(steps: dict[str, Step], exact: list[Tensor]) -> Finding:
     distance = _distance(_run(steps[EXACT], seed=0)[1], exact)
     nothing = "with nothing sampled and nothing rounded, gradients"
-    if distance:
+    if distance:  # sums of an embedding's rows by several threads have no order
+        again = max(_distance(_run(steps[INDUCTOR], seed=0)[1], exact) for _ in range(3))
+        if distance <= 10 * again:
+            return Finding(
+                "good", f"{nothing} differ as those of Inductor from run to run: {again:.2g} of their square"
+            )
         return Finding("wrong", f"{nothing} differ: {distance:.2g} of their square")
     return Finding("good", f"{nothing} are Inductor's to the last bit")
 
