@@ -62,6 +62,8 @@ class Shape:
 
 
 TINY = Shape(layers=2, d=64, heads=2, batch=4, seq=32)
+REGIME = Shape(layers=4, d=576, heads=9, batch=8, seq=512)
+"""The case of README's first table: the width of SmolLM2-135M."""
 
 
 class DistanceToTarget(nn.Module):

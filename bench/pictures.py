@@ -21,17 +21,15 @@ from torch import nn
 
 import wtacrs_fx
 from bench.accuracy import read_runs
-from bench.frontier import CHECKPOINTING
+from bench.frontier import CHECKPOINTING, make_step
 from bench.gradient_variance import load
 from bench.harness import BASELINE, BUDGET, MIB, RESULTS, Row, record, to_rows
-from bench.models import TINY, Shape
-from bench.regime import make_step
+from bench.models import REGIME, TINY, Shape
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.measure import memory_timeline
 from wtacrs_fx.tools.pictures import BLACK, ORANGE, draw_gradient, draw_timeline
 
 SHOWN = {BASELINE: "Inductor", CHECKPOINTING: "Inductor, checkpointing", BUDGET: "wtacrs"}
-REGIME = "llama-lm", Shape(4, 576, 9, 8, 512), "autocast"
 CURVES = "accuracy_llama_from_scratch_glosses_autocast_*.csv"
 
 
@@ -87,9 +85,8 @@ def main(
     quick: Annotated[bool, typer.Option(help="Tiny sizes; keep no rows.")] = False,
 ) -> None:
     """Draw; append rows to bench/results."""
-    name, shape, precision = REGIME
     [curves] = RESULTS.glob(CURVES)
-    rows = overview(name, TINY if quick else shape, precision, curves, folder)
+    rows = overview("llama-lm", TINY if quick else REGIME, "autocast", curves, folder)
     gradients(folder)
     noise(folder, 2 if quick else 8)
     record(rows, keep=not quick)

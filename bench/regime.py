@@ -18,13 +18,12 @@ import typer
 import wtacrs_fx
 from bench.frontier import CHECKPOINTING, checkpoint
 from bench.harness import BUDGET, Row, compare, record, settle, to_rows
-from bench.models import PRECISIONS, TINY, WORDS, Shape, build
+from bench.models import PRECISIONS, REGIME, TINY, WORDS, Shape, build
 from wtacrs_fx import Policy
 from wtacrs_fx.tools.steps import Compiler, Step, inductor
 
 CHUNKER = "inductor, auto_chunker"
 ONCE = "wtacrs, layers once"
-CHECKPOINTED = ", checkpointing"
 IN_8_BITS = "wtacrs, all rows in 8 bits"
 POLICIES = {
     BUDGET: Policy(),
@@ -33,8 +32,8 @@ POLICIES = {
     IN_8_BITS: Policy(ratio=1.0, product="int8"),
     ONCE: Policy(ratio=0.3),
     f"{BUDGET}, products again": Policy(recompute_products=1.0),
-    f"wtacrs{CHECKPOINTED}": Policy(ratio=0.3),
-    f"{BUDGET}{CHECKPOINTED}": Policy(),
+    "wtacrs, checkpointing": Policy(ratio=0.3),
+    f"{BUDGET}, checkpointing": Policy(),
 }
 VARIANTS = ("inductor", "inductor budget 0.9", "inductor budget 0.5", CHECKPOINTING, CHUNKER, *POLICIES)
 
@@ -50,31 +49,22 @@ def compiler(variant: str) -> Compiler:
     return inductor(float(budget)) if budget != variant else inductor()
 
 
-def make_step(
-    name: str, shape: Shape, precision: str, variant: str, device: str, budget: bool = True
-) -> Step:
-    """Return the compiled step of a variant; with ``budget``, a noise budget is measured."""
-    model, inputs = build(name, shape, precision, device)
-    if variant.endswith(CHECKPOINTED):
-        checkpoint(model)
-    if variant == ONCE:
-        wtacrs_fx.mark_layers(model)
-    step = Step(model, inputs, compiler(variant))
-    if variant.startswith(BUDGET) and budget:
-        settle(step)
-    return step
-
-
 def measure(
     name: str, shape: Shape, precision: str, device: str, rounds: int, variants: list[str]
 ) -> list[Row]:
     """Return saved bytes, peak and, with rounds, step time of each variant."""
     steps = {}
     for variant in variants:
-        steps[variant] = make_step(name, shape, precision, variant, device, budget=bool(rounds))
-        print(f"{name}, {variant}: compiled in {steps[variant].first_call_seconds:.0f} s", flush=True)
+        model, inputs = build(name, shape, precision, device)
+        if variant.endswith(", checkpointing"):
+            checkpoint(model)
+        if variant == ONCE:
+            wtacrs_fx.mark_layers(model)
+        step = steps[variant] = Step(model, inputs, compiler(variant))
+        print(f"{name}, {variant}: compiled in {step.first_call_seconds:.0f} s", flush=True)
         if variant.startswith(BUDGET) and rounds:
-            print(*steps[variant].reports, sep="\n\n", flush=True)
+            settle(step)
+            print(*step.reports, sep="\n\n", flush=True)
     return to_rows("regime", name, shape, precision, compare(steps, rounds), device)
 
 
@@ -83,11 +73,11 @@ def main(
     variant: Annotated[
         list[str] | None, typer.Option(help="All by default; the baseline always runs.")
     ] = None,
-    layers: int = 4,
-    d: int = 576,
-    heads: int = 9,
-    batch: int = 8,
-    seq: int = 512,
+    layers: int = REGIME.layers,
+    d: int = REGIME.d,
+    heads: int = REGIME.heads,
+    batch: int = REGIME.batch,
+    seq: int = REGIME.seq,
     words: Annotated[int | None, typer.Option(help="Its own by default.")] = None,
     precision: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "autocast",
     device: str = "cpu",

@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from bench import models
 from bench.gpu import CASES
 from bench.harness import BUDGET, RESULTS, Row, read
 from bench.models import Shape
@@ -79,7 +80,7 @@ def _origin(rows: Sequence[Row]) -> str:
 
 
 _TARGETS = ("target 0.25", "target 0.50", "target 0.75")
-REGIME, SMOLLM2 = str(Shape(4, 576, 9, 8, 512)), str(Shape(30, 576, 9, 2, 512))
+REGIME, SMOLLM2 = str(models.REGIME), str(Shape(30, 576, 9, 2, 512))
 _COMPILED = {str(Shape()): "3 layers", SMOLLM2: "30 layers"}
 
 SHOWN = (

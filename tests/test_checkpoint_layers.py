@@ -90,7 +90,7 @@ def test_more_layers_again_store_less_and_peak_lower(model: tuple[Transformer, T
     reports = [explained(model, **policy, recompute=share) for share in (0.0, 0.6, 1.0)]
     saved = [report.saved_bytes_after for report in reports]
     peaks = [report.peak_after.size for report in reports]
-    assert saved == sorted(saved, reverse=True) and peaks[0] > max(peaks[1:])
+    assert saved == sorted(saved, reverse=True) and peaks[0] > peaks[1] >= max(peaks[2:])
     assert saved[-1] < 0.6 * saved[0]
     assert reports[1].notes == ("computed again in the backward pass: 2 of 3 layers that are alike",)
 
